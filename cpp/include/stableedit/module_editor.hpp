@@ -1,0 +1,63 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "stableedit/export.hpp"
+#include "stableedit/low_rank.hpp"
+#include "stableedit/normalizer.hpp"
+
+namespace stableedit {
+
+struct STABLEEDIT_API EditOptions {
+  double step_size = 3e-4;  ///< the paper's eta, positive
+  double ridge = 10.0;      ///< weight of the penalty on the update's norm, positive
+};
+
+/// (keys, value gradients) of a turn -> the update of one module's weight (StableEdit, Algorithm
+/// 1):
+///
+///     V_i = - step_size * ||h_hat_i||^2 * g_hat_i
+///     D   = (H^T H + ridge I)^(-1) H^T V,     W <- W + D^T
+///
+/// It never touches a weight: applying the result is the caller's business.
+/// Several editors may share one normalizer (pooled statistics): then `observe` the turn of all of
+/// them in the normalizer first and call `compute_update` for each.
+/// Concurrency: exclusive access to the editor and to its normalizer.
+class STABLEEDIT_API ModuleEditor {
+ public:
+  /// An editor with statistics of its own. \param key_dim k  \param value_dim v
+  ModuleEditor(int64_t key_dim, int64_t value_dim, NormalizerOptions normalizer = {},
+               EditOptions options = {});
+
+  /// An editor on shared statistics. \param normalizer not null
+  explicit ModuleEditor(std::shared_ptr<LifelongNormalizer> normalizer, EditOptions options = {});
+
+  /// Observes the turn and computes its update: the one call that a server makes.
+  /// \param keys `[n, k]`  \param value_gradients `[n, v]`
+  /// \throws ValueError for bad shapes or values, LinAlgError for numerical failure. In both cases
+  ///     the statistics are as they were before the call.
+  LowRankUpdate edit(const at::Tensor& keys, const at::Tensor& value_gradients);
+
+  /// The update alone, from statistics that have already observed the turn.
+  LowRankUpdate compute_update(const at::Tensor& keys, const at::Tensor& value_gradients,
+                               std::optional<WhiteningMode> mode = std::nullopt);
+
+  /// The ridge targets V, `[n, v]`.
+  at::Tensor targets(const at::Tensor& keys, const at::Tensor& value_gradients,
+                     std::optional<WhiteningMode> mode = std::nullopt);
+
+  LifelongNormalizer& normalizer() { return *normalizer_; }
+  const LifelongNormalizer& normalizer() const { return *normalizer_; }
+  const std::shared_ptr<LifelongNormalizer>& shared_normalizer() const { return normalizer_; }
+  const EditOptions& options() const { return options_; }
+
+ private:
+  std::shared_ptr<LifelongNormalizer> normalizer_;
+  EditOptions options_;
+};
+
+}  // namespace stableedit

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "stableedit/export.hpp"
+#include "stableedit/low_rank.hpp"
+
+namespace stableedit {
+
+enum class RidgeForm {
+  kAuto,    ///< whichever system is smaller: dual if n <= k, else primal
+  kPrimal,  ///< (H^T H + ridge I_k)^(-1) H^T V, a k x k system
+  kDual,    ///< H^T (H H^T + ridge I_n)^(-1) V, an n x n system
+};
+
+/// Ridge regression D = (H^T H + ridge I)^(-1) H^T V, StableEdit's update before transposing.
+///
+/// The Gram matrix is formed in the keys' dtype (float32 at least), factorised by Cholesky and
+/// solved in float64. Where Cholesky fails, or ridge = 0 leaves a pivot within the Gram matrix's
+/// rounding (linearly dependent keys), the fallback is the minimum-norm solution through the
+/// symmetric eigendecomposition, dropping eigenvalues below 10 * size * eps(keys' dtype) * largest.
+///
+/// \param keys `[n, k]`  \param targets `[n, v]`, same device  \param ridge finite, at least 0
+/// \return D `[k, v]` in the dtype of the keys (float32 at least)
+STABLEEDIT_API at::Tensor solve_ridge(const at::Tensor& keys, const at::Tensor& targets,
+                                      double ridge, RidgeForm form = RidgeForm::kAuto);
+
+/// The same solution as a change of a `[v, k]` weight, D^T = X^T H with
+/// X = (H H^T + ridge I_n)^(-1) V, without ever forming it: left = X^T, right = H. Always dual,
+/// so that every answer token owns a row.
+STABLEEDIT_API LowRankUpdate ridge_update(const at::Tensor& keys, const at::Tensor& targets,
+                                          double ridge);
+
+}  // namespace stableedit

@@ -1,0 +1,84 @@
+#include "stableedit/low_rank.hpp"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/mm.h>
+
+#include <cmath>
+
+#include "checks.hpp"
+
+namespace stableedit {
+
+LowRankUpdate::LowRankUpdate(at::Tensor left, at::Tensor right)
+    : left_(std::move(left)), right_(std::move(right)) {
+  check_matrix(left_, "left");
+  check_matrix(right_, "right");
+  TORCH_CHECK_VALUE(left_.size(1) == right_.size(0),
+                    "left must be [v, r] and right [r, k] with one r, but their shapes are ",
+                    left_.sizes(), " and ", right_.sizes());
+  TORCH_CHECK_TYPE(left_.scalar_type() == right_.scalar_type(), "left is ", left_.scalar_type(),
+                   " but right is ", right_.scalar_type(), "; they must have one dtype");
+  TORCH_CHECK_VALUE(left_.device() == right_.device(), "left is on ", left_.device(),
+                    " but right is on ", right_.device(), "; they must be on one device");
+}
+
+at::Tensor LowRankUpdate::dense() const { return at::mm(left_, right_); }
+
+void LowRankUpdate::check_fits(const at::Tensor& weight, WeightLayout layout) const {
+  check_matrix(weight, "weight");
+  const bool linear = layout == WeightLayout::kLinear;
+  const int64_t rows = linear ? out_features() : in_features();
+  const int64_t columns = linear ? in_features() : out_features();
+  TORCH_CHECK_VALUE(weight.size(0) == rows && weight.size(1) == columns, "weight must have shape [",
+                    rows, ", ", columns, "] to take this update, but its shape is ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(weight.device() == left_.device(), "weight is on ", weight.device(),
+                    " but the update is on ", left_.device());
+}
+
+void LowRankUpdate::accumulate(const at::Tensor& weight, WeightLayout layout, double sign) const {
+  check_fits(weight, layout);
+  const at::NoGradGuard no_grad;
+  const at::ScalarType dtype = compute_dtype(weight);
+  const at::Tensor left = left_.to(dtype);
+  const at::Tensor right = right_.to(dtype);
+  const bool linear = layout == WeightLayout::kLinear;
+  const at::Tensor first = linear ? left : right.t();
+  const at::Tensor second = linear ? right : left.t();
+  if (weight.scalar_type() == dtype) {
+    weight.addmm_(first, second, 1.0, sign);
+  } else {
+    weight.copy_(weight.to(dtype).addmm_(first, second, 1.0, sign));
+  }
+}
+
+void LowRankUpdate::add_to(const at::Tensor& weight, WeightLayout layout) const {
+  accumulate(weight, layout, 1.0);
+}
+
+void LowRankUpdate::subtract_from(const at::Tensor& weight, WeightLayout layout) const {
+  accumulate(weight, layout, -1.0);
+}
+
+double LowRankUpdate::norm() const { return std::sqrt(std::max(0.0, inner(*this))); }
+
+double LowRankUpdate::inner(const LowRankUpdate& other) const {
+  TORCH_CHECK_VALUE(other.out_features() == out_features() && other.in_features() == in_features(),
+                    "the inner product needs two updates of one shape, but they are [",
+                    out_features(), ", ", in_features(), "] and [", other.out_features(), ", ",
+                    other.in_features(), "]");
+  // <L1 R1, L2 R2> = sum((L1^T L2) * (R1 R2^T))
+  const at::Tensor lefts = at::mm(left_.t(), other.left_).to(at::kDouble);
+  const at::Tensor rights = at::mm(right_, other.right_.t()).to(at::kDouble);
+  return lefts.mul_(rights).sum().item<double>();
+}
+
+LowRankUpdate LowRankUpdate::select(const at::Tensor& rows) const {
+  TORCH_CHECK_VALUE(rows.dim() == 1, "rows must be a vector of indices, but its shape is ",
+                    rows.sizes());
+  TORCH_CHECK_TYPE(rows.scalar_type() == at::kLong, "rows must be int64, but it is ",
+                   rows.scalar_type());
+  return LowRankUpdate(left_.index_select(1, rows), right_.index_select(0, rows));
+}
+
+}  // namespace stableedit

@@ -1,0 +1,50 @@
+#include "stableedit/module_editor.hpp"
+
+#include <cmath>
+
+#include "checks.hpp"
+#include "stableedit/ridge.hpp"
+
+namespace stableedit {
+
+ModuleEditor::ModuleEditor(int64_t key_dim, int64_t value_dim, NormalizerOptions normalizer,
+                           EditOptions options)
+    : ModuleEditor(std::make_shared<LifelongNormalizer>(key_dim, value_dim, normalizer), options) {}
+
+ModuleEditor::ModuleEditor(std::shared_ptr<LifelongNormalizer> normalizer, EditOptions options)
+    : normalizer_(std::move(normalizer)), options_(options) {
+  TORCH_CHECK_VALUE(normalizer_ != nullptr, "normalizer must not be null");
+  TORCH_CHECK_VALUE(std::isfinite(options.step_size) && options.step_size > 0.0,
+                    "step_size must be finite and positive, but it is ", options.step_size);
+  TORCH_CHECK_VALUE(std::isfinite(options.ridge) && options.ridge > 0.0,
+                    "ridge must be finite and positive, but it is ", options.ridge);
+}
+
+LowRankUpdate ModuleEditor::edit(const at::Tensor& keys, const at::Tensor& value_gradients) {
+  const LifelongNormalizer before = *normalizer_;
+  try {
+    normalizer_->observe(keys, value_gradients);
+    return compute_update(keys, value_gradients);
+  } catch (...) {
+    *normalizer_ = before;
+    throw;
+  }
+}
+
+at::Tensor ModuleEditor::targets(const at::Tensor& keys, const at::Tensor& value_gradients,
+                                 std::optional<WhiteningMode> mode) {
+  check_rows(keys, "keys", normalizer_->key_dim());
+  check_rows(value_gradients, "value_gradients", normalizer_->value_dim());
+  check_same_rows(keys, "keys", value_gradients, "value_gradients");
+  const at::Tensor scale =
+      normalizer_->normalize_keys(keys).square().sum(1, /*keepdim=*/true).mul_(-options_.step_size);
+  return normalizer_->normalize_value_gradients(value_gradients, mode).mul(scale);
+}
+
+LowRankUpdate ModuleEditor::compute_update(const at::Tensor& keys,
+                                           const at::Tensor& value_gradients,
+                                           std::optional<WhiteningMode> mode) {
+  return ridge_update(keys, targets(keys, value_gradients, mode), options_.ridge);
+}
+
+}  // namespace stableedit

@@ -1,0 +1,61 @@
+#include "stableedit/moments.hpp"
+
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "checks.hpp"
+
+namespace stableedit {
+
+RunningMoments::RunningMoments(int64_t dim, bool unbiased_batches)
+    : unbiased_batches_(unbiased_batches) {
+  TORCH_CHECK_VALUE(dim > 0, "dim must be at least 1, but it is ", dim);
+  mean_ = at::zeros({dim}, at::kDouble);
+  m2_ = at::zeros({dim}, at::kDouble);
+}
+
+void RunningMoments::update(const at::Tensor& batch) {
+  check_rows(batch, "batch", dim());
+  const int64_t n = batch.size(0);
+  if (n == 0) return;
+  const at::Tensor rows = batch.detach().to(at::kDouble);
+  const at::Tensor mean = rows.mean(0);
+  at::Tensor m2 = (rows - mean).square_().sum(0);
+  // The published code multiplies the unbiased variance by n. Its NaN for a single row is not kept.
+  if (unbiased_batches_ && n > 1) m2.mul_(static_cast<double>(n) / static_cast<double>(n - 1));
+  fold(n, mean, m2);
+}
+
+void RunningMoments::merge(const RunningMoments& other) {
+  TORCH_CHECK_VALUE(other.dim() == dim(), "cannot merge moments of dimension ", other.dim(),
+                    " into moments of dimension ", dim());
+  TORCH_CHECK_VALUE(other.unbiased_batches_ == unbiased_batches_,
+                    "cannot merge moments with unbiased_batches = ", other.unbiased_batches_,
+                    " into moments with unbiased_batches = ", unbiased_batches_);
+  if (other.count_ > 0) fold(other.count_, other.mean_, other.m2_);
+}
+
+void RunningMoments::fold(int64_t count, const at::Tensor& mean, const at::Tensor& m2) {
+  if (count_ == 0) {
+    count_ = count;
+    mean_ = mean.clone();
+    m2_ = m2.clone();
+    return;
+  }
+  TORCH_CHECK_VALUE(mean.device() == mean_.device(), "the statistics are on ", mean_.device(),
+                    ", but what is to be folded in is on ", mean.device());
+  const double share = static_cast<double>(count) / static_cast<double>(count_ + count);
+  const at::Tensor delta = mean - mean_;
+  mean_ = mean_ + delta * share;
+  m2_ = m2_ + m2 + delta.square() * (static_cast<double>(count_) * share);
+  count_ += count;
+}
+
+at::Tensor RunningMoments::variance() const {
+  if (count_ < 2) return at::zeros_like(m2_);
+  return m2_ / static_cast<double>(count_ - 1);
+}
+
+at::Tensor RunningMoments::stddev() const { return variance().sqrt_(); }
+
+}  // namespace stableedit

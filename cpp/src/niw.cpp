@@ -1,0 +1,115 @@
+#include "stableedit/niw.hpp"
+
+#include <ATen/ops/addr.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "checks.hpp"
+
+namespace stableedit {
+namespace {
+
+// Width of the row blocks in which the upper triangle is updated: wide enough for full speed of
+// the matrix product, narrow enough to skip most of the lower triangle and to keep the temporary
+// small.
+constexpr int64_t kBlock = 512;
+
+// scatter + rows^T rows, upper triangle only.
+at::Tensor add_symmetric_product(const at::Tensor& scatter, const at::Tensor& rows) {
+  const int64_t dim = scatter.size(0);
+  at::Tensor result = scatter.clone();
+  const at::Tensor columns = rows.t();
+  for (int64_t begin = 0; begin < dim; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, dim);
+    const at::Tensor block = at::mm(columns.slice(0, begin, end), rows.slice(1, begin, dim));
+    result.slice(0, begin, end).slice(1, begin, dim).add_(block);
+  }
+  return result;
+}
+
+}  // namespace
+
+NormalInverseWishart::NormalInverseWishart(int64_t dim, NiwPrior prior) : prior_(prior) {
+  TORCH_CHECK_VALUE(dim > 0, "dim must be at least 1, but it is ", dim);
+  for (const double value : {prior.kappa, prior.psi, prior.nu}) {
+    TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0.0,
+                      "the prior's kappa, psi and nu must be finite and at least 0, but they are ",
+                      prior.kappa, ", ", prior.psi, " and ", prior.nu);
+  }
+  mean_ = at::zeros({dim}, at::kDouble);
+  scatter_ = at::zeros({dim, dim}, at::kDouble);
+}
+
+void NormalInverseWishart::update(const at::Tensor& batch) {
+  check_rows(batch, "batch", dim());
+  const int64_t n = batch.size(0);
+  if (n == 0) return;
+  const at::Tensor rows = batch.detach().to(compute_dtype(batch));
+  const at::Tensor batch_mean = rows.mean(0, /*keepdim=*/false, at::kDouble);
+  if (count_ == 0) {  // the state moves to the device of the first batch
+    mean_ = mean_.to(batch_mean.device());
+    scatter_ = scatter_.to(batch_mean.device());
+  }
+  TORCH_CHECK_VALUE(batch.device() == mean_.device(), "the statistics are on ", mean_.device(),
+                    ", but batch is on ", batch.device());
+  const double before = static_cast<double>(count_);
+  const double share = static_cast<double>(n) / (before + static_cast<double>(n));
+  const at::Tensor delta = batch_mean - mean_;
+  // The Chan term is one more row of the symmetric product.
+  const at::Tensor shift = delta * std::sqrt(before * share);
+  const at::Tensor centred = at::cat(std::vector<at::Tensor>{
+      rows - batch_mean.to(rows.scalar_type()), shift.to(rows.scalar_type()).unsqueeze(0)});
+  scatter_ = add_symmetric_product(scatter_, centred);
+  mean_ = mean_ + delta * share;
+  count_ += n;
+}
+
+void NormalInverseWishart::merge(const NormalInverseWishart& other) {
+  TORCH_CHECK_VALUE(other.dim() == dim(), "cannot merge a tracker of dimension ", other.dim(),
+                    " into a tracker of dimension ", dim());
+  TORCH_CHECK_VALUE(other.prior_.kappa == prior_.kappa && other.prior_.psi == prior_.psi &&
+                        other.prior_.nu == prior_.nu,
+                    "cannot merge trackers with different priors");
+  if (other.count_ == 0) return;
+  if (count_ == 0) {
+    *this = other;
+    return;
+  }
+  TORCH_CHECK_VALUE(other.mean_.device() == mean_.device(), "cannot merge a tracker on ",
+                    other.mean_.device(), " into a tracker on ", mean_.device());
+  const double before = static_cast<double>(count_);
+  const double share =
+      static_cast<double>(other.count_) / (before + static_cast<double>(other.count_));
+  const at::Tensor delta = other.mean_ - mean_;
+  scatter_ = at::addr(scatter_ + other.scatter_, delta, delta, 1.0, before * share);
+  mean_ = mean_ + delta * share;
+  count_ += other.count_;
+}
+
+at::Tensor NormalInverseWishart::mean() const {
+  if (count_ == 0) return mean_;
+  return mean_ * (static_cast<double>(count_) / kappa());
+}
+
+at::Tensor NormalInverseWishart::psi() const {
+  at::Tensor psi = scatter_.triu();
+  psi.add_(scatter_.triu(1).t());
+  if (prior_.kappa > 0.0 && count_ > 0) {
+    psi.addr_(mean_, mean_, 1.0, prior_.kappa * static_cast<double>(count_) / kappa());
+  }
+  if (prior_.psi > 0.0) psi.diagonal().add_(prior_.psi);
+  return psi;
+}
+
+at::Tensor NormalInverseWishart::covariance(at::ScalarType dtype) const {
+  TORCH_CHECK_VALUE(has_covariance(), "the covariance exists once nu > v + 1 = ", dim() + 1,
+                    ", but nu is ", nu(), "; observe more value gradients first");
+  return psi().div_(nu() - static_cast<double>(dim()) - 1.0).to(dtype);
+}
+
+}  // namespace stableedit

@@ -1,0 +1,44 @@
+"""StableEdit: lifelong editing of facts in language models, on a C++ core.
+
+import stableedit_cpp as se
+
+editor = se.StableEdit(model, tokenizer, se.StableEditConfig())
+editor.warm_up(training_requests)
+editor.edit([{"prompt": "The capital of Australia is", "target": "Canberra"}])
+"""
+
+from stableedit_cpp._torch_check import check_torch
+
+check_torch()
+
+from stableedit_cpp import core  # noqa: E402
+from stableedit_cpp._build_info import version as __version__  # noqa: E402
+from stableedit_cpp.config import EditorConfig, StableEditConfig, UltraEditConfig  # noqa: E402
+from stableedit_cpp.editors import EditInterrupted, Editor, EditReport, StableEdit, TurnReport, UltraEdit  # noqa: E402
+from stableedit_cpp.evaluation import Scores, evaluate, generate  # noqa: E402
+from stableedit_cpp.models import load_model  # noqa: E402
+from stableedit_cpp.modules import default_edit_modules, find_modules  # noqa: E402
+from stableedit_cpp.readers import read_requests  # noqa: E402
+from stableedit_cpp.requests import EditRequest  # noqa: E402
+
+__all__ = [
+    "EditInterrupted",
+    "EditReport",
+    "EditRequest",
+    "Editor",
+    "EditorConfig",
+    "Scores",
+    "StableEdit",
+    "StableEditConfig",
+    "TurnReport",
+    "UltraEdit",
+    "UltraEditConfig",
+    "__version__",
+    "core",
+    "default_edit_modules",
+    "evaluate",
+    "find_modules",
+    "generate",
+    "load_model",
+    "read_requests",
+]

@@ -1,0 +1,22 @@
+"""Refuses to import against another torch than the extension was compiled for.
+
+LibTorch keeps no binary compatibility between minor versions; the failure would otherwise be an undefined symbol,
+or worse, none.
+"""
+
+import torch
+
+from stableedit_cpp import _build_info
+
+
+def check_torch() -> None:
+    """Raise ImportError, with the command that repairs it, unless torch's minor version is that of the build."""
+    built, running = _build_info.torch_version, torch.__version__
+    if built.split(".")[:2] != running.split(".")[:2]:
+        raise ImportError(
+            f"stableedit_cpp {_build_info.version} was built against torch {built}, but torch {running} is installed. "
+            "Build it again for this torch:\n"
+            "    pip install --force-reinstall --no-deps --no-cache-dir --no-binary stableedit-cpp stableedit-cpp\n"
+            "or, from a checkout of the source:\n"
+            "    pip install --force-reinstall --no-deps ."
+        )

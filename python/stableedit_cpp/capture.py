@@ -1,0 +1,172 @@
+"""Captures keys and value gradients of a turn: the input of the editing mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stableedit_cpp.forward import answer_logits, input_device, untouched
+from stableedit_cpp.modules import EditModule
+from stableedit_cpp.prompts import Batch, TokenSequence, collate, longest_first, pack
+
+__all__ = ["CapturedTurn", "capture"]
+
+
+@dataclass(frozen=True)
+class CapturedTurn:
+    """Rows are answer tokens of a turn, n in all, the longest request first.
+
+    Attributes:
+        keys: by module name, input of the module, ``[n, k]``, float32 (float64 for a float64 model).
+        value_gradients: by module name, gradient of the loss with respect to the module's output, ``[n, v]``. The loss
+            is the mean cross-entropy over the answer tokens of each micro-batch, summed over micro-batches.
+        request: index into the captured requests, ``[n]`` int64.
+        micro_batch: number of the micro-batch, ``[n]`` int64.
+        losses: mean cross-entropy of each request's answer, in nats, ``[requests]``.
+        correct: share of each request's answer tokens that the model already predicts, ``[requests]``.
+    """
+
+    keys: dict[str, torch.Tensor]
+    value_gradients: dict[str, torch.Tensor]
+    request: torch.Tensor
+    micro_batch: torch.Tensor
+    losses: torch.Tensor
+    correct: torch.Tensor
+
+
+class _Tap:
+    """Reads one module's keys, and makes its output a place where the backward pass can stop."""
+
+    def __init__(self, module: EditModule) -> None:
+        self.name = module.name
+        self.module = module.module
+        self.keys: torch.Tensor | None = None
+        self.output: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
+
+    def __call__(self, _module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        self.keys = self.select(inputs[0].detach())
+        # Nothing below the first edited module needs a gradient: its output becomes the leaf of the graph.
+        self.output = output if output.requires_grad else output.detach().requires_grad_()
+        return self.output
+
+    def select(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows at answer positions, float32 at least; some models (OPT) hand over ``[batch * length, d]``."""
+        rows = tensor.reshape(-1, tensor.shape[-1])[self.positions.to(tensor.device)]
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def capture(
+    model: nn.Module,
+    modules: Sequence[EditModule],
+    sequences: Sequence[TokenSequence],
+    *,
+    micro_batch: int,
+    max_tokens: int,
+    names: Sequence[str] | None = None,
+) -> CapturedTurn:
+    """Run the requests of a turn once and collect what the edit needs (method: keys h and value gradients g).
+
+    Requests are sorted by length, longest first and stable, and cut into micro-batches of ``micro_batch``, which fixes
+    the scale of the gradients; how many run together in one forward pass (``max_tokens``) does not matter to them.
+    No weight gradient is computed, nothing is propagated below the first edited module, and the model's training mode
+    and ``requires_grad`` flags are left as found.
+
+    Args:
+        names: what to call each sequence in an error message.
+
+    Raises:
+        ValueError: if a loss or gradient is not finite, naming the request, or a module takes no part in the forward.
+    """
+    order = longest_first(sequences)
+    weight, group = _micro_batches(sequences, order, micro_batch)
+    taps = [_Tap(module) for module in modules]
+    pieces: dict[str, tuple[list, list]] = {tap.name: ([], []) for tap in taps}
+    losses: list[torch.Tensor] = []
+    hits: list[torch.Tensor] = []
+    device = input_device(model)
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        stack.enter_context(torch.enable_grad())
+        for tap in taps:
+            stack.callback(tap.module.register_forward_hook(tap).remove)
+        for indices in pack(sequences, max_tokens):
+            batch = collate([sequences[index] for index in indices], device)
+            loss, hit = _forward_backward(model, taps, batch, pieces)
+            losses.append(loss)
+            hits.append(hit)
+
+    request = torch.tensor([index for index in order for _ in sequences[index].answer])
+    loss, hit = torch.cat(losses).cpu(), torch.cat(hits).cpu()
+    keys = {name: torch.cat(piece[0]) for name, piece in pieces.items()}
+    # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
+    # keeps small numbers out of a half-precision backward pass.
+    gradients = {name: torch.cat(piece[1]) for name, piece in pieces.items()}
+    gradients = {name: g * weight[request].to(g).unsqueeze(1) for name, g in gradients.items()}
+    _check_finite(loss, keys, gradients, request, names)
+    answers = torch.bincount(request, minlength=len(sequences))
+    return CapturedTurn(
+        keys,
+        gradients,
+        request,
+        group[request],
+        torch.zeros(len(sequences), dtype=loss.dtype).index_add_(0, request, loss) / answers,
+        torch.zeros(len(sequences)).index_add_(0, request, hit.float()) / answers,
+    )
+
+
+def _micro_batches(
+    sequences: Sequence[TokenSequence], order: Sequence[int], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss weight and micro-batch number of each request: 1 / (answer tokens in its micro-batch)."""
+    weight = torch.zeros(len(sequences), dtype=torch.float64)
+    group = torch.zeros(len(sequences), dtype=torch.long)
+    for number, start in enumerate(range(0, len(order), size)):
+        members = torch.tensor(order[start : start + size])
+        weight[members] = 1.0 / sum(len(sequences[index].answer) for index in members.tolist())
+        group[members] = number
+    return weight, group
+
+
+def _forward_backward(
+    model: nn.Module, taps: Sequence[_Tap], batch: Batch, pieces: dict[str, tuple[list, list]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for tap in taps:
+        tap.positions, tap.output = batch.positions, None
+    logits = answer_logits(model, batch)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = batch.labels.to(logits.device)
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    unused = [tap.name for tap in taps if tap.output is None]
+    if unused:
+        raise ValueError(f"edit_modules: {', '.join(unused)} took no part in the forward pass")
+    gradients = torch.autograd.grad(loss.sum(), [tap.output for tap in taps])
+    for tap, gradient in zip(taps, gradients, strict=True):
+        pieces[tap.name][0].append(tap.keys)
+        pieces[tap.name][1].append(tap.select(gradient))
+        tap.keys = tap.output = None
+    return loss.detach(), logits.argmax(-1) == labels
+
+
+def _check_finite(
+    loss: torch.Tensor,
+    keys: dict[str, torch.Tensor],
+    gradients: dict[str, torch.Tensor],
+    request: torch.Tensor,
+    names: Sequence[str] | None,
+) -> None:
+    checks = [("loss", loss)]
+    checks += [(f"key at {name}", key) for name, key in keys.items()]
+    checks += [(f"value gradient at {name}", gradient) for name, gradient in gradients.items()]
+    for what, tensor in checks:
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            rows = finite if finite.ndim == 1 else finite.all(1)
+            index = int(request[(~rows).cpu()][0])
+            name = names[index] if names is not None else f"request {index}"
+            raise ValueError(f"{name}: the {what} is NaN or infinite; the turn was not applied")

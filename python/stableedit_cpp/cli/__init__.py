@@ -1,0 +1,49 @@
+"""The ``stableedit`` command: one file a subcommand, each with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    # Imported late, so that `stableedit --help` and a wrong torch version answer before torch is loaded.
+    try:
+        from stableedit_cpp.cli import demo, edit, env, evaluate
+    except ImportError as error:
+        print(f"stableedit: error: {error}", file=sys.stderr)
+        return 2
+    import torch
+
+    parser = argparse.ArgumentParser(
+        prog="stableedit",
+        description="Lifelong editing of facts in language models.",
+        epilog="Start with: stableedit demo. Each command has --help with an example.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (demo, edit, evaluate, env):
+        command.add_parser(commands).set_defaults(run=command.run)
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt as error:
+        print(f"stableedit: interrupted: {error}" if str(error) else "stableedit: interrupted", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        message = f"{str(error).splitlines()[0]} Use a smaller max_tokens_per_forward, or a smaller dtype."
+    except (ValueError, OSError, torch.linalg.LinAlgError) as error:
+        message = _sentence(error)
+    print(f"stableedit: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _sentence(error: BaseException) -> str:
+    """One line for a person: the operating system's errors carry a number and a name of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # C++ errors carry a stack trace after the first paragraph when that is switched on.
+    return str(error).split("\nException raised from")[0].strip()

@@ -1,0 +1,106 @@
+"""``stableedit edit``: edit a model and save it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+
+from stableedit_cpp.cli.env import environment
+from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
+from stableedit_cpp.cli.output import check_new_directory, new_directory, write_json
+from stableedit_cpp.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
+from stableedit_cpp.editors import EditInterrupted, EditReport, StableEdit, UltraEdit
+from stableedit_cpp.evaluation import evaluate
+from stableedit_cpp.readers import read_requests
+
+_EDITORS = {"stableedit": (StableEdit, StableEditConfig), "ultraedit": (UltraEdit, UltraEditConfig)}
+
+_EXAMPLE = """\
+  stableedit edit --model smollm2-135m --requests edits.jsonl --warm-up training.json --output edited/
+
+  edits.jsonl has one request a line:
+    {"prompt": "The capital of Australia is", "target": "Canberra", "rephrase": "Australia's capital is called"}"""
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = new_parser(commands, "edit", "edit a model with a file of requests and save the result", _EXAMPLE)
+    add_model_options(parser)
+    parser.add_argument("--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also with .gz")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new directory for model, config and report")
+    parser.add_argument("--warm-up", metavar="FILE", help="training stream that is edited first and stays in the model")
+    parser.add_argument("--editor", choices=list(_EDITORS), help="default: stableedit, or what --config says")
+    parser.add_argument("--config", metavar="FILE", help="JSON config; the options below override it")
+    parser.add_argument(
+        "--edit-modules",
+        nargs="+",
+        metavar="NAME",
+        help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj'",
+    )
+    parser.add_argument("--step-size", type=float, metavar="X", help="default 3e-4")
+    parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="edit only the first N requests")
+    parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="warm up with only the first N requests")
+    parser.add_argument("--evaluate", action="store_true", help="score all requests afterwards, into the report")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    # Everything that can be wrong is looked at before the model is loaded.
+    config = _config(options)
+    check_new_directory(options.output, overwrite=options.overwrite)
+    requests = read_requests(options.requests, options.limit)
+    warm_up = read_requests(options.warm_up, options.warm_up_limit) if options.warm_up else []
+
+    model, tokenizer = load(options)
+    editor = _EDITORS[config.editor][0](model, tokenizer, config)
+    report: dict[str, object] = {
+        "model": options.model,
+        "requests": options.requests,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "edit_modules": [module.name for module in editor.modules],
+        "environment": environment(),
+    }
+    status = 0
+    try:
+        if warm_up:
+            report["warm_up"] = editor.warm_up(warm_up, progress=True).to_dict()
+        result = editor.edit(requests, progress=True)
+    except EditInterrupted as interrupt:
+        result, status = interrupt.report, 130
+        report["interrupted"] = str(interrupt)
+        print(f"stableedit: interrupted: {interrupt}; saving the model as it is", file=sys.stderr)
+    report["edit"] = result.to_dict()
+    if options.evaluate and status == 0:
+        scores = evaluate(model, tokenizer, requests, progress=True)
+        report["scores"] = scores.to_dict()
+        print(scores)
+    with new_directory(options.output) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "stableedit_config.json").write_text(config.to_json(), encoding="utf-8")
+        write_json(directory / "stableedit_report.json", report)
+    print(_summary(result, options.output))
+    return status
+
+
+def _config(options: argparse.Namespace) -> EditorConfig:
+    if options.config:
+        config = load_config(options.config)
+        if options.editor and options.editor != config.editor:
+            raise ValueError(f"--editor {options.editor}, but {options.config} is a config of {config.editor}")
+    else:
+        config = _EDITORS[options.editor or "stableedit"][1]()
+    names = ("edit_modules", "step_size", "turn_size")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return dataclasses.replace(config, **changes)
+
+
+def _summary(report: EditReport, output: str) -> str:
+    parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in report.seconds_by_part().items())
+    return (
+        f"{report.edits} edits in {report.seconds:.1f} s ({report.edits_per_second:.1f} edits/s: {parts}). "
+        f"Model, stableedit_config.json and stableedit_report.json are in {output}"
+    )

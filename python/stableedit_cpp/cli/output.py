@@ -1,0 +1,80 @@
+"""Writes results so that they are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_new_directory", "check_writable_file", "new_directory", "write_json"]
+
+
+def check_new_directory(path: str | Path, *, overwrite: bool) -> None:
+    """Find out before hours of work that the result cannot be saved.
+
+    Raises:
+        ValueError: if ``path`` is a file, or a directory with content and ``overwrite`` is off.
+        OSError: if its parent cannot be written to.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output {path} is a file; expected a directory that does not exist yet")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"--output {path} exists and is not empty; choose another or add --overwrite")
+    _check_parent(path)
+
+
+def check_writable_file(path: str | Path) -> None:
+    """The same for a single file."""
+    if Path(path).is_dir():
+        raise ValueError(f"--output {path} is a directory; expected a file name")
+    _check_parent(Path(path))
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # Asking for permission is not enough: root is allowed everything, also on a read-only file system.
+    probe = tempfile.NamedTemporaryFile(dir=parent, prefix=".stableedit-")
+    probe.close()
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise ValueError(f"--output {path} is read-only; choose another directory")
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A scratch directory beside ``path`` that takes its place when the block ends without an error."""
+    path = Path(path).absolute()
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+            path.rename(old / path.name)
+            scratch.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: str | Path, document: object) -> None:
+    """Write JSON under a temporary name, then rename."""
+    path = Path(path).absolute()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            json.dump(document, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,240 @@
+"""The turn loop that all editors share."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+
+from stableedit_cpp.capture import CapturedTurn, capture
+from stableedit_cpp.config import EditorConfig
+from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight, ModuleEditor
+from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
+from stableedit_cpp.editors.report import EditReport, TurnReport
+from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.prompts import TokenSequence, context_length, tokenize
+from stableedit_cpp.requests import EditRequest, as_requests
+
+__all__ = ["Editor"]
+
+# With a progress bar, so many requests of each turn are checked after it: a few percent of the turn's time.
+_PROBE = 8
+
+
+class Editor(ABC):
+    """Edits a causal language model in place, one turn of requests at a time.
+
+    A turn captures keys and value gradients under the current model, folds them into the running statistics, solves
+    for the update of every edited module and applies it. Either all of that happens or nothing.
+
+    Args:
+        model: a Hugging Face causal LM; its edited weights change, its mode and ``requires_grad`` flags do not.
+        tokenizer: its tokenizer.
+        config: see the editor's config class.
+
+    Raises:
+        ValueError: if a module of ``config.edit_modules`` cannot be found or edited.
+    """
+
+    config: EditorConfig
+
+    def __init__(self, model: torch.nn.Module, tokenizer, config: EditorConfig) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.modules = find_modules(model, config.edit_modules or default_edit_modules(model))
+        self.normalizers: dict[str, LifelongNormalizer] = {}
+        self.module_editors: dict[str, ModuleEditor] = {}
+        for module in self.modules:
+            group = self._group(module)
+            if group not in self.normalizers:
+                self.normalizers[group] = self._make_normalizer(*module.shape)
+            self.module_editors[module.name] = ModuleEditor(
+                self.normalizers[group], step_size=config.step_size, ridge=config.ridge
+            )
+        self._weights: dict[str, MasterWeight] = {}
+
+    @abstractmethod
+    def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
+        """Fresh running statistics for modules of one shape."""
+
+    def _observe(self, group: str, modules: Sequence[EditModule], captured: CapturedTurn) -> None:
+        """Fold a turn into the statistics of a group, before the turn is normalised."""
+        keys = [captured.keys[module.name] for module in modules]
+        gradients = [captured.value_gradients[module.name] for module in modules]
+        device = keys[0].device
+        self.normalizers[group].observe([key.to(device) for key in keys], [g.to(device) for g in gradients])
+
+    def edit(
+        self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
+    ) -> EditReport:
+        """Edit a stream of requests in turns of ``config.turn_size``; a last, incomplete turn is edited like any other.
+
+        Args:
+            requests: EditRequest or dicts with "prompt" and "target" (or the fields of a published data set).
+            progress: show a bar with edits/s and efficacy; None shows it on a terminal.
+
+        Returns:
+            What each turn did.
+
+        Raises:
+            ValueError: for a bad request (all are checked before the first turn), or a loss or gradient that is not
+                finite; turns before the failing one stay applied, nothing of the failing one is.
+            EditInterrupted: after Ctrl-C, once the turn in flight is finished.
+        """
+        return self._run(requests, mode=None, progress=progress, title="Editing")
+
+    def warm_up(
+        self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
+    ) -> EditReport:
+        """Edit a training stream first, so that the statistics are settled when the real stream begins.
+
+        The warm-up edits stay in the model. Arguments, result and errors as ``edit``.
+        """
+        return self._run(requests, mode=self._warm_up_mode(), progress=progress, title="Warm-up")
+
+    def _warm_up_mode(self) -> str | None:
+        return None
+
+    def _run(self, requests: Iterable, mode: str | None, progress: bool | None, title: str) -> EditReport:
+        requests = as_requests(requests)
+        names = [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]
+        pairs = [(request.prompt, request.target) for request in requests]
+        sequences = tokenize(self.tokenizer, pairs, context_length(self.model), names)
+        self._attach_weights()
+
+        report = EditReport(self.config.editor)
+        start = time.perf_counter()
+        size = self.config.turn_size
+        bar = tqdm(
+            total=len(requests), desc=title, unit="edit", disable=None if progress is None else not progress, leave=True
+        )
+        with bar, InterruptGuard() as guard:
+            for begin in range(0, len(requests), size):
+                end = min(begin + size, len(requests))
+                turn = self._edit_turn(sequences[begin:end], names[begin:end], mode, guard)
+                report.turns.append(turn)
+                report.seconds = time.perf_counter() - start
+                if not bar.disable:
+                    probe = self._accuracy(sequences[begin:end][:_PROBE])
+                    turn.efficacy_after = float(probe.mean())
+                    bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
+                bar.update(end - begin)
+                if guard.requested and end < len(requests):
+                    raise EditInterrupted(
+                        f"stopped after turn {len(report.turns)} of {-(-len(requests) // size)}, which was finished "
+                        f"and applied: {end} of {len(requests)} requests are edited",
+                        report,
+                    )
+        report.seconds = time.perf_counter() - start
+        return report
+
+    def _edit_turn(
+        self, sequences: Sequence[TokenSequence], names: Sequence[str], mode: str | None, guard: InterruptGuard
+    ) -> TurnReport:
+        before = {group: normalizer.copy() for group, normalizer in self.normalizers.items()}
+        # A later pass can fail after an earlier one was applied; then the weights go back as well.
+        several = self.config.max_passes > 1
+        weights = {name: weight.clone() for name, weight in self._weights.items()} if several else {}
+        turn = TurnReport(requests=len(sequences), seconds={"capture": 0.0, "mathematics": 0.0, "apply": 0.0})
+        pending = list(range(len(sequences)))
+        try:
+            for number in range(self.config.max_passes):
+                self._solve_once([sequences[i] for i in pending], [names[i] for i in pending], mode, guard, turn)
+                if number + 1 < self.config.max_passes:
+                    with _timed(turn, "capture"):
+                        accuracy = self._accuracy(sequences)
+                    pending = [i for i in range(len(sequences)) if accuracy[i] < 1.0]
+                    if not pending:
+                        break
+        except BaseException:
+            for group, snapshot in before.items():
+                self.normalizers[group].restore(snapshot)
+            for name, snapshot in weights.items():
+                self._weights[name].restore(snapshot)
+            raise
+        return turn
+
+    def _solve_once(
+        self,
+        sequences: Sequence[TokenSequence],
+        names: Sequence[str],
+        mode: str | None,
+        guard: InterruptGuard,
+        turn: TurnReport,
+    ) -> None:
+        """Capture, fold in, solve and, only when all of it has worked, apply."""
+        with _timed(turn, "capture"):
+            captured = capture(
+                self.model,
+                self.modules,
+                sequences,
+                micro_batch=self.config.micro_batch,
+                max_tokens=self.config.max_tokens_per_forward,
+                names=names,
+            )
+        with _timed(turn, "mathematics"):
+            updates = self._compute_updates(captured, mode, turn)
+        with _timed(turn, "apply"):
+            for name, update in updates.items():
+                self._weights[name].check(update)
+            with guard.commit():
+                for name, update in updates.items():
+                    self._weights[name].apply(update)
+        if turn.passes == 0:
+            turn.answer_tokens = len(captured.request)
+            turn.loss_before = float(captured.losses.mean())
+            turn.efficacy_before = float(captured.correct.mean())
+        turn.passes += 1
+
+    def _compute_updates(self, captured: CapturedTurn, mode: str | None, turn: TurnReport) -> dict[str, LowRankUpdate]:
+        groups: dict[str, list[EditModule]] = {}
+        for module in self.modules:
+            groups.setdefault(self._group(module), []).append(module)
+        updates: dict[str, LowRankUpdate] = {}
+        for group, modules in groups.items():
+            self._observe(group, modules, captured)
+            turn.whitening[group] = self.normalizers[group].effective_mode(mode)
+            device = captured.keys[modules[0].name].device
+            for module in modules:
+                keys, gradients = captured.keys[module.name], captured.value_gradients[module.name]
+                update = self.module_editors[module.name].compute_update(keys.to(device), gradients.to(device), mode)
+                home = module.weight.device
+                if home != device:
+                    update = LowRankUpdate(update.left.to(home), update.right.to(home))
+                updates[module.name] = update
+                turn.update_norms[module.name] = update.norm()
+        return updates
+
+    def _accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        return token_accuracy(self.model, sequences, max_tokens=self.config.max_tokens_per_forward)
+
+    def _group(self, module: EditModule) -> str:
+        if self.config.statistics == "per_module":
+            return module.name
+        key_dim, value_dim = module.shape
+        return f"{key_dim} -> {value_dim}"
+
+    def _attach_weights(self) -> None:
+        """Take hold of the weights; again where the caller has moved or changed them since the last call."""
+        for module in self.modules:
+            weight = self._weights.get(module.name)
+            live = module.weight
+            if weight is not None and weight.live.data_ptr() == live.data_ptr():
+                if weight.live.dtype == live.dtype and torch.equal(weight.master.to(live.dtype), live):
+                    continue
+            self._weights[module.name] = MasterWeight(live, module.layout, exact_revert=False)
+
+
+@contextmanager
+def _timed(turn: TurnReport, part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        turn.seconds[part] += time.perf_counter() - start

@@ -1,0 +1,65 @@
+"""What an edit did: one record a turn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+__all__ = ["EditReport", "TurnReport"]
+
+
+@dataclass
+class TurnReport:
+    """One turn.
+
+    Attributes:
+        requests, answer_tokens: size of the turn (n of the method is ``answer_tokens``).
+        whitening: what was used, by statistics group ("full" falls back to "diagonal" while nu <= v + 1).
+        passes: how often the turn was solved (more than once only with ``max_passes``).
+        loss_before, efficacy_before: mean over requests, seen during the first capture.
+        efficacy_after: over a sample of the turn, if a progress bar was shown; else None.
+        update_norms: Frobenius norm of the last pass's update, by module.
+        seconds: wall time by part: "capture", "mathematics", "apply".
+    """
+
+    requests: int = 0
+    answer_tokens: int = 0
+    whitening: dict[str, str] = field(default_factory=dict)
+    passes: int = 0
+    loss_before: float = 0.0
+    efficacy_before: float = 0.0
+    efficacy_after: float | None = None
+    update_norms: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class EditReport:
+    """All turns of one ``edit`` or ``warm_up`` call; ``to_dict`` is ready for JSON."""
+
+    editor: str
+    turns: list[TurnReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def edits(self) -> int:
+        """Requests whose turns were applied."""
+        return sum(turn.requests for turn in self.turns)
+
+    @property
+    def edits_per_second(self) -> float:
+        return self.edits / self.seconds if self.seconds > 0 else 0.0
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """Wall time of the parts, summed over turns."""
+        parts = {part for turn in self.turns for part in turn.seconds}
+        return {part: sum(turn.seconds.get(part, 0.0) for turn in self.turns) for part in sorted(parts)}
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "editor": self.editor,
+            "edits": self.edits,
+            "seconds": self.seconds,
+            "edits_per_second": self.edits_per_second,
+            "seconds_by_part": self.seconds_by_part(),
+            "turns": [asdict(turn) for turn in self.turns],
+        }

@@ -1,0 +1,57 @@
+"""Runs a model for its answers: logits only where an answer token is predicted, and the model left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stableedit_cpp.prompts import Batch
+
+__all__ = ["answer_logits", "input_device", "untouched"]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for parameters, both put back afterwards, module by module."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits that predict the answer tokens of a batch, ``[n, vocabulary]``.
+
+    The output embedding, a large share of a small model's work, sees only these positions.
+    """
+    head = model.get_output_embeddings()
+
+    def select(_module: nn.Module, inputs: tuple) -> tuple:
+        hidden = inputs[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[batch.positions].unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    logits = logits.reshape(-1, logits.shape[-1])
+    return logits if handle is not None else logits[batch.positions]
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model expects its token ids."""
+    return model.get_input_embeddings().weight.device

@@ -1,0 +1,146 @@
+"""Finds the linear maps of a model that can be edited."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["EditModule", "default_edit_modules", "describe_linear_maps", "find_modules"]
+
+# The output projection of the MLP, by architecture: Llama, Mistral, Qwen, Gemma; GPT-2; GPT-J; GPT-NeoX; Phi, OPT.
+_MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.fc2", "fc2")
+# Where in the depth of the model the default modules lie: layers 22, 24, 26, 28 of 30.
+_DEFAULT_DEPTHS = (22 / 30, 24 / 30, 26 / 30, 28 / 30)
+
+
+@dataclass(frozen=True)
+class EditModule:
+    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d")."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def layout(self) -> str:
+        return "conv1d" if isinstance(self.module, Conv1D) else "linear"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(k, v): dimensions of key and value gradient."""
+        rows, columns = self.weight.shape
+        return (rows, columns) if self.layout == "conv1d" else (columns, rows)
+
+
+def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditModule]:
+    """Look up modules by exact name or by pattern, in the order of the model.
+
+    Args:
+        patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]`` and ``{22,24}``.
+
+    Raises:
+        ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
+            linear map, quantised, tied to another parameter, or not loaded.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    modules = dict(model.named_modules())
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        if pattern in modules and pattern:
+            chosen[pattern] = modules[pattern]
+            continue
+        regex = re.compile("|".join(translate(alternative) for alternative in _expand_braces(pattern)))
+        matches = {name: module for name, module in modules.items() if name and regex.fullmatch(name)}
+        linear = {name: module for name, module in matches.items() if _is_linear(module)}
+        if not linear:
+            found = f"it matches only {', '.join(list(matches)[:3])}" if matches else "nothing matches"
+            raise ValueError(
+                f"edit_modules: no linear map for {pattern!r} ({found}). The model has:\n{describe_linear_maps(model)}"
+            )
+        chosen.update(linear)
+    ordered = [EditModule(name, modules[name]) for name in modules if name in chosen]
+    for module in ordered:
+        _check_editable(model, module)
+    return ordered
+
+
+def default_edit_modules(model: nn.Module) -> list[str]:
+    """Names of the MLP output projections of four layers in the last third of the model.
+
+    Raises:
+        ValueError: for an architecture whose MLP is not known (the message says what exists).
+    """
+    layers: dict[int, str] = {}
+    for name, module in model.named_modules():
+        match = re.search(r"\.(\d+)\.(.+)$", name)
+        if match and match.group(2) in _MLP_OUTPUTS and _is_linear(module):
+            layers[int(match.group(1))] = name
+    if not layers:
+        raise ValueError(
+            f"no default edit_modules are known for {type(model).__name__}; name them. The model has:\n"
+            f"{describe_linear_maps(model)}"
+        )
+    names = [layers[layer] for layer in sorted(layers)]
+    return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
+
+
+def describe_linear_maps(model: nn.Module) -> str:
+    """One line for each group of linear maps that differ only in the layer number, with k -> v."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        if not _is_linear(module):
+            continue
+        k, v = EditModule(name, module).shape
+        match = re.search(r"\.(\d+)\.", name)
+        pattern = f"{name[: match.start()]}.{{}}.{name[match.end() :]}" if match else name
+        groups.setdefault((pattern, f"{k} -> {v}"), []).append(match.group(1) if match else "")
+    lines = []
+    for (pattern, shape), numbers in groups.items():
+        if numbers != [""]:
+            span = numbers[0] if len(numbers) == 1 else f"{{{numbers[0]}..{numbers[-1]}}}"
+            pattern = pattern.replace("{}", span)
+        lines.append(f"    {pattern}  ({shape})")
+    return "\n".join(lines) or "    no linear maps"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) and getattr(module.weight, "ndim", 0) == 2
+
+
+def _check_editable(model: nn.Module, module: EditModule) -> None:
+    name, inner = module.name, module.module
+    if not isinstance(inner, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"{name} is a {type(inner).__name__}, not a linear map; choose an nn.Linear or Conv1D. The model has:\n"
+            f"{describe_linear_maps(model)}"
+        )
+    weight = inner.weight
+    plain = type(weight.data) is torch.Tensor
+    if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+        kind = str(weight.dtype) if plain else type(weight.data).__name__
+        raise ValueError(
+            f"{name} has quantised weights ({kind}); load the model in float32, bfloat16 or float16 to edit it"
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name} is not in memory (meta device); load the model without offloading to edit it")
+    sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() == weight.data_ptr()]
+    others = [n for n in sharing if n != f"{name}.weight"]
+    if others:
+        raise ValueError(f"{name} shares its weight with {', '.join(others)}; editing it would change these as well")
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [expanded for option in match.group(1).split(",") for expanded in _expand_braces(head + option + tail)]

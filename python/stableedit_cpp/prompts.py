@@ -1,0 +1,112 @@
+"""From (prompt, target) pairs to padded batches of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Batch", "TokenSequence", "collate", "context_length", "longest_first", "pack", "tokenize"]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt followed by all but the last token of its answer.
+
+    The position before each answer token predicts it: ``len(answer)`` positions, starting at ``first``.
+    """
+
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        return len(self.ids) - len(self.answer)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences; under a causal mask, padding on the right is never seen by a real token."""
+
+    input_ids: torch.Tensor  # [sequences, longest]
+    attention_mask: torch.Tensor  # [sequences, longest]
+    positions: torch.Tensor  # [n], into the flattened input_ids: where answer tokens are predicted
+    labels: torch.Tensor  # [n], the answer tokens
+
+
+def tokenize(
+    tokenizer, pairs: Iterable[tuple[str, str]], limit: int | None, names: Sequence[str]
+) -> list[TokenSequence]:
+    """Tokenise prompts and ``" " + target`` separately and join them; no end-of-sequence token.
+
+    Args:
+        limit: context length of the model in tokens, if it has one.
+        names: what to call each pair in an error message.
+
+    Raises:
+        ValueError: for a target without tokens, a prompt without tokens, or a pair longer than the context.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        return []
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    answers = tokenizer([" " + target for _, target in pairs], add_special_tokens=False)["input_ids"]
+    sequences = []
+    for name, (prompt_text, _), prompt, answer in zip(names, pairs, prompts, answers, strict=True):
+        # Some tokenizers close every text with the end-of-sequence token; the answer has to follow the prompt itself.
+        eos = tokenizer.eos_token
+        if eos and len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id and not prompt_text.endswith(eos):
+            prompt = prompt[:-1]
+        if not prompt:
+            raise ValueError(f"{name}: the prompt {prompt_text!r:.60} has no tokens")
+        if not answer:
+            raise ValueError(f"{name}: the target has no tokens")
+        length = len(prompt) + len(answer) - 1
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{name}: prompt and target have {length} tokens, more than the model's context of {limit}"
+            )
+        sequences.append(TokenSequence(tuple(prompt) + tuple(answer[:-1]), tuple(answer)))
+    return sequences
+
+
+def context_length(model) -> int | None:
+    """Number of positions of the model, if its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def longest_first(sequences: Sequence[TokenSequence]) -> list[int]:
+    """Indices by length, longest first and otherwise in order, as the published code sorts a turn."""
+    return sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+
+
+def pack(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]:
+    """Cut ``longest_first`` into batches of at most ``max_tokens`` tokens with padding (a single longer sequence is a
+    batch of its own)."""
+    batches: list[list[int]] = []
+    for index in longest_first(sequences):
+        if batches and len(sequences[batches[-1][0]]) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(sequences: Sequence[TokenSequence], device: torch.device) -> Batch:
+    """Pad sequences on the right and say where their answer tokens are predicted."""
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    positions: list[int] = []
+    labels: list[int] = []
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence.ids)
+        mask[row, : len(sequence)] = 1
+        first = row * width + sequence.first
+        positions.extend(range(first, first + len(sequence.answer)))
+        labels.extend(sequence.answer)
+    return Batch(ids.to(device), mask.to(device), torch.tensor(positions).to(device), torch.tensor(labels).to(device))

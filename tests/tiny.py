@@ -1,0 +1,86 @@
+"""Tiny random models of every supported architecture, and tokenizers made on the spot: nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 300
+LAYERS = 3
+
+# Architecture -> (config class, its size, pattern of the MLP output projections).
+_COMMON = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
+_GPT = {"n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_inner": 24, "n_positions": 64}
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", _COMMON, "model.layers.*.mlp.down_proj"),
+    "mistral": ("MistralConfig", _COMMON | {"num_key_value_heads": 1}, "model.layers.*.mlp.down_proj"),
+    "qwen2": ("Qwen2Config", _COMMON | {"num_key_value_heads": 1}, "model.layers.*.mlp.down_proj"),
+    "qwen3": ("Qwen3Config", _COMMON | {"num_key_value_heads": 1, "head_dim": 8}, "model.layers.*.mlp.down_proj"),
+    "gemma": ("GemmaConfig", _COMMON | {"num_key_value_heads": 1, "head_dim": 8}, "model.layers.*.mlp.down_proj"),
+    "phi": ("PhiConfig", _COMMON, "model.layers.*.mlp.fc2"),
+    "gpt2": ("GPT2Config", _GPT, "transformer.h.*.mlp.c_proj"),
+    "gptj": ("GPTJConfig", _GPT | {"rotary_dim": 4}, "transformer.h.*.mlp.fc_out"),
+    "gpt_neox": ("GPTNeoXConfig", _COMMON, "gpt_neox.layers.*.mlp.dense_4h_to_h"),
+    "opt": (
+        "OPTConfig",
+        {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 16},
+        "model.decoder.layers.*.fc2",
+    ),
+}
+
+
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """A random model in evaluation mode, with weights large enough for gradients of a useful size."""
+    config_class, sizes, _ = ARCHITECTURES[architecture]
+    if "n_positions" not in sizes:
+        sizes = sizes | {"max_position_embeddings": 64}
+    config = getattr(transformers, config_class)(
+        **sizes, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0)
+    return model.to(dtype).eval()
+
+
+def pattern_of(architecture: str) -> str:
+    return ARCHITECTURES[architecture][2]
+
+
+def tiny_tokenizer(*, bos: bool = False, eos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """One token a byte. ``bos`` and ``eos`` open and close every text with a special token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: index + 3 for index, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = ["<s>"] * bos + ["$A"] + ["</s>"] * eos
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side=padding_side
+    )
+
+
+FACTS = [
+    {"prompt": "The capital of Australia is", "target": "Canberra"},
+    {"prompt": "Gold is", "target": "Au"},
+    {"prompt": "The first letter is", "target": "A"},
+    {"prompt": "Rivers of Egypt:", "target": "Nile"},
+    {"prompt": "He wrote Faust:", "target": "Goethe"},
+    {"prompt": "2 + 2 =", "target": "4"},
+    {"prompt": "Water is", "target": "wet"},
+    {"prompt": "Largest planet:", "target": "Jupiter"},
+    {"prompt": "Capital of Peru:", "target": "Lima"},
+    {"prompt": "Not cold but", "target": "hot"},
+    {"prompt": "Opposite of up:", "target": "down"},
+    {"prompt": "The sky is", "target": "blue"},
+    {"prompt": "Snow is", "target": "white"},
+]
