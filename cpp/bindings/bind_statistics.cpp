@@ -64,23 +64,32 @@ associative and commutative. `copy()` is an O(1) snapshot.)")
       .def("mean", no_gil(&NormalInverseWishart::mean), "Posterior mean m, [v] float64.")
       .def("psi", no_gil(&NormalInverseWishart::psi), "Posterior scatter Psi, [v, v] float64.")
       .def("has_covariance", &NormalInverseWishart::has_covariance, "True once nu > v + 1.")
-      .def("covariance", no_gil([](const NormalInverseWishart& self) { return self.covariance(); }),
+      .def("covariance", no_gil(&NormalInverseWishart::covariance),
            "Psi / (nu - v - 1), [v, v] float64; ValueError while nu <= v + 1.");
 }
 
 void bind_whitening(py::module_& m) {
+  const WhiteningOptions defaults;
   py::class_<WhiteningOptions>(m, "WhiteningOptions", R"(
 mode: 'full', 'diagonal' or 'none'. floor: lower bound on the eigenvalues of the covariance,
-absolute or relative to their mean.)")
-      .def(py::init(
-               no_gil([](const std::string& mode, double floor, const std::string& floor_mode_) {
-                 return WhiteningOptions{whitening_mode(mode), floor, floor_mode(floor_mode_)};
-               })),
-           py::kw_only(), py::arg("mode") = "full", py::arg("floor") = 0.1,
-           py::arg("floor_mode") = "relative")
+absolute or relative to their mean. refresh: reuse a decomposition until the sample count has grown
+by this fraction (0: decompose every turn). drift_limit: decompose anyway when the whitened batch's
+mean square moves by more than this factor.)")
+      .def(py::init(no_gil([](const std::string& mode, double floor, const std::string& floor_mode_,
+                              double refresh, double drift_limit) {
+             const WhiteningOptions options{whitening_mode(mode), floor, floor_mode(floor_mode_),
+                                            refresh, drift_limit};
+             options.check();
+             return options;
+           })),
+           py::kw_only(), py::arg("mode") = "full", py::arg("floor") = defaults.floor,
+           py::arg("floor_mode") = "relative", py::arg("refresh") = defaults.refresh,
+           py::arg("drift_limit") = defaults.drift_limit)
       .def_property_readonly("mode",
                              [](const WhiteningOptions& self) { return to_string(self.mode); })
       .def_readonly("floor", &WhiteningOptions::floor)
+      .def_readonly("refresh", &WhiteningOptions::refresh)
+      .def_readonly("drift_limit", &WhiteningOptions::drift_limit)
       .def_property_readonly(
           "floor_mode", [](const WhiteningOptions& self) { return to_string(self.floor_mode); });
 
@@ -160,7 +169,8 @@ goes back to one.)")
       .def_property_readonly("key_moments", &LifelongNormalizer::key_moments)
       .def_property_readonly("value_moments", &LifelongNormalizer::value_moments)
       .def_property_readonly("value_tracker", &LifelongNormalizer::value_tracker)
-      .def_property_readonly("whitener", &LifelongNormalizer::whitener);
+      .def_property_readonly("whitener", &LifelongNormalizer::whitener)
+      .def_property_readonly("decompositions", &LifelongNormalizer::decompositions);
 }
 
 }  // namespace

@@ -2,7 +2,10 @@
 
 #include <ATen/ops/addr.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -99,17 +102,38 @@ at::Tensor NormalInverseWishart::mean() const {
 at::Tensor NormalInverseWishart::psi() const {
   at::Tensor psi = scatter_.triu();
   psi.add_(scatter_.triu(1).t());
+  add_prior(psi);
+  return psi;
+}
+
+at::Tensor NormalInverseWishart::covariance() const {
+  const double divisor = covariance_divisor();
+  return psi().div_(divisor);
+}
+
+at::Tensor NormalInverseWishart::covariance_upper(at::ScalarType dtype) const {
+  const double divisor = covariance_divisor();
+  at::Tensor psi = scatter_;
+  if (prior_.kappa > 0.0 || prior_.psi > 0.0) {
+    psi = scatter_.clone();
+    add_prior(psi);
+  }
+  // Divided and converted in one pass.
+  at::Tensor sigma = at::empty(psi.sizes(), psi.options().dtype(dtype));
+  return at::div_out(sigma, psi, at::scalar_tensor(divisor, psi.options()));
+}
+
+void NormalInverseWishart::add_prior(at::Tensor& psi) const {
   if (prior_.kappa > 0.0 && count_ > 0) {
     psi.addr_(mean_, mean_, 1.0, prior_.kappa * static_cast<double>(count_) / kappa());
   }
   if (prior_.psi > 0.0) psi.diagonal().add_(prior_.psi);
-  return psi;
 }
 
-at::Tensor NormalInverseWishart::covariance(at::ScalarType dtype) const {
+double NormalInverseWishart::covariance_divisor() const {
   TORCH_CHECK_VALUE(has_covariance(), "the covariance exists once nu > v + 1 = ", dim() + 1,
                     ", but nu is ", nu(), "; observe more value gradients first");
-  return psi().div_(nu() - static_cast<double>(dim()) - 1.0).to(dtype);
+  return nu() - static_cast<double>(dim()) - 1.0;
 }
 
 }  // namespace stableedit

@@ -5,12 +5,19 @@
 #include "checks.hpp"
 
 namespace stableedit {
+namespace {
+
+// Rows of a batch from which drift is measured: enough for an average, few enough to cost nothing.
+constexpr int64_t kSample = 256;
+
+}  // namespace
 
 LifelongNormalizer::LifelongNormalizer(int64_t key_dim, int64_t value_dim,
                                        NormalizerOptions options)
     : options_(options),
       key_moments_(key_dim, options.unbiased_batches),
       value_moments_(value_dim, options.unbiased_batches) {
+  options.whitening.check();
   if (options.whitening.mode == WhiteningMode::kFull) {
     TORCH_CHECK_VALUE(!options.unbiased_batches,
                       "unbiased_batches belongs to diagonal whitening; full whitening needs the "
@@ -40,7 +47,9 @@ void LifelongNormalizer::observe(const std::vector<at::Tensor>& keys,
   for (const at::Tensor& batch : keys) next.key_moments_.update(batch);
   for (const at::Tensor& batch : value_gradients) next.value_moments_.update(batch);
   if (next.value_tracker_) {
-    next.value_tracker_->update(keys.size() == 1 ? value_gradients[0] : at::cat(value_gradients));
+    const at::Tensor pooled = keys.size() == 1 ? value_gradients[0] : at::cat(value_gradients);
+    next.value_tracker_->update(pooled);
+    if (options_.whitening.refresh > 0.0) next.sample(pooled);
   }
   *this = std::move(next);
 }
@@ -85,13 +94,38 @@ at::Tensor LifelongNormalizer::normalize_value_gradients(const at::Tensor& value
         .transform(rows - value_moments_.mean().to(dtype));
   }
   const double nu = value_tracker_->nu();
-  if (!whitener_ || whitener_nu_ != nu || whitener_dtype_ != dtype) {
-    whitener_ = Whitener::full(value_tracker_->covariance(dtype), options_.whitening.floor,
-                               options_.whitening.floor_mode);
+  const bool due = !whitener_ || whitener_dtype_ != dtype || nu < whitener_nu_ ||
+                   (nu > whitener_nu_ && nu >= whitener_nu_ * (1.0 + options_.whitening.refresh));
+  if (due) {
+    whitener_ = Whitener::full(value_tracker_->covariance_upper(dtype), options_.whitening.floor,
+                               options_.whitening.floor_mode, options_.whitening.refresh > 0.0);
+    ++decompositions_;
     whitener_nu_ = nu;
     whitener_dtype_ = dtype;
+    whitener_energy_ = sample_energy();
   }
   return whitener_->transform(rows - value_tracker_->mean().to(dtype));
+}
+
+// Keeps evenly spaced rows of a batch and drops the whitener if they say that the gradients are no
+// longer those it was computed from.
+void LifelongNormalizer::sample(const at::Tensor& value_gradients) {
+  const int64_t n = value_gradients.size(0);
+  if (n == 0) return;
+  const int64_t step = (n + kSample - 1) / kSample;
+  sample_ = value_gradients.slice(0, 0, n, step).to(compute_dtype(value_gradients)).clone();
+  if (!whitener_ || whitener_energy_ <= 0.0) return;
+  const double drift = sample_energy() / whitener_energy_;
+  if (drift > options_.whitening.drift_limit || drift * options_.whitening.drift_limit < 1.0) {
+    whitener_.reset();
+  }
+}
+
+// Mean square of the whitened sample.
+double LifelongNormalizer::sample_energy() const {
+  if (!sample_.defined()) return 0.0;
+  const at::Tensor centred = sample_ - value_tracker_->mean().to(sample_.scalar_type());
+  return whitener_->transform(centred).square_().mean(at::kDouble).item<double>();
 }
 
 }  // namespace stableedit

@@ -20,6 +20,7 @@ from stableedit_cpp.models import load_model  # noqa: E402
 from stableedit_cpp.modules import default_edit_modules, find_modules  # noqa: E402
 from stableedit_cpp.readers import read_requests  # noqa: E402
 from stableedit_cpp.requests import EditRequest  # noqa: E402
+from stableedit_cpp.trunk_cache import TrunkCache  # noqa: E402
 
 __all__ = [
     "EditInterrupted",
@@ -30,6 +31,7 @@ __all__ = [
     "Scores",
     "StableEdit",
     "StableEditConfig",
+    "TrunkCache",
     "TurnReport",
     "UltraEdit",
     "UltraEditConfig",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from stableedit_cpp.forward import answer_logits, input_device, untouched
 from stableedit_cpp.modules import EditModule
 from stableedit_cpp.prompts import Batch, TokenSequence, collate, longest_first, pack
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["CapturedTurn", "capture"]
 
@@ -47,7 +48,7 @@ class _Tap:
         self.module = module.module
         self.keys: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
-        self.positions: torch.Tensor | None = None
+        self.batch: Batch | None = None
 
     def __call__(self, _module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         self.keys = self.select(inputs[0].detach())
@@ -57,7 +58,12 @@ class _Tap:
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows at answer positions, float32 at least; some models (OPT) hand over ``[batch * length, d]``."""
-        rows = tensor.reshape(-1, tensor.shape[-1])[self.positions.to(tensor.device)]
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        # The output embedding sees nothing but answer positions (see answer_logits).
+        if len(rows) != len(self.batch.positions):
+            if len(rows) != self.batch.input_ids.numel():
+                raise ValueError(f"edit_modules: {self.name} does not see every token once, so it cannot be edited")
+            rows = rows[self.batch.positions.to(rows.device)]
         return rows if rows.dtype == torch.float64 else rows.float()
 
 
@@ -69,6 +75,7 @@ def capture(
     micro_batch: int,
     max_tokens: int,
     names: Sequence[str] | None = None,
+    trunk: TrunkCache | None = None,
 ) -> CapturedTurn:
     """Run the requests of a turn once and collect what the edit needs (method: keys h and value gradients g).
 
@@ -79,6 +86,7 @@ def capture(
 
     Args:
         names: what to call each sequence in an error message.
+        trunk: keeps the output of the layers below the first edited module for a retry, or reuses what it kept.
 
     Raises:
         ValueError: if a loss or gradient is not finite, naming the request, or a module takes no part in the forward.
@@ -92,12 +100,16 @@ def capture(
     device = input_device(model)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for tap in taps:
             stack.callback(tap.module.register_forward_hook(tap).remove)
         for indices in pack(sequences, max_tokens):
-            batch = collate([sequences[index] for index in indices], device)
-            loss, hit = _forward_backward(model, taps, batch, pieces)
+            chosen = [sequences[index] for index in indices]
+            batch = collate(chosen, device)
+            for tap in taps:
+                tap.batch, tap.output = batch, None
+            loss, hit = _backward(answer_logits(model, batch, trunk, chosen), taps, batch, pieces)
             losses.append(loss)
             hits.append(hit)
 
@@ -133,12 +145,10 @@ def _micro_batches(
     return weight, group
 
 
-def _forward_backward(
-    model: nn.Module, taps: Sequence[_Tap], batch: Batch, pieces: dict[str, tuple[list, list]]
+def _backward(
+    logits: torch.Tensor, taps: Sequence[_Tap], batch: Batch, pieces: dict[str, tuple[list, list]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for tap in taps:
-        tap.positions, tap.output = batch.positions, None
-    logits = answer_logits(model, batch)
+    """Collect the rows of one forward pass; returns the loss and whether the model was right, per answer token."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = batch.labels.to(logits.device)
     loss = F.cross_entropy(logits, labels, reduction="none")
@@ -149,7 +159,7 @@ def _forward_backward(
     for tap, gradient in zip(taps, gradients, strict=True):
         pieces[tap.name][0].append(tap.keys)
         pieces[tap.name][1].append(tap.select(gradient))
-        tap.keys = tap.output = None
+        tap.keys = tap.output = tap.batch = None
     return loss.detach(), logits.argmax(-1) == labels
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -20,7 +21,7 @@ class EditorConfig:
     """What every editor needs. Use StableEditConfig or UltraEditConfig.
 
     Attributes:
-        edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``) of the linear maps to edit; None takes
+        edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``, ``{22..28}``) of the linear maps to edit; None takes
             the MLP output projections of four layers in the last third of the model.
         step_size: the paper's eta, > 0.
         ridge: weight of the norm penalty in the least-squares solution, > 0.
@@ -46,10 +47,9 @@ class EditorConfig:
 
     def __post_init__(self) -> None:
         modules = self.edit_modules
-        if isinstance(modules, str):
-            object.__setattr__(self, "edit_modules", [modules])
-        elif modules is not None:
-            modules = list(modules)
+        if modules is not None:
+            modules = [modules] if isinstance(modules, str) else modules
+            modules = list(modules) if isinstance(modules, Iterable) else []
             if not modules or not all(isinstance(name, str) and name for name in modules):
                 raise ValueError(f"edit_modules must be a list of module names or patterns, not {self.edit_modules!r}")
             object.__setattr__(self, "edit_modules", modules)
@@ -62,7 +62,7 @@ class EditorConfig:
                 raise ValueError(f"{name} must be a whole number, at least 1, not {value!r}")
 
     def _check_number(self, name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} must be a finite number, not {value!r}")
 
     def _check_positive(self, name: str, value: float) -> None:
@@ -115,7 +115,9 @@ class StableEditConfig(EditorConfig):
         whitening: "full" (Sigma^(-1/2)), "diagonal" (ULTRAEDIT's) or "none" (the no-LN ablation).
         warm_up_whitening: the same for the warm-up turns; the published code whitens these diagonally.
         floor: lower bound on the eigenvalues of the covariance, >= 0.
-        floor_mode: "relative" to the mean eigenvalue, which suits any model and loss scale, or "absolute", as published.
+        refresh: reuse a whitening transform until the number of samples has grown by this fraction, in [0, 1]; 0
+            computes it anew every turn, as published.
+        floor_mode: "relative" to the mean eigenvalue, which suits any model and loss scale, or "absolute" (published).
     """
 
     editor: ClassVar[str] = "stableedit"
@@ -124,6 +126,7 @@ class StableEditConfig(EditorConfig):
     warm_up_whitening: Literal["full", "diagonal", "none"] | None = None
     floor: float = 0.1
     floor_mode: Literal["relative", "absolute"] = "relative"
+    refresh: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,13 +140,16 @@ class StableEditConfig(EditorConfig):
         self._check_number("floor", self.floor)
         if self.floor < 0:
             raise ValueError(f"floor must be at least 0, not {self.floor!r}")
+        self._check_number("refresh", self.refresh)
+        if not 0 <= self.refresh <= 1:
+            raise ValueError(f"refresh must be a fraction between 0 and 1, not {self.refresh!r}")
 
     @classmethod
     def published(cls, *, edit_modules: list[str] | None = None, step_size: float, **changes) -> StableEditConfig:
         """The procedure of the published code: pooled statistics, diagonal warm-up turns, Psi0 = 0, division by
         nu - v - 1, absolute eigenvalue floor 1e-6, ridge 10, turns of 100 in micro-batches of 10."""
         preset = {"floor": 1e-6, "floor_mode": "absolute", "ridge": 10.0, "statistics": "shared"}
-        preset |= {"whitening": "full", "warm_up_whitening": "diagonal"}
+        preset |= {"whitening": "full", "warm_up_whitening": "diagonal", "refresh": 0.0}
         return cls(edit_modules=edit_modules, step_size=step_size, **(preset | changes))
 
 
@@ -186,7 +192,7 @@ def load_config(path: str | Path) -> EditorConfig:
         document = json.loads(text)
         editor = document.get("editor", "stableedit") if isinstance(document, dict) else "stableedit"
         classes = {cls.editor: cls for cls in (StableEditConfig, UltraEditConfig)}
-        if editor not in classes:
+        if editor not in list(classes):
             raise ValueError(f"unknown editor {editor!r}; known are {', '.join(classes)}")
         return classes[editor].from_json(text)
     except json.JSONDecodeError as error:

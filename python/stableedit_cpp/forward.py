@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from stableedit_cpp.prompts import Batch
+from stableedit_cpp.prompts import Batch, TokenSequence
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["answer_logits", "input_device", "untouched"]
 
@@ -31,10 +32,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+def answer_logits(
+    model: nn.Module, batch: Batch, trunk: TrunkCache | None = None, sequences: Sequence[TokenSequence] = ()
+) -> torch.Tensor:
     """Logits that predict the answer tokens of a batch, ``[n, vocabulary]``.
 
     The output embedding, a large share of a small model's work, sees only these positions.
+
+    Args:
+        trunk: skips the layers below the first edited module where it has kept their output for ``sequences``, those
+            of the batch, and keeps it where it has not.
     """
     head = model.get_output_embeddings()
 
@@ -42,14 +49,14 @@ def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         hidden = inputs[0]
         return (hidden.reshape(-1, hidden.shape[-1])[batch.positions].unsqueeze(0), *inputs[1:])
 
-    handle = head.register_forward_pre_hook(select) if head is not None else None
-    try:
+    with ExitStack() as stack:
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(select).remove)
+        if trunk is not None:
+            stack.enter_context(trunk.attached(sequences, batch))
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    finally:
-        if handle is not None:
-            handle.remove()
     logits = logits.reshape(-1, logits.shape[-1])
-    return logits if handle is not None else logits[batch.positions]
+    return logits if head is not None else logits[batch.positions]
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -45,7 +45,7 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
     """Look up modules by exact name or by pattern, in the order of the model.
 
     Args:
-        patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]`` and ``{22,24}``.
+        patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]``, ``{22,24}`` and ``{22..28}``.
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
@@ -139,8 +139,14 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    """``{22,24}`` and ``{22..24}``, as a shell has them."""
+    match = re.search(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", pattern)
     if not match:
         return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for option in match.group(1).split(",") for expanded in _expand_braces(head + option + tail)]
+    head, inner, tail = pattern[: match.start()], match.group(1), pattern[match.end() :]
+    if "," in inner:
+        options = inner.split(",")
+    else:
+        first, last = map(int, inner.split(".."))
+        options = [str(number) for number in range(first, last + 1)]
+    return [expanded for option in options for expanded in _expand_braces(head + option + tail)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Batch", "TokenSequence", "collate", "context_length", "longest_first", "pack", "tokenize"]
+__all__ = ["Batch", "TokenSequence", "collate", "context_length", "longest_first", "pack", "prompt_ids", "tokenize"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,10 @@ def tokenize(
     pairs = list(pairs)
     if not pairs:
         return []
-    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    prompts = prompt_ids(tokenizer, [prompt for prompt, _ in pairs])
     answers = tokenizer([" " + target for _, target in pairs], add_special_tokens=False)["input_ids"]
     sequences = []
     for name, (prompt_text, _), prompt, answer in zip(names, pairs, prompts, answers, strict=True):
-        # Some tokenizers close every text with the end-of-sequence token; the answer has to follow the prompt itself.
-        eos = tokenizer.eos_token
-        if eos and len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id and not prompt_text.endswith(eos):
-            prompt = prompt[:-1]
         if not prompt:
             raise ValueError(f"{name}: the prompt {prompt_text!r:.60} has no tokens")
         if not answer:
@@ -72,6 +68,17 @@ def tokenize(
             )
         sequences.append(TokenSequence(tuple(prompt) + tuple(answer[:-1]), tuple(answer)))
     return sequences
+
+
+def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts, with the tokenizer's opening tokens but ready to be continued."""
+    eos = tokenizer.eos_token
+    ids = tokenizer(list(prompts))["input_ids"]
+    for text, prompt in zip(prompts, ids, strict=True):
+        # Some tokenizers close every text with the end-of-sequence token; the answer has to follow the prompt itself.
+        if eos and len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+            del prompt[-1]
+    return ids
 
 
 def context_length(model) -> int | None:

@@ -60,7 +60,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
         raise FileNotFoundError(f"there is no file {path}")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     gzipped = bool(suffixes) and suffixes[-1] == ".gz"
-    suffix = ([""] + suffixes)[-2 if gzipped else -1]
+    suffix = ["", *suffixes][-2 if gzipped else -1]
     if suffix not in _SUFFIXES:
         raise ValueError(
             f"{path}: cannot tell the format from the name; expected .json, .jsonl or .csv, or these + .gz"
@@ -112,7 +112,9 @@ def _parse_csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, object
                 raise ValueError(f"{path}, {place}: fewer cells than the header has columns")
             yield place, {name: cell or None for name, cell in row.items()}
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+        # The DictReader's own line number is still that of the last good row.
+        row = f"the row begins after line {reader.line_num}"
+        raise ValueError(f"{path}, line {reader.reader.line_num}: not valid CSV: {error} ({row})") from None
 
 
 def _check_object(path: Path, place: str, record: object) -> dict[str, object]:

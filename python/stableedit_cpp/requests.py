@@ -40,6 +40,10 @@ class EditRequest:
             required = field.name in ("prompt", "target")
             if not (isinstance(value, str) or (value is None and not required)):
                 raise ValueError(f"{field.name} must be text, not {type(value).__name__} ({value!r:.60})")
+            try:
+                (value or "").encode()
+            except UnicodeEncodeError:  # JSON can smuggle in half of a surrogate pair, which no tokenizer takes
+                raise ValueError(f"{field.name} is not valid Unicode text ({value!r:.60})") from None
             if required and not value.strip():
                 raise ValueError(f"{field.name} is empty; an edit request needs a prompt and a target answer")
 

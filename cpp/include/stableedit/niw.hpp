@@ -55,11 +55,18 @@ class STABLEEDIT_API NormalInverseWishart {
   /// True once nu > v + 1, from where the expected covariance exists.
   bool has_covariance() const { return nu() > static_cast<double>(dim()) + 1.0; }
 
-  /// Expected covariance Psi / (nu - v - 1), `[v, v]`, symmetric.
+  /// Expected covariance Psi / (nu - v - 1), `[v, v]` float64, symmetric.
   /// \throws ValueError while nu <= v + 1.
-  at::Tensor covariance(at::ScalarType dtype = at::kDouble) const;
+  at::Tensor covariance() const;
+
+  /// The same in `dtype` with only its upper triangle meaningful, which is all that a symmetric
+  /// eigendecomposition reads: one `[v, v]` tensor of memory.
+  at::Tensor covariance_upper(at::ScalarType dtype) const;
 
  private:
+  void add_prior(at::Tensor& psi) const;
+  double covariance_divisor() const;
+
   int64_t count_ = 0;
   at::Tensor mean_;     // [v], of the data alone
   at::Tensor scatter_;  // [v, v], of the data alone; only the upper triangle is kept up to date

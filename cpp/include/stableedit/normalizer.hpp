@@ -68,14 +68,23 @@ class STABLEEDIT_API LifelongNormalizer {
   /// The full whitener of the last `normalize_value_gradients`, if there was one.
   const std::optional<Whitener>& whitener() const { return whitener_; }
 
+  /// How many eigendecompositions were computed so far.
+  int64_t decompositions() const { return decompositions_; }
+
  private:
   NormalizerOptions options_;
   RunningMoments key_moments_;
   RunningMoments value_moments_;
   std::optional<NormalInverseWishart> value_tracker_;
   std::optional<Whitener> whitener_;
+  void sample(const at::Tensor& value_gradients);
+  double sample_energy() const;
+
+  int64_t decompositions_ = 0;
   at::ScalarType whitener_dtype_ = at::kFloat;
-  double whitener_nu_ = 0.0;  // nu at which whitener_ was computed
+  double whitener_nu_ = 0.0;      // nu at which whitener_ was computed
+  double whitener_energy_ = 0.0;  // of the sample under whitener_ when that was new
+  at::Tensor sample_;             // a few rows of the last batch, [m, v]
 };
 
 }  // namespace stableedit

@@ -35,6 +35,16 @@ struct STABLEEDIT_API WhiteningOptions {
   double floor = 0.1;
   /// The scale of a gradient depends on the loss and the model; a relative floor does not.
   FloorMode floor_mode = FloorMode::kRelative;
+  /// Reuse a decomposition until the sample count has grown by this fraction, in [0, 1]; 0
+  /// decomposes every turn. Sigma moves by about n/nu a turn, so a long stream needs a handful of
+  /// decompositions per doubling instead of one a turn.
+  double refresh = 0.0;
+  /// Decompose anyway when the mean square of the whitened batch differs from that at the last
+  /// decomposition by more than this factor, above 1: the distribution has jumped.
+  double drift_limit = 2.0;
+
+  /// \throws ValueError for a field out of range.
+  void check() const;
 };
 
 /// One fixed whitening transform of centred value gradients. Immutable, so free to share between
@@ -49,12 +59,19 @@ class STABLEEDIT_API Whitener {
   static Whitener diagonal(const at::Tensor& stddev);
 
   /// Symmetric inverse square root of the covariance with floored eigenvalues,
-  ///     U max(Lambda, floor)^(-1/2) U^T.
+  ///     U max(Lambda, floor)^(-1/2) U^T = f I + U_r (Lambda_r^(-1/2) - f) U_r^T,  f =
+  ///     floor^(-1/2),
+  ///
+  /// over the r eigenpairs above the floor.
   /// \param covariance `[v, v]`, symmetric positive semi-definite. The decomposition runs in its
-  ///     dtype, float32 at least.
+  ///     dtype, float32 at least, and reads the upper triangle.
+  /// \param reused form the root as one matrix, which costs as much as applying the factors to a
+  /// few
+  ///     thousand rows and makes every application after that cheaper.
   /// \throws LinAlgError where the decomposition does not converge or an eigenvalue that is not
   ///     positive would be inverted (floor = 0 and a singular covariance).
-  static Whitener full(const at::Tensor& covariance, double floor, FloorMode floor_mode);
+  static Whitener full(const at::Tensor& covariance, double floor, FloorMode floor_mode,
+                       bool reused = false);
 
   /// `[n, v]` centred value gradients -> `[n, v]` whitened ones, in the dtype of the input
   /// (float32 at least).
@@ -72,8 +89,12 @@ class STABLEEDIT_API Whitener {
   explicit Whitener(WhiteningMode mode) : mode_(mode) {}
 
   WhiteningMode mode_;
-  at::Tensor stddev_;  // [v], diagonal mode
-  at::Tensor root_;    // [v, v], full mode
+  at::Tensor stddev_;   // [v], diagonal mode
+  at::Tensor root_;     // [v, v], full mode; undefined where the factors are applied one by one
+  at::Tensor vectors_;  // [v, r], full mode without root_: U_r
+  at::Tensor scales_;   // [r], Lambda_r^(-1/2) - base_
+  double base_ = 0.0;   // floor^(-1/2), or 0 where no eigenvalue is floored
+  int64_t dim_ = 0;
   double floor_ = 0.0;
   int64_t floored_ = 0;
 };

@@ -46,4 +46,5 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     # C++ errors carry a stack trace after the first paragraph when that is switched on.
-    return str(error).split("\nException raised from")[0].strip()
+    lines = [line.strip() for line in str(error).split("\nException raised from")[0].strip().splitlines()]
+    return " ".join([*lines[:1], "; ".join(lines[1:])]).strip()

@@ -36,7 +36,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--edit-modules",
         nargs="+",
         metavar="NAME",
-        help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj'",
+        help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj' (default: four in the last third)",
     )
     parser.add_argument("--step-size", type=float, metavar="X", help="default 3e-4")
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
@@ -63,25 +63,29 @@ def run(options: argparse.Namespace) -> int:
         "edit_modules": [module.name for module in editor.modules],
         "environment": environment(),
     }
-    status = 0
+    status, part, scores = 0, "edit", None
     try:
         if warm_up:
-            report["warm_up"] = editor.warm_up(warm_up, progress=True).to_dict()
+            part = "warm_up"
+            report[part] = editor.warm_up(warm_up, progress=True).to_dict()
+            part = "edit"
         result = editor.edit(requests, progress=True)
     except EditInterrupted as interrupt:
         result, status = interrupt.report, 130
-        report["interrupted"] = str(interrupt)
-        print(f"stableedit: interrupted: {interrupt}; saving the model as it is", file=sys.stderr)
-    report["edit"] = result.to_dict()
+        report["interrupted"] = f"in the warm-up: {interrupt}" if part == "warm_up" else str(interrupt)
+        print(f"stableedit: interrupted: {report['interrupted']}; saving the model as it is", file=sys.stderr)
+    report[part] = result.to_dict()
     if options.evaluate and status == 0:
         scores = evaluate(model, tokenizer, requests, progress=True)
         report["scores"] = scores.to_dict()
-        print(scores)
     with new_directory(options.output) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / "stableedit_config.json").write_text(config.to_json(), encoding="utf-8")
         write_json(directory / "stableedit_report.json", report)
+    # Printed last: a closed pipe must not cost the model.
+    if scores is not None:
+        print(scores)
     print(_summary(result, options.output))
     return status
 

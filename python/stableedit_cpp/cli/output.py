@@ -17,8 +17,7 @@ def check_new_directory(path: str | Path, *, overwrite: bool) -> None:
     """Find out before hours of work that the result cannot be saved.
 
     Raises:
-        ValueError: if ``path`` is a file, or a directory with content and ``overwrite`` is off.
-        OSError: if its parent cannot be written to.
+        ValueError: if ``path`` is a file, a directory with content and ``overwrite`` is off, or cannot be written to.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -36,11 +35,14 @@ def check_writable_file(path: str | Path) -> None:
 
 
 def _check_parent(path: Path) -> None:
-    parent = path.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # Asking for permission is not enough: root is allowed everything, also on a read-only file system.
-    probe = tempfile.NamedTemporaryFile(dir=parent, prefix=".stableedit-")
-    probe.close()
+    # Parents are made when there is something to save, so that a run that fails leaves nothing behind.
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        # Asking for permission is not enough: root is allowed everything, also on a read-only file system.
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".stableedit-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be made in {parent}: {error.strerror}") from None
     if path.is_dir() and not os.access(path, os.W_OK):
         raise ValueError(f"--output {path} is read-only; choose another directory")
 
@@ -49,6 +51,7 @@ def _check_parent(path: Path) -> None:
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A scratch directory beside ``path`` that takes its place when the block ends without an error."""
     path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield scratch
@@ -67,7 +70,10 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, document: object) -> None:
     """Write JSON under a temporary name, then rename."""
     path = Path(path).absolute()
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file name that is not UTF-8 reaches the report as surrogates; a backslash escape of one is valid JSON.
+    scratch = {"dir": path.parent, "prefix": f".{path.name}-", "delete": False}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", **scratch) as file:
         try:
             json.dump(document, file, indent=2, ensure_ascii=False)
             file.write("\n")

@@ -19,6 +19,7 @@ from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.prompts import TokenSequence, context_length, tokenize
 from stableedit_cpp.requests import EditRequest, as_requests
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["Editor"]
 
@@ -58,6 +59,7 @@ class Editor(ABC):
                 self.normalizers[group], step_size=config.step_size, ridge=config.ridge
             )
         self._weights: dict[str, MasterWeight] = {}
+        self._trunk = self._make_trunk_cache() if config.max_passes > 1 else None
 
     @abstractmethod
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
@@ -125,7 +127,7 @@ class Editor(ABC):
                     turn.efficacy_after = float(probe.mean())
                     bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
                 bar.update(end - begin)
-                if guard.requested and end < len(requests):
+                if guard.requested:
                     raise EditInterrupted(
                         f"stopped after turn {len(report.turns)} of {-(-len(requests) // size)}, which was finished "
                         f"and applied: {end} of {len(requests)} requests are edited",
@@ -137,6 +139,8 @@ class Editor(ABC):
     def _edit_turn(
         self, sequences: Sequence[TokenSequence], names: Sequence[str], mode: str | None, guard: InterruptGuard
     ) -> TurnReport:
+        if self._trunk is not None:  # of use within the turn: its checks and retries repeat the same prompts
+            self._trunk.clear()
         before = {group: normalizer.copy() for group, normalizer in self.normalizers.items()}
         # A later pass can fail after an earlier one was applied; then the weights go back as well.
         several = self.config.max_passes > 1
@@ -169,23 +173,25 @@ class Editor(ABC):
         turn: TurnReport,
     ) -> None:
         """Capture, fold in, solve and, only when all of it has worked, apply."""
-        with _timed(turn, "capture"):
-            captured = capture(
-                self.model,
-                self.modules,
-                sequences,
-                micro_batch=self.config.micro_batch,
-                max_tokens=self.config.max_tokens_per_forward,
-                names=names,
-            )
-        with _timed(turn, "mathematics"):
-            updates = self._compute_updates(captured, mode, turn)
+        with guard.droppable():
+            with _timed(turn, "capture"):
+                captured = capture(
+                    self.model,
+                    self.modules,
+                    sequences,
+                    micro_batch=self.config.micro_batch,
+                    max_tokens=self.config.max_tokens_per_forward,
+                    names=names,
+                    trunk=self._trunk,
+                )
+            with _timed(turn, "mathematics"):
+                updates = self._compute_updates(captured, mode, turn)
+            with _timed(turn, "apply"):
+                for name, update in updates.items():
+                    self._weights[name].check(update)
         with _timed(turn, "apply"):
             for name, update in updates.items():
-                self._weights[name].check(update)
-            with guard.commit():
-                for name, update in updates.items():
-                    self._weights[name].apply(update)
+                self._weights[name].apply(update)
         if turn.passes == 0:
             turn.answer_tokens = len(captured.request)
             turn.loss_before = float(captured.losses.mean())
@@ -212,7 +218,13 @@ class Editor(ABC):
         return updates
 
     def _accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        return token_accuracy(self.model, sequences, max_tokens=self.config.max_tokens_per_forward)
+        return token_accuracy(self.model, sequences, max_tokens=self.config.max_tokens_per_forward, trunk=self._trunk)
+
+    def _make_trunk_cache(self) -> TrunkCache | None:
+        try:
+            return TrunkCache(self.model, self.modules)
+        except ValueError:  # nothing below the edited modules that could be kept
+            return None
 
     def _group(self, module: EditModule) -> str:
         if self.config.statistics == "per_module":
@@ -223,12 +235,10 @@ class Editor(ABC):
     def _attach_weights(self) -> None:
         """Take hold of the weights; again where the caller has moved or changed them since the last call."""
         for module in self.modules:
-            weight = self._weights.get(module.name)
-            live = module.weight
-            if weight is not None and weight.live.data_ptr() == live.data_ptr():
-                if weight.live.dtype == live.dtype and torch.equal(weight.master.to(live.dtype), live):
-                    continue
-            self._weights[module.name] = MasterWeight(live, module.layout, exact_revert=False)
+            held, live = self._weights.get(module.name), module.weight
+            same = held is not None and held.live.data_ptr() == live.data_ptr() and held.live.dtype == live.dtype
+            if not (same and torch.equal(held.master.to(live.dtype), live)):
+                self._weights[module.name] = MasterWeight(live, module.layout, exact_revert=False)
 
 
 @contextmanager

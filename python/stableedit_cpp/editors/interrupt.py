@@ -21,8 +21,8 @@ class EditInterrupted(KeyboardInterrupt):
 
 
 class InterruptGuard:
-    """Context manager that turns the first SIGINT into ``requested``; the second raises KeyboardInterrupt, except
-    within ``commit()``, which nothing may cut in half.
+    """Context manager that turns the first SIGINT into ``requested``; the second raises KeyboardInterrupt, but only
+    within ``droppable()``: from the first weight written to the end of the turn, nothing may cut it in half.
 
     Outside the main thread, or where the application handles SIGINT itself, it does nothing.
     """
@@ -30,7 +30,7 @@ class InterruptGuard:
     def __init__(self) -> None:
         self.requested = False
         self._urgent = False
-        self._committing = False
+        self._droppable = False
         self._installed = False
 
     def __enter__(self) -> InterruptGuard:
@@ -45,15 +45,20 @@ class InterruptGuard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
-    def commit(self) -> Iterator[None]:
-        self._committing = True
+    def droppable(self) -> Iterator[None]:
+        """Work that can be thrown away: nothing has been applied yet, or the caller takes it back."""
+        self._droppable = True
         try:
+            self._drop_if_urgent()
             yield
         finally:
-            self._committing = False
+            self._droppable = False
+
+    def _drop_if_urgent(self) -> None:
+        if self._urgent and self._droppable:
+            raise KeyboardInterrupt("the turn in flight was dropped; the turns before it are applied")
 
     def _handle(self, _signal: int, _frame: object) -> None:
         self._urgent = self.requested
         self.requested = True
-        if self._urgent and not self._committing:
-            raise KeyboardInterrupt
+        self._drop_if_urgent()

@@ -29,7 +29,9 @@ class StableEdit(Editor):
 
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
         config = self.config
-        whitening = WhiteningOptions(mode=config.whitening, floor=config.floor, floor_mode=config.floor_mode)
+        whitening = WhiteningOptions(
+            mode=config.whitening, floor=config.floor, floor_mode=config.floor_mode, refresh=config.refresh
+        )
         return LifelongNormalizer(key_dim, value_dim, whitening=whitening)
 
     def _warm_up_mode(self) -> str | None:

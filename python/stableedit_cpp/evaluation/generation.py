@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stableedit_cpp.forward import input_device, untouched
+from stableedit_cpp.prompts import prompt_ids
 
 __all__ = ["generate"]
 
@@ -17,13 +18,16 @@ def generate(model: torch.nn.Module, tokenizer, prompts: Sequence[str], *, max_n
     answers = []
     with untouched(model):
         for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt").to(device)
+            ids = torch.tensor(prompt_ids(tokenizer, [prompt]), device=device)
+            if ids.numel() == 0:
+                raise ValueError(f"the prompt {prompt!r} has no tokens")
             output = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 do_sample=False,
+                num_beams=1,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
-            answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     return answers

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.prompts import context_length, tokenize
 from stableedit_cpp.requests import EditRequest, as_requests
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["Scores", "evaluate"]
 
@@ -57,6 +58,7 @@ def evaluate(
     requests: Iterable[EditRequest | Mapping[str, object]],
     *,
     max_tokens_per_forward: int = 2048,
+    trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> Scores:
     """Score a model on edit requests, edited or not.
@@ -65,10 +67,13 @@ def evaluate(
     averaged over requests.
 
     Args:
+        trunk: ``TrunkCache(model, editor.modules)``; the second evaluation of the same prompts then runs only the
+            layers that edits can change.
         progress: show a bar; None shows it on a terminal.
 
     Raises:
-        ValueError: for a bad request, or a prompt and answer longer than the model's context.
+        ValueError: for a bad request, or a prompt and answer longer than the model's context; or a trunk cache whose
+            layers have changed.
     """
     requests = as_requests(requests)
     names, pairs, owners = [], [], []
@@ -88,7 +93,7 @@ def evaluate(
         total=len(sequences), desc="Evaluating", unit="prompt", disable=None if progress is None else not progress
     )
     with bar:
-        accuracy = token_accuracy(model, sequences, max_tokens=max_tokens_per_forward, on_done=bar.update)
+        accuracy = token_accuracy(model, sequences, max_tokens=max_tokens_per_forward, trunk=trunk, on_done=bar.update)
     records: list[dict[str, object]] = [
         {"id": request.id or str(index), **dict.fromkeys(METRICS)} for index, request in enumerate(requests)
     ]

@@ -1,0 +1,321 @@
+"""Scores against a loop that takes one prompt at a time and does not pad, and against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from torch import nn
+
+from stableedit_cpp import EditRequest, Scores, evaluate, generate
+
+METRICS = ("efficacy", "generalization", "specificity")
+
+
+def readable(model: nn.Module, tokenizer) -> nn.Module:
+    """Let a random model choose only printable characters, so that its choices can be written into a target."""
+    vocabulary = tokenizer.get_vocab()
+    chosen = [vocabulary[letter] for letter in map(chr, range(ord("!"), ord("~") + 1))]
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        keep = torch.zeros(head.weight.shape[0], 1, dtype=head.weight.dtype)
+        keep[chosen] = 1
+        head.weight.mul_(keep)
+        if head.bias is not None:
+            head.bias.copy_(torch.where(keep[:, 0] > 0, head.bias, -100.0))
+    return model
+
+
+def next_token(model: nn.Module, ids: list[int]) -> int:
+    with torch.no_grad():
+        return int(model(torch.tensor([ids])).logits[0, -1].argmax())
+
+
+def continuation(model: nn.Module, tokenizer, text: str, length: int) -> str:
+    ids = tokenizer(text)["input_ids"]
+    start = len(ids)
+    for _ in range(length):
+        ids = [*ids, next_token(model, ids)]
+    return tokenizer.decode(ids[start:])
+
+
+def accuracy_one_by_one(model: nn.Module, tokenizer, prompt: str, target: str) -> float:
+    """Definition: one prompt, one answer token at a time."""
+    ids = tokenizer(prompt)["input_ids"]
+    answer = tokenizer(" " + target, add_special_tokens=False)["input_ids"]
+    hits = []
+    for token in answer:
+        hits.append(next_token(model, ids) == token)
+        ids = [*ids, token]
+    return sum(hits) / len(hits)
+
+
+def half_right_requests(model: nn.Module, tokenizer) -> list[EditRequest]:
+    """Requests of which the model knows 0 to 5 characters of the answer, with and without other prompts."""
+    requests = []
+    for index in range(6):
+        known = []
+        for kind in ("Edit", "Say", "Unrelated"):
+            prompt = f"{kind} {'very ' * (index % 3)}{index}"
+            known.append((prompt, continuation(model, tokenizer, prompt + " ", index) + "xy"[: 1 + index % 2]))
+        (prompt, target), (rephrase, _), (other, answer) = known
+        requests.append(
+            EditRequest(
+                prompt,
+                target,
+                rephrase=rephrase if index % 2 else None,
+                locality_prompt=other if index > 2 else None,
+                locality_target=answer if index > 2 else None,
+                id=f"r{index}" if index % 2 else None,
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_evaluate_equals_one_prompt_at_a_time(architecture):
+    tokenizer = tiny_tokenizer(bos=architecture in ("llama", "opt"), padding_side="left")
+    model = readable(tiny_model(architecture, torch.float64), tokenizer)
+    requests = half_right_requests(model, tokenizer)
+    scores = evaluate(model, tokenizer, requests, progress=False)
+    assert [record["id"] for record in scores.per_request] == ["0", "r1", "2", "r3", "4", "r5"]
+    for request, record in zip(requests, scores.per_request, strict=True):
+        pairs = {
+            "efficacy": (request.prompt, request.target),
+            "generalization": (request.rephrase, request.target),
+            "specificity": (request.locality_prompt, request.locality_target),
+        }
+        for metric, (prompt, target) in pairs.items():
+            if prompt is None:
+                assert record[metric] is None
+            else:
+                assert record[metric] == pytest.approx(accuracy_one_by_one(model, tokenizer, prompt, target), abs=1e-12)
+    assert 0.2 < scores.efficacy < 0.9
+    assert 0.2 < scores.specificity < 0.9
+    # How many prompts share a forward pass does not matter.
+    for budget in (1, 40):
+        again = evaluate(model, tokenizer, requests, max_tokens_per_forward=budget, progress=False)
+        assert again.per_request == scores.per_request
+
+
+class Successor(nn.Module):
+    """A language model that answers each character with the next one of the alphabet."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding.from_pretrained(torch.eye(vocabulary))
+        self.head = nn.Linear(vocabulary, vocabulary, bias=False)
+        self.head.weight.data = torch.eye(vocabulary).roll(1, 0)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=32))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return SimpleNamespace(logits=self.head(self.embed(input_ids)))
+
+
+@pytest.fixture(scope="module")
+def successor() -> Successor:
+    return Successor(300)
+
+
+# The answer begins with a space, which follows no letter, and the letter after the space is never right either.
+HAND = [
+    {"prompt": "p", "target": "abc", "rephrase": "q", "locality_prompt": "z", "locality_target": "xy"},  # 2/4, 1/3
+    {"prompt": "p", "target": "abd", "locality_prompt": "z", "locality_target": "k", "id": "two"},  # 1/4, 0/2
+    {"prompt": "p", "target": "a", "rephrase": "rr"},  # 0/2
+]
+
+
+def test_by_hand(successor, tokenizer):
+    scores = evaluate(successor, tokenizer, HAND, progress=False)
+    assert scores.per_request == [
+        {"id": "0", "efficacy": 2 / 4, "generalization": 2 / 4, "specificity": 1 / 3},
+        {"id": "two", "efficacy": 1 / 4, "generalization": None, "specificity": 0.0},
+        {"id": "2", "efficacy": 0.0, "generalization": 0.0, "specificity": None},
+    ]
+    assert (scores.efficacy, scores.generalization) == (0.25, 0.25)
+    assert scores.specificity == pytest.approx(1 / 6)
+    # sample standard deviation / root of the count
+    assert scores.standard_errors == pytest.approx(
+        {"efficacy": 0.25 / math.sqrt(3), "generalization": 0.25, "specificity": 1 / 6}
+    )
+    assert scores.to_dict() == {
+        "efficacy": 0.25,
+        "generalization": 0.25,
+        "specificity": scores.specificity,
+        "standard_errors": scores.standard_errors,
+        "per_request": scores.per_request,
+    }
+
+
+def test_text(successor, tokenizer):
+    assert str(evaluate(successor, tokenizer, HAND, progress=False)).splitlines() == [
+        "efficacy       0.250 ± 0.144   (3 requests)",
+        "generalization 0.250 ± 0.250   (2 requests)",
+        "specificity    0.167 ± 0.167   (2 requests)",
+    ]
+    assert str(evaluate(successor, tokenizer, [], progress=False)).count("not scored: no request has the prompt") == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_standard_error(successor, tokenizer, count):
+    requests = [{"prompt": "p", "target": "abcdefgh"[: index + 1]} for index in range(count)]
+    scores = evaluate(successor, tokenizer, requests, progress=False)
+    values = [index / (index + 2) for index in range(count)]
+    assert [record["efficacy"] for record in scores.per_request] == pytest.approx(values)
+    assert scores.efficacy == pytest.approx(statistics.fmean(values))
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else 0.0
+    assert scores.standard_errors["efficacy"] == pytest.approx(error)
+    assert scores.generalization is None
+    assert scores.standard_errors["generalization"] is None
+
+
+@pytest.mark.parametrize("requests", [[], iter([])])
+def test_no_requests(successor, tokenizer, requests):
+    scores = evaluate(successor, tokenizer, requests, progress=False)
+    assert scores == Scores(None, None, None, dict.fromkeys(METRICS), [])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"rephrase": ""},
+        {"locality_prompt": "z"},
+        {"locality_target": "xy"},
+        {"locality_prompt": "", "locality_target": "xy"},
+        {"locality_prompt": "z", "locality_target": ""},
+    ],
+)
+def test_half_a_locality_pair_is_not_scored(successor, tokenizer, record):
+    scores = evaluate(successor, tokenizer, [{"prompt": "p", "target": "ab", **record}], progress=False)
+    assert scores.generalization is None
+    assert scores.specificity is None
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        ([HAND[0], {"prompt": "p"}], ["request 1"]),
+        ([{"prompt": "p", "target": "t", "id": "x"}] * 2, ["same id 'x'"]),
+        ([HAND[0], {"prompt": "p" * 40, "target": "t", "id": "x"}], ["request 1 (x), efficacy", "41 tokens", "of 32"]),
+        ([{"prompt": "p", "target": "t", "rephrase": "r" * 40}], ["request 0, generalization", "41 tokens"]),
+        ([{**HAND[0], "locality_target": "t" * 40}], ["request 0, specificity", "41 tokens"]),
+        (HAND[0], ["list"]),
+    ],
+)
+def test_bad_requests(successor, tokenizer, requests, words):
+    with pytest.raises(ValueError) as error:
+        evaluate(successor, tokenizer, requests, progress=False)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_progress_bar(successor, tokenizer, capsys):
+    evaluate(successor, tokenizer, HAND, progress=True)
+    assert "7/7" in capsys.readouterr().err  # prompts, not requests
+    evaluate(successor, tokenizer, HAND, progress=False)
+    evaluate(successor, tokenizer, HAND)  # stderr is no terminal here
+    assert capsys.readouterr().err == ""
+
+
+# --- the model is left as found ---
+
+
+def state_of(model: nn.Module) -> tuple:
+    return (
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad is None for parameter in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        torch.is_grad_enabled(),
+    )
+
+
+def assert_same_state(before: tuple, after: tuple) -> None:
+    assert before[:4] == after[:4]
+    assert before[5:] == after[5:]
+    for name, tensor in before[4].items():
+        assert torch.equal(tensor, after[4][name]), name
+
+
+@pytest.fixture
+def half_trained() -> nn.Module:
+    """Dropout on, some modules in evaluation mode, some parameters frozen."""
+    model = tiny_model("gpt2").train()
+    model.transformer.h[1].eval()
+    model.transformer.h[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, tokenizer: evaluate(model, tokenizer, HAND, progress=False),
+        lambda model, tokenizer: generate(model, tokenizer, ["abc"], max_new_tokens=3),
+    ],
+    ids=["evaluate", "generate"],
+)
+def test_model_is_left_as_found(half_trained, tokenizer, use):
+    before = state_of(half_trained)
+    results = [use(half_trained, tokenizer) for _ in range(3)]
+    assert_same_state(before, state_of(half_trained))
+    assert results[0] == results[1] == results[2]  # dropout is off
+    assert use(half_trained.eval(), tokenizer) == results[0]
+
+
+def test_model_is_left_as_found_after_an_error(half_trained, tokenizer, monkeypatch):
+    before = state_of(half_trained)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(half_trained.transformer.h[2], "forward", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        evaluate(half_trained, tokenizer, HAND, progress=False)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        generate(half_trained, tokenizer, ["abc"])
+    assert_same_state(before, state_of(half_trained))
+
+
+# --- free generation ---
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("eos", [False, True])
+def test_generate_is_greedy(architecture, eos):
+    tokenizer = tiny_tokenizer(bos=True, eos=eos)
+    model = readable(tiny_model(architecture, torch.float64), tokenizer)
+    # Settings that a saved model may carry must not turn it into sampling or a beam search.
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, num_beams=3)
+    prompts = ["The capital of Peru is", "a", "2 + 2 ="]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=6)
+    # The closing token of a tokenizer that has one is not part of a prompt that is to be continued.
+    plain = tiny_tokenizer(bos=True)
+    assert answers == [continuation(model, plain, prompt, 6) for prompt in prompts]
+    torch.manual_seed(1)
+    assert generate(model, tokenizer, prompts, max_new_tokens=6) == answers
+    assert model.generation_config.do_sample
+
+
+def test_generate_stops_at_the_end_of_sequence(tokenizer):
+    model = readable(tiny_model("llama"), tokenizer)
+    text = continuation(model, tokenizer, "abc", 6)
+    model.generation_config.eos_token_id = tokenizer.get_vocab()[text[0]]
+    assert generate(model, tokenizer, ["abc"], max_new_tokens=6) == [text[0]]
+
+
+def test_generate_nothing(tokenizer):
+    model = tiny_model("llama")
+    assert generate(model, tokenizer, []) == []
+    with pytest.raises(ValueError, match="the prompt '' has no tokens"):
+        generate(model, tokenizer, [""])

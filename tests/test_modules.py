@@ -1,0 +1,184 @@
+"""Finding the modules to edit, and refusing those that cannot be."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import stableedit_cpp as se
+from stableedit_cpp.modules import default_edit_modules, describe_linear_maps, find_modules
+from tiny import ARCHITECTURES, LAYERS, pattern_of, tiny_model, tiny_tokenizer
+
+
+def names(model, patterns) -> list[str]:
+    return [module.name for module in find_modules(model, patterns)]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """Only looked at."""
+    return tiny_model("llama")
+
+
+class TestNamesAndPatterns:
+    def test_exact_name(self, llama):
+        (module,) = find_modules(llama, ["model.layers.1.mlp.down_proj"])
+        assert module.name == "model.layers.1.mlp.down_proj"
+        assert module.module is llama.model.layers[1].mlp.down_proj
+        assert module.layout == "linear"
+        assert module.shape == (24, 16)
+
+    def test_conv1d(self):
+        (module,) = find_modules(tiny_model("gpt2"), "transformer.h.0.mlp.c_proj")
+        assert module.layout == "conv1d"
+        assert module.weight.shape == (24, 16)
+        assert module.shape == (24, 16)
+
+    @pytest.mark.parametrize(
+        "pattern, layers",
+        [
+            ("model.layers.*.mlp.down_proj", [0, 1, 2]),
+            ("model.layers.?.mlp.down_proj", [0, 1, 2]),
+            ("model.layers.[12].mlp.down_proj", [1, 2]),
+            ("model.layers.[!1].mlp.down_proj", [0, 2]),
+            ("model.layers.{0,2}.mlp.down_proj", [0, 2]),
+            ("*.{2,0}.mlp.down_proj", [0, 2]),
+            ("*down_proj", [0, 1, 2]),
+            ("model.layers.1.mlp.down_proj", [1]),
+        ],
+    )
+    def test_patterns(self, pattern, layers, llama):
+        assert names(llama, pattern) == [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+
+    def test_braces_multiply(self, llama):
+        found = names(llama, "model.layers.{0,1}.mlp.{up,down}_proj")
+        assert found == [f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("up", "down")]
+
+    def test_order_of_the_model_and_no_repeats(self, llama):
+        layer = "model.layers.{}.mlp.down_proj".format
+        assert names(llama, [layer(2), layer(0), layer("*"), layer(0)]) == [layer(0), layer(1), layer(2)]
+
+    def test_pattern_takes_only_linear_maps(self, llama):
+        """``*.mlp*`` also matches the MLP itself and its activation."""
+        found = names(llama, "model.layers.0.mlp*")
+        assert found == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+    @pytest.mark.parametrize(
+        "pattern", ["model.layers.7.mlp.down_proj", "layers.0.mlp.down_proj", "*.fc_out", "", "*x*y"]
+    )
+    def test_nothing_matches(self, pattern, llama):
+        with pytest.raises(ValueError) as error:
+            find_modules(llama, [pattern])
+        message = str(error.value)
+        assert f"no linear map for {pattern!r} (nothing matches)" in message
+        assert "model.layers.{0..2}.mlp.down_proj  (24 -> 16)" in message
+        assert "lm_head  (16 -> 300)" in message
+
+    def test_one_bad_name_among_good_ones(self, llama):
+        with pytest.raises(ValueError, match=r"no linear map for 'lm_heat'"):
+            find_modules(llama, ["lm_head", "lm_heat"])
+
+    def test_pattern_of_other_things(self, llama):
+        with pytest.raises(ValueError, match=r"it matches only model\.layers\.0\.mlp\.act_fn"):
+            find_modules(llama, "*.act_fn")
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_description_covers_every_linear_map(self, architecture):
+        """Every group that an error message lists can be found again by its first layer."""
+        model = tiny_model(architecture)
+        text = describe_linear_maps(model)
+        described = 0
+        for line in text.splitlines():
+            name, k, v = re.fullmatch(r"    (\S+)  \((\d+) -> (\d+)\)", line).groups()
+            first = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", name)
+            (module,) = find_modules(model, first)
+            assert module.shape == (int(k), int(v))
+            described += LAYERS if first != name else 1
+        linear = [m for m in model.modules() if isinstance(m, (nn.Linear, transformers.pytorch_utils.Conv1D))]
+        assert described == len(linear)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name, kind", [("model.embed_tokens", "Embedding"), ("model.layers.0.mlp", "LlamaMLP")])
+    def test_not_a_linear_map(self, name, kind, llama):
+        with pytest.raises(ValueError, match=rf"{name} is a {kind}, not a linear map"):
+            find_modules(llama, name)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+    def test_quantised_dtype(self, dtype):
+        model = tiny_model("llama")
+        down = model.model.layers[1].mlp.down_proj
+        down.weight = nn.Parameter(down.weight.detach().to(dtype), requires_grad=False)
+        with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.down_proj has quantised weights \({dtype}\); load"):
+            find_modules(model, pattern_of("llama"))
+        assert len(find_modules(model, "model.layers.[02].mlp.down_proj")) == 2  # the others can be edited
+
+    def test_quantised_tensor_subclass(self):
+        class PackedInt4(torch.Tensor):
+            """As torchao and others wrap quantised weights: it claims to be float32."""
+
+        model = tiny_model("llama")
+        down = model.model.layers[1].mlp.down_proj
+        down.weight = nn.Parameter(down.weight.detach().as_subclass(PackedInt4))
+        with pytest.raises(ValueError, match=r"down_proj has quantised weights \(PackedInt4\)"):
+            find_modules(model, "model.layers.1.mlp.down_proj")
+
+    def test_tied_output_embedding(self):
+        model = tiny_model("llama")
+        assert names(model, "lm_head") == ["lm_head"]
+        model.lm_head.weight = model.model.embed_tokens.weight
+        with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens\.weight; editing"):
+            find_modules(model, "lm_head")
+
+    def test_two_layers_with_one_weight(self):
+        model = tiny_model("llama")
+        model.model.layers[0].mlp.down_proj.weight = model.model.layers[2].mlp.down_proj.weight
+        with pytest.raises(ValueError, match=r"shares its weight with model\.layers\.2\.mlp\.down_proj\.weight"):
+            find_modules(model, "model.layers.0.mlp.down_proj")
+
+    def test_meta_device(self):
+        model = tiny_model("llama")
+        model.model.layers[1].mlp.down_proj.to("meta")
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj is not in memory \(meta device\)"):
+            find_modules(model, pattern_of("llama"))
+
+    def test_the_editors_refuse_as_well(self, llama):
+        """Before anything is changed; ``edit_modules`` may be one name."""
+        before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+        for editor, config in ((se.StableEdit, se.StableEditConfig), (se.UltraEdit, se.UltraEditConfig)):
+            with pytest.raises(ValueError, match="no linear map for 'nowhere'"):
+                editor(llama, tiny_tokenizer(), config(edit_modules="nowhere"))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+
+
+class TestDefaults:
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_every_architecture(self, architecture):
+        """In three layers the last third is the last layer."""
+        model = tiny_model(architecture)
+        assert default_edit_modules(model) == [pattern_of(architecture).replace("*", str(LAYERS - 1))]
+        editor = se.StableEdit(model, tiny_tokenizer())
+        assert [module.name for module in editor.modules] == default_edit_modules(model)
+
+    @pytest.mark.parametrize(
+        "layers, expected", [(30, [22, 24, 26, 28]), (32, [23, 25, 27, 29]), (4, [2, 3]), (1, [0])]
+    )
+    def test_depths(self, layers, expected):
+        """SmolLM2 has 30 layers, and these are the layers of docs/method.md."""
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 30}
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **sizes))
+        assert default_edit_modules(model) == [f"model.layers.{layer}.mlp.down_proj" for layer in expected]
+
+    def test_unknown_architecture(self):
+        model = nn.ModuleDict({"first": nn.Linear(3, 4), "act": nn.ReLU()})
+        with pytest.raises(ValueError, match=r"no default edit_modules are known for ModuleDict; name them"):
+            default_edit_modules(model)
+        with pytest.raises(ValueError, match=r"first  \(3 -> 4\)"):
+            default_edit_modules(model)
+        with pytest.raises(ValueError, match="no linear maps"):
+            default_edit_modules(nn.ReLU())

@@ -1,0 +1,175 @@
+"""EditRequest, the field names of published data sets, and the check of a list of requests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from stableedit_cpp.formats import FORMATS
+from stableedit_cpp.requests import EditRequest, as_requests
+
+FULL = {
+    "prompt": "The capital of Australia is",
+    "target": "Canberra",
+    "rephrase": "Australia's capital is",
+    "locality_prompt": "The capital of Peru is",
+    "locality_target": "Lima",
+    "subject": "Australia",
+    "id": "a1",
+}
+
+# One record of each format, with the fields of method.md, and the request that it stands for.
+PUBLISHED = {
+    "stableedit": (FULL, FULL),
+    "zsre": (
+        {"src": "p?", "rephrase": "r?", "ans": "true", "alt": "false", "loc": "nq question: l", "loc_ans": "la"},
+        {"prompt": "p?", "target": "true", "rephrase": "r?", "locality_prompt": "nq question: l?", "locality_target": "la"},
+    ),
+    "counterfact": (
+        {
+            "case_id": 7,
+            "prompt": "p",
+            "target_new": "new",
+            "ground_truth": "old",
+            "rephrase_prompt": "r",
+            "locality_prompt": "l",
+            "locality_ground_truth": "la",
+            "subject": "s",
+        },
+        {
+            "prompt": "p",
+            "target": "new",
+            "rephrase": "r",
+            "locality_prompt": "l",
+            "locality_target": "la",
+            "subject": "s",
+            "id": "7",
+        },
+    ),
+    "wikifactdiff": (
+        {"src": "p", "rephrase": "r", "alt": "new", "old": "old", "loc": "l", "loc_ans": "la", "subject": "s"},
+        {
+            "prompt": "p",
+            "target": "new",
+            "rephrase": "r",
+            "locality_prompt": "l",
+            "locality_target": "la",
+            "subject": "s",
+        },
+    ),
+    "ultraeditbench": (
+        {"prompt": "p", "rephrase_prompt": "r", "ans": "a", "loc": "l", "loc_ans": "la", "relation": "P1"},
+        {"prompt": "p", "target": "a", "rephrase": "r", "locality_prompt": "l", "locality_target": "la"},
+    ),
+    "wikibigedit": (
+        {
+            "update": "p",
+            "rephrase": "r",
+            "ans": "a",
+            "personas": "arr, p",
+            "loc": "l",
+            "loc_ans": "la",
+            "mhop": None,
+            "mhop_ans": None,
+        },
+        {"prompt": "p", "target": "a", "rephrase": "r", "locality_prompt": "l", "locality_target": "la"},
+    ),
+}
+
+
+def test_fields_and_defaults():
+    request = EditRequest("p", "t")
+    assert dataclasses.asdict(request) == {**dict.fromkeys(FULL), "prompt": "p", "target": "t"}
+    assert request.to_dict() == {"prompt": "p", "target": "t"}
+    assert EditRequest(**FULL).to_dict() == FULL
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.prompt = "other"
+
+
+def test_a_whole_number_is_a_name():
+    assert EditRequest("p", "t", id=3).id == "3"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("target", "", "target is empty"),
+        ("target", " \t\n", "target is empty"),
+        ("prompt", "", "prompt is empty"),
+        ("prompt", None, "prompt must be text, not NoneType"),
+        ("target", None, "target must be text, not NoneType"),
+        ("target", 5, "target must be text, not int (5)"),
+        ("target", ["Canberra"], "target must be text, not list"),
+        ("rephrase", 1.5, "rephrase must be text, not float"),
+        ("locality_prompt", ["a"], "locality_prompt must be text"),
+        ("locality_target", {}, "locality_target must be text"),
+        ("subject", b"s", "subject must be text, not bytes"),
+        ("id", True, "id must be text, not bool"),
+        ("id", 1.0, "id must be text, not float"),
+        ("prompt", "half a pair: \ud800", "prompt is not valid Unicode"),
+        ("id", "\udcff", "id is not valid Unicode"),
+    ],
+)
+def test_bad_field(field, value, words):
+    with pytest.raises(ValueError) as error:
+        EditRequest(**(FULL | {field: value}))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS])
+def test_published_format(name):
+    record, fields = PUBLISHED[name]
+    assert EditRequest.from_record(record) == EditRequest(**fields)
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS])
+def test_published_format_without_what_is_optional(name):
+    format_ = next(f for f in FORMATS if f.name == name)
+    assert EditRequest.from_record({format_.prompt: "p", format_.target: "t"}) == EditRequest("p", "t")
+    empty = {format_.locality_prompt: None, format_.rephrase: None, format_.id: None}
+    assert EditRequest.from_record({format_.prompt: "p", format_.target: "t"} | empty) == EditRequest("p", "t")
+
+
+def test_only_zsre_appends_a_question_mark():
+    for record, fields in PUBLISHED.values():
+        assert ("src" in record and "ans" in record) == fields["locality_prompt"].endswith("?")
+
+
+def test_unknown_record_lists_its_fields():
+    with pytest.raises(ValueError) as error:
+        EditRequest.from_record({"question": "q", "answer": "a"})
+    assert "question, answer" in str(error.value)
+    for format_ in FORMATS:
+        assert format_.name in str(error.value)
+
+
+def test_as_requests_takes_requests_and_records():
+    mixed = [EditRequest("p", "t"), FULL, PUBLISHED["zsre"][0]]
+    assert as_requests(iter(mixed)) == [
+        EditRequest("p", "t"),
+        EditRequest(**FULL),
+        EditRequest(**PUBLISHED["zsre"][1]),
+    ]
+    assert as_requests([]) == []
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([FULL, {"prompt": "p", "target": ""}], ["request 1", "target is empty"]),
+        ([{"prompt": "p"}], ["request 0", "its fields are: prompt"]),
+        ([FULL, "text"], ["request 1", "not str"]),
+        ([FULL, None], ["request 1", "not NoneType"]),
+        ([FULL, EditRequest("p", "t"), FULL], ["requests 0 and 2", "same id 'a1'"]),
+        ([EditRequest("p", "t", id=1), EditRequest("p", "t", id="1")], ["requests 0 and 1", "same id '1'"]),
+        (FULL, ["list", "single dict"]),
+        (EditRequest("p", "t"), ["list", "single EditRequest"]),
+        ("requests.json", ["list", "single str"]),
+    ],
+)
+def test_as_requests_names_what_is_wrong(items, words):
+    with pytest.raises(ValueError) as error:
+        as_requests(items)
+    for word in words:
+        assert word in str(error.value)
