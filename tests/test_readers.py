@@ -212,7 +212,12 @@ def test_bad_gzip(tmp_path, kind, damage):
     path = tmp_path / f"a.{kind}.gz"
     good = gzip.compress(as_text(TWO * 50, kind).replace('"id": "1", ', "").encode())
     changed = good[:-8] + bytes(4) + good[-4:]  # the checksum
-    content = {"not gzip": as_text(TWO, kind).encode(), "cut": good[:-20], "changed": changed, "half a header": good[:5]}
+    content = {
+        "not gzip": as_text(TWO, kind).encode(),
+        "cut": good[:-20],
+        "changed": changed,
+        "half a header": good[:5],
+    }
     path.write_bytes(content[damage])
     with pytest.raises(ValueError) as error:
         list(read_records(path))

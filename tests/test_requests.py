@@ -24,7 +24,13 @@ PUBLISHED = {
     "stableedit": (FULL, FULL),
     "zsre": (
         {"src": "p?", "rephrase": "r?", "ans": "true", "alt": "false", "loc": "nq question: l", "loc_ans": "la"},
-        {"prompt": "p?", "target": "true", "rephrase": "r?", "locality_prompt": "nq question: l?", "locality_target": "la"},
+        {
+            "prompt": "p?",
+            "target": "true",
+            "rephrase": "r?",
+            "locality_prompt": "nq question: l?",
+            "locality_target": "la",
+        },
     ),
     "counterfact": (
         {

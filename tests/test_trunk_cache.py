@@ -98,7 +98,7 @@ def test_limit_stops_keeping_but_not_scoring(tokenizer):
 def test_limit_below_one_prompt_is_refused(tokenizer):
     model = tiny_model("llama")
     cache = se.TrunkCache(model, upper_modules(model, "llama"), max_bytes=100)
-    with pytest.raises(ValueError, match="cannot hold one prompt of .* tokens"):
+    with pytest.raises(ValueError, match=r"cannot hold one prompt of .* tokens"):
         token_accuracy(model, sequences_of(tokenizer), max_tokens=512, trunk=cache)
 
 

@@ -25,7 +25,13 @@ ARCHITECTURES = {
     "gpt_neox": ("GPTNeoXConfig", _COMMON, "gpt_neox.layers.*.mlp.dense_4h_to_h"),
     "opt": (
         "OPTConfig",
-        {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 16},
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "ffn_dim": 24,
+            "word_embed_proj_dim": 16,
+        },
         "model.decoder.layers.*.fc2",
     ),
 }

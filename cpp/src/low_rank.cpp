@@ -9,8 +9,8 @@
 
 namespace stableedit {
 
-LowRankUpdate::LowRankUpdate(at::Tensor left, at::Tensor right)
-    : left_(std::move(left)), right_(std::move(right)) {
+LowRankUpdate::LowRankUpdate(at::Tensor left, at::Tensor right, std::optional<double> norm)
+    : left_(std::move(left)), right_(std::move(right)), norm_(norm) {
   check_matrix(left_, "left");
   check_matrix(right_, "right");
   TORCH_CHECK_VALUE(left_.size(1) == right_.size(0),
@@ -60,13 +60,18 @@ void LowRankUpdate::subtract_from(const at::Tensor& weight, WeightLayout layout)
   accumulate(weight, layout, -1.0);
 }
 
-double LowRankUpdate::norm() const { return std::sqrt(std::max(0.0, inner(*this))); }
+double LowRankUpdate::norm() const {
+  return norm_ ? *norm_ : std::sqrt(std::max(0.0, inner(*this)));
+}
 
 double LowRankUpdate::inner(const LowRankUpdate& other) const {
   TORCH_CHECK_VALUE(other.out_features() == out_features() && other.in_features() == in_features(),
                     "the inner product needs two updates of one shape, but they are [",
                     out_features(), ", ", in_features(), "] and [", other.out_features(), ", ",
                     other.in_features(), "]");
+  TORCH_CHECK_TYPE(other.left_.scalar_type() == left_.scalar_type(),
+                   "the inner product needs two updates of one dtype, but they are ",
+                   left_.scalar_type(), " and ", other.left_.scalar_type());
   // <L1 R1, L2 R2> = sum((L1^T L2) * (R1 R2^T))
   const at::Tensor lefts = at::mm(left_.t(), other.left_).to(at::kDouble);
   const at::Tensor rights = at::mm(right_, other.right_.t()).to(at::kDouble);

@@ -20,6 +20,7 @@ void RunningMoments::update(const at::Tensor& batch) {
   if (n == 0) return;
   const at::Tensor rows = batch.detach().to(at::kDouble);
   const at::Tensor mean = rows.mean(0);
+  check_finite(mean, "batch");  // NaN or infinity anywhere in a column shows in its mean
   at::Tensor m2 = (rows - mean).square_().sum(0);
   // The published code multiplies the unbiased variance by n. Its NaN for a single row is not kept.
   if (unbiased_batches_ && n > 1) m2.mul_(static_cast<double>(n) / static_cast<double>(n - 1));

@@ -54,7 +54,8 @@ void NormalInverseWishart::update(const at::Tensor& batch) {
   if (n == 0) return;
   const at::Tensor rows = batch.detach().to(compute_dtype(batch));
   const at::Tensor batch_mean = rows.mean(0, /*keepdim=*/false, at::kDouble);
-  if (count_ == 0) {  // the state moves to the device of the first batch
+  check_finite(batch_mean, "batch");  // NaN or infinity anywhere in a column shows in its mean
+  if (count_ == 0) {                  // the state moves to the device of the first batch
     mean_ = mean_.to(batch_mean.device());
     scatter_ = scatter_.to(batch_mean.device());
   }
@@ -100,10 +101,9 @@ at::Tensor NormalInverseWishart::mean() const {
 }
 
 at::Tensor NormalInverseWishart::psi() const {
-  at::Tensor psi = scatter_.triu();
-  psi.add_(scatter_.triu(1).t());
-  add_prior(psi);
-  return psi;
+  at::Tensor upper = scatter_.clone();
+  add_prior(upper);
+  return upper.triu().add_(upper.triu(1).t());
 }
 
 at::Tensor NormalInverseWishart::covariance() const {

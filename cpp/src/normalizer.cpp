@@ -8,7 +8,7 @@ namespace stableedit {
 namespace {
 
 // Rows of a batch from which drift is measured: enough for an average, few enough to cost nothing.
-constexpr int64_t kSample = 256;
+constexpr int64_t kSample = 64;
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -34,6 +35,7 @@ at::Tensor solve_gram(const at::Tensor& gram, const at::Tensor& rhs, double ridg
        factor.diagonal().square().gt(system.diagonal() * precision).all().item<bool>());
   if (regular) return at::cholesky_solve(right, factor);
 
+  check_finite(system, "keys");
   const auto [eigenvalues, eigenvectors] = at::linalg_eigh(system);
   const double cutoff = precision * eigenvalues.abs().max().item<double>();
   const at::Tensor inverse =
@@ -52,6 +54,7 @@ Problem check_problem(const at::Tensor& keys, const at::Tensor& targets, double 
   check_same_rows(keys, "keys", targets, "targets");
   TORCH_CHECK_VALUE(std::isfinite(ridge) && ridge >= 0.0,
                     "ridge must be finite and at least 0, but it is ", ridge);
+  check_finite(targets, "targets");
   return {keys.to(compute_dtype(keys)), targets.to(compute_dtype(targets))};
 }
 
@@ -76,9 +79,13 @@ at::Tensor solve_ridge(const at::Tensor& keys, const at::Tensor& targets, double
 LowRankUpdate ridge_update(const at::Tensor& keys, const at::Tensor& targets, double ridge) {
   const Problem problem = check_problem(keys, targets, ridge);
   const at::Tensor x = dual_coefficients(problem, ridge);
-  TORCH_CHECK_LINALG(at::isfinite(x).all().item<bool>(),
+  // (H H^T + ridge I) X = V gives ||X^T H||^2 = <X, H H^T X> = <X, V - ridge X> without a product.
+  const at::Tensor fit = problem.targets.to(at::kDouble).sub(x, ridge);
+  const double square = x.flatten().dot(fit.flatten()).item<double>();
+  TORCH_CHECK_LINALG(std::isfinite(square),
                      "the ridge system has no finite solution; check keys and targets");
-  return LowRankUpdate(x.to(problem.keys.scalar_type()).t().contiguous(), problem.keys);
+  return LowRankUpdate(x.to(problem.keys.scalar_type()).t().contiguous(), problem.keys,
+                       std::sqrt(std::max(0.0, square)));
 }
 
 }  // namespace stableedit

@@ -137,7 +137,8 @@ TEST(Whitener, WhitenedSamplesHaveIdentityCovariance) {
     NormalInverseWishart tracker(kDim);
     tracker.update(rows);
     const at::Tensor centred = rows - tracker.mean().to(dtype);
-    const Whitener whitener = Whitener::full(tracker.covariance().to(dtype), 0.0, FloorMode::kAbsolute);
+    const Whitener whitener =
+        Whitener::full(tracker.covariance().to(dtype), 0.0, FloorMode::kAbsolute);
     const Matrix white = to_eigen(whitener.transform(centred));
     EXPECT_TRUE(close(white.transpose() * white / double(n - kDim - 1),
                       Matrix::Identity(kDim, kDim), tolerances::of(dtype).solves));

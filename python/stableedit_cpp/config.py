@@ -21,8 +21,8 @@ class EditorConfig:
     """What every editor needs. Use StableEditConfig or UltraEditConfig.
 
     Attributes:
-        edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``, ``{22..28}``) of the linear maps to edit; None takes
-            the MLP output projections of four layers in the last third of the model.
+        edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``, ``{22..28}``) of the linear maps to edit;
+            None takes the MLP output projections of four layers in the last third of the model.
         step_size: the paper's eta, > 0.
         ridge: weight of the norm penalty in the least-squares solution, > 0.
         statistics: "shared" pools the running statistics of modules of one shape, as the published code does;
@@ -37,7 +37,7 @@ class EditorConfig:
     editor: ClassVar[str]
 
     edit_modules: list[str] | None = None
-    step_size: float = 3e-4
+    step_size: float = 3.5e-4
     ridge: float = 10.0
     statistics: Literal["shared", "per_module"] = "shared"
     turn_size: int = 100

@@ -45,7 +45,8 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
     """Look up modules by exact name or by pattern, in the order of the model.
 
     Args:
-        patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]``, ``{22,24}`` and ``{22..28}``.
+        patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]``, ``{22,24}`` and
+            ``{22..28}``.
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a

@@ -93,14 +93,26 @@ def longest_first(sequences: Sequence[TokenSequence]) -> list[int]:
 
 def pack(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]:
     """Cut ``longest_first`` into batches of at most ``max_tokens`` tokens with padding (a single longer sequence is a
-    batch of its own)."""
+    batch of its own), so that padding and the fixed cost of a forward pass are smallest together."""
+    order = longest_first(sequences)
+    lengths = [len(sequences[index]) for index in order]
+    # A forward pass costs something whatever its size, chiefly reading the weights: counted as so many tokens.
+    fixed = max(1, max_tokens // 64)
+    cost, start = [0] + [0] * len(order), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        cost[end], start[end] = cost[end - 1] + lengths[end - 1] + fixed, end - 1
+        for begin in range(end - 2, -1, -1):
+            size = lengths[begin] * (end - begin)
+            if size > max_tokens:
+                break
+            if cost[begin] + size + fixed < cost[end]:
+                cost[end], start[end] = cost[begin] + size + fixed, begin
     batches: list[list[int]] = []
-    for index in longest_first(sequences):
-        if batches and len(sequences[batches[-1][0]]) * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    end = len(order)
+    while end > 0:
+        batches.append(order[start[end] : end])
+        end = start[end]
+    return batches[::-1]
 
 
 def collate(sequences: Sequence[TokenSequence], device: torch.device) -> Batch:

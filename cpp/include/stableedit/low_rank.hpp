@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "stableedit/export.hpp"
 
@@ -22,7 +23,8 @@ enum class WeightLayout {
 class STABLEEDIT_API LowRankUpdate {
  public:
   /// \param left `[v, r]`  \param right `[r, k]`, same floating dtype and device.
-  LowRankUpdate(at::Tensor left, at::Tensor right);
+  /// \param norm its Frobenius norm, where the caller has it anyway
+  LowRankUpdate(at::Tensor left, at::Tensor right, std::optional<double> norm = std::nullopt);
 
   const at::Tensor& left() const { return left_; }
   const at::Tensor& right() const { return right_; }
@@ -54,6 +56,7 @@ class STABLEEDIT_API LowRankUpdate {
 
   at::Tensor left_;
   at::Tensor right_;
+  std::optional<double> norm_;
 };
 
 }  // namespace stableedit

@@ -13,8 +13,8 @@
 namespace stableedit {
 
 struct STABLEEDIT_API EditOptions {
-  double step_size = 3e-4;  ///< the paper's eta, positive
-  double ridge = 10.0;      ///< weight of the penalty on the update's norm, positive
+  double step_size = 3.5e-4;  ///< the paper's eta, positive
+  double ridge = 10.0;        ///< weight of the penalty on the update's norm, positive
 };
 
 /// (keys, value gradients) of a turn -> the update of one module's weight (StableEdit, Algorithm

@@ -38,7 +38,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="NAME",
         help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj' (default: four in the last third)",
     )
-    parser.add_argument("--step-size", type=float, metavar="X", help="default 3e-4")
+    parser.add_argument("--step-size", type=float, metavar="X", help="default 3.5e-4")
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
     parser.add_argument("--limit", type=positive, metavar="N", help="edit only the first N requests")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="warm up with only the first N requests")
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     model, tokenizer = load(options)
     editor = _EDITORS[config.editor][0](model, tokenizer, config)
+    editor.check(requests)
     report: dict[str, object] = {
         "model": options.model,
         "requests": options.requests,

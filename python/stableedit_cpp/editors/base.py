@@ -100,26 +100,37 @@ class Editor(ABC):
         """
         return self._run(requests, mode=self._warm_up_mode(), progress=progress, title="Warm-up")
 
+    def check(self, requests: Iterable[EditRequest | Mapping[str, object]]) -> None:
+        """Raise what ``edit`` would raise for bad requests, without editing: before a long warm-up, say."""
+        self._tokenize(requests)
+
+    def _tokenize(self, requests: Iterable) -> tuple[list[str], list[TokenSequence]]:
+        requests = as_requests(requests)
+        names = [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]
+        pairs = [(request.prompt, request.target) for request in requests]
+        return names, tokenize(self.tokenizer, pairs, context_length(self.model), names)
+
     def _warm_up_mode(self) -> str | None:
         return None
 
     def _run(self, requests: Iterable, mode: str | None, progress: bool | None, title: str) -> EditReport:
-        requests = as_requests(requests)
-        names = [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]
-        pairs = [(request.prompt, request.target) for request in requests]
-        sequences = tokenize(self.tokenizer, pairs, context_length(self.model), names)
+        names, sequences = self._tokenize(requests)
         self._attach_weights()
 
         report = EditReport(self.config.editor)
         start = time.perf_counter()
         size = self.config.turn_size
         bar = tqdm(
-            total=len(requests), desc=title, unit="edit", disable=None if progress is None else not progress, leave=True
+            total=len(sequences),
+            desc=title,
+            unit="edit",
+            disable=None if progress is None else not progress,
+            leave=True,
         )
         with bar, InterruptGuard() as guard:
-            for begin in range(0, len(requests), size):
-                end = min(begin + size, len(requests))
-                turn = self._edit_turn(sequences[begin:end], names[begin:end], mode, guard)
+            for begin in range(0, len(sequences), size):
+                end = min(begin + size, len(sequences))
+                turn = self._edit_turn(sequences[begin:end], names[begin:end], mode, guard, bar)
                 report.turns.append(turn)
                 report.seconds = time.perf_counter() - start
                 if not bar.disable:
@@ -129,15 +140,20 @@ class Editor(ABC):
                 bar.update(end - begin)
                 if guard.requested:
                     raise EditInterrupted(
-                        f"stopped after turn {len(report.turns)} of {-(-len(requests) // size)}, which was finished "
-                        f"and applied: {end} of {len(requests)} requests are edited",
+                        f"stopped after turn {len(report.turns)} of {-(-len(sequences) // size)}, which was finished "
+                        f"and applied: {end} of {len(sequences)} requests are edited",
                         report,
                     )
         report.seconds = time.perf_counter() - start
         return report
 
     def _edit_turn(
-        self, sequences: Sequence[TokenSequence], names: Sequence[str], mode: str | None, guard: InterruptGuard
+        self,
+        sequences: Sequence[TokenSequence],
+        names: Sequence[str],
+        mode: str | None,
+        guard: InterruptGuard,
+        bar: tqdm,
     ) -> TurnReport:
         if self._trunk is not None:  # of use within the turn: its checks and retries repeat the same prompts
             self._trunk.clear()
@@ -154,6 +170,8 @@ class Editor(ABC):
                     with _timed(turn, "capture"):
                         accuracy = self._accuracy(sequences)
                     pending = [i for i in range(len(sequences)) if accuracy[i] < 1.0]
+                    taken = f"{len(sequences) - len(pending)}/{len(sequences)}"
+                    bar.set_postfix({"pass": f"{number + 1}/{self.config.max_passes}", "taken": taken})
                     if not pending:
                         break
         except BaseException:

@@ -1,0 +1,184 @@
+"""Draws docs/charts/*.png from bench/results/*.json; needs matplotlib.
+
+example:
+  python bench/charts.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError:
+    raise SystemExit("bench/charts.py needs matplotlib: pip install matplotlib") from None
+
+_ROOT = Path(__file__).resolve().parent.parent
+_OURS, _OTHER, _LIMIT = "#1f6fb2", "#c44e3a", "#8a8a8a"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=_ROOT / "bench" / "results", metavar="DIR")
+    parser.add_argument("--output", type=Path, default=_ROOT / "docs" / "charts", metavar="DIR")
+    options = parser.parse_args()
+    found = newest(options.results)
+    if not found:
+        parser.error(f"there are no results in {options.results}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    for name, draw in CHARTS.items():
+        if name not in found:
+            print(f"{name}: no result, no chart")
+            continue
+        figure = draw(found[name])
+        machine = found[name]["machine"]
+        where = f"{machine['device']}, torch {machine['torch']}, {machine['date'][:10]}"
+        figure.suptitle(f"bench/{name}.py on {where}", fontsize=9, color="#555555")
+        figure.tight_layout()
+        figure.savefig(options.output / f"{name}.png", dpi=130)
+        plt.close(figure)
+        print(options.output / f"{name}.png")
+
+
+def newest(directory: Path) -> dict[str, dict]:
+    """The latest result of each benchmark; of editing_math, mistral-7b goes before other shapes."""
+    found: dict[str, dict] = {}
+    for path in sorted(directory.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        name = document.get("benchmark")
+        if name not in found or _rank(document) > _rank(found[name]):
+            found[name] = document
+    return found
+
+
+def _rank(document: dict) -> tuple[bool, str]:
+    return document["settings"].get("shape") == "mistral-7b", document["machine"]["date"]
+
+
+def editing_math(result: dict) -> plt.Figure:
+    shape, ours = result["shape"], result["ours"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    rows = [("dense products alone", result["dense_products_ms"], _LIMIT)]
+    rows += [(f"ours, {mode}", ours[mode]["ms_per_turn"], _OURS) for mode in ("late", "early", "exact")]
+    if "published" in result:
+        rows.append(("published", result["published"]["ms_per_turn"], _OTHER))
+    bars(left, [(label, value / 1000, colour) for label, value, colour in rows], "s", logarithmic=True)
+    left.set_xlabel("seconds a turn (logarithmic)")
+    left.set_title(f"{result['settings']['shape']}: k {shape['k']}, v {shape['v']}, {shape['modules']} modules")
+    bottom = [0.0] * 3
+    for part in ours["late"]["ms_by_part"]:
+        values = [ours[mode]["ms_by_part"][part] / 1000 for mode in ("late", "early", "exact")]
+        right.bar(["late", "early", "exact"], values, bottom=bottom, label=part)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    right.set_ylabel("seconds a turn")
+    right.set_title("ours by part")
+    right.legend(fontsize=8)
+    return figure
+
+
+def whitening(result: dict) -> plt.Figure:
+    spectra = [name for name in ("smollm2", "steep") if name in result]
+    figure, axes = plt.subplots(1, len(spectra), figsize=(5.5 * len(spectra), 4), squeeze=False)
+    for axis, spectrum in zip(axes[0], spectra, strict=True):
+        found = result[spectrum]
+        rows = []
+        for name, method in found["methods"].items():
+            if name != "reuse" and "median_ms" in method:
+                label = f"{name.replace('_', ' ')}\n(error {method['error']:.0e})"
+                rows.append((label, method["median_ms"], _OURS if name == "eigh" else _LIMIT))
+        bars(axis, rows, "ms")
+        axis.set_xlabel("milliseconds")
+        reuse = found["methods"].get("reuse")
+        note = f"; reuse: error {reuse['error']:.0e}" if reuse else ""
+        axis.set_title(f"{spectrum}: v {found['dim']}, {found['above_floor']} above the floor{note}", fontsize=10)
+    return figure
+
+
+def capture(result: dict) -> plt.Figure:
+    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+    colours = {"limit": _LIMIT, "ours": _OURS, "published": _OTHER}
+    bars(axis, [(name, result[name]["median_ms"] / 1000, colour) for name, colour in colours.items()], "s")
+    axis.set_xlabel("seconds a turn, median")
+    axis.set_title(
+        f"Capture of {result['requests']} requests: {result['over_limit']:.2f} of the limit, "
+        f"published takes {result['speedup']:.1f} times as long",
+        fontsize=10,
+    )
+    return figure
+
+
+def stream(result: dict) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    rows = [("ours", result["edits_per_second_ours"], _OURS)]
+    rows.append(("published", result["edits_per_second_published"], _OTHER))
+    bars(left, rows, "edits/s")
+    left.set_xlabel("edits a second")
+    left.set_title(f"{result['edits']} ZsRE edits: {result['speedup']:.1f} times faster")
+    pairs = [("ours", result["seconds_by_part_ours"]), ("published", result["seconds_by_part_published"])]
+    for part, colour in (("capture", "#7fb3d8"), ("mathematics", "#f0a35e"), ("apply", "#7a9a5a")):
+        before = [sum(list(parts.values())[: list(parts).index(part)]) if part in parts else 0 for _, parts in pairs]
+        right.bar(
+            [name for name, _ in pairs], [p.get(part, 0) for _, p in pairs], bottom=before, label=part, color=colour
+        )
+    right.set_ylabel("seconds in all")
+    right.set_title(f"ours: mathematics {100 * result['mathematics_share']:.1f} % of a turn")
+    right.legend(fontsize=8)
+    return figure
+
+
+def scaling(result: dict) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    deciles = range(1, 11)
+    left.plot(deciles, result["ms_per_turn_by_decile"], "o-", color=_OURS, label="mean")
+    left.plot(deciles, result["median_ms_per_turn_by_decile"], "s--", color=_LIMIT, label="median")
+    left.set_ylabel("milliseconds a turn")
+    left.set_title(f"{result['turns']} turns, {result['decompositions']} decompositions")
+    left.legend(fontsize=8)
+    right.plot(deciles, [value / 2**20 for value in result["memory_bytes_by_decile"]], "o-", color=_OURS)
+    right.set_ylabel("memory in use, MiB")
+    right.set_title("memory")
+    for axis in (left, right):
+        axis.margins(y=0.1)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("decile of the stream")
+        axis.set_xticks(list(deciles))
+    return figure
+
+
+def evaluation(result: dict) -> plt.Figure:
+    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+    seconds = result["seconds"]
+    middle = sorted(seconds["without"])[len(seconds["without"]) // 2]
+    later = sorted(seconds["with_later"])[len(seconds["with_later"]) // 2]
+    rows = [("without cache", middle, _LIMIT), ("first with cache", seconds["with_first"], _OURS)]
+    bars(axis, [*rows, ("later with cache", later, _OURS)], "s")
+    axis.set_xlabel("seconds")
+    same = "identical scores" if result["identical_scores"] else "DIFFERENT SCORES"
+    axis.set_title(f"Evaluation of {result['prompts']} prompts: {result['speedup']:.1f} times faster, {same}")
+    return figure
+
+
+def bars(axis: plt.Axes, rows: list[tuple[str, float, str]], unit: str, logarithmic: bool = False) -> None:
+    """Horizontal bars, the first on top, each with its value."""
+    labels, values, colours = zip(*rows, strict=True)
+    drawn = axis.barh(labels, values, color=colours)
+    axis.bar_label(drawn, [f" {value:.3g} {unit}" for value in values], fontsize=9)
+    axis.invert_yaxis()
+    if logarithmic:
+        axis.set_xscale("log")
+    axis.margins(x=0.2)
+
+
+CHARTS: dict[str, Callable[[dict], plt.Figure]] = {
+    draw.__name__: draw for draw in (editing_math, whitening, capture, stream, scaling, evaluation)
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Evaluation with and without the frozen-trunk cache, before and after edits."""
+
+from __future__ import annotations
+
+import statistics
+
+from common import finish, new_parser, start, timed
+from stableedit_cpp import StableEdit, StableEditConfig, TrunkCache, evaluate
+from workload import add_model_options, pretrained, zsre
+
+
+def main() -> None:
+    parser = new_parser(
+        "Scores ZsRE requests repeatedly, a turn of edits between two evaluations, with and without a TrunkCache.\n"
+        "The scores of the two must be identical each time.",
+        "evaluation.py --requests 200 --json bench/results/evaluation.json",
+    )
+    add_model_options(parser)
+    parser.add_argument("--requests", type=int, default=200, metavar="N", help="requests that are scored (default 200)")
+    parser.add_argument("--edits", type=int, default=50, metavar="N", help="edits between evaluations (default 50)")
+    parser.add_argument("--evaluations", type=int, default=3, metavar="N", help="of each, at least 2 (default 3)")
+    options = parser.parse_args()
+    if options.evaluations < 2:
+        parser.error("--evaluations must be at least 2: the first one fills the cache")
+    device = start(options)
+
+    model, tokenizer, modules = pretrained(options, device)
+    requests = zsre(options, options.requests)
+    editor = StableEdit(
+        model,
+        tokenizer,
+        StableEditConfig(edit_modules=[m.name for m in modules], max_tokens_per_forward=options.max_tokens),
+    )
+    trunk = TrunkCache(model, editor.modules)
+    without, cached, identical = [], [], []
+
+    def score(count: int | None = None, trunk: TrunkCache | None = None):
+        limit = options.max_tokens
+        return evaluate(model, tokenizer, requests[:count], max_tokens_per_forward=limit, trunk=trunk, progress=False)
+
+    timed(device, score, 20)  # not counted
+    for number in range(options.evaluations):
+        plain, seconds = timed(device, score)
+        without.append(seconds)
+        scores, seconds = timed(device, score, None, trunk)
+        cached.append(seconds)
+        identical.append(scores.per_request == plain.per_request)
+        if number + 1 < options.evaluations and options.edits:
+            begin = number * options.edits % len(requests)
+            editor.edit(requests[begin : begin + options.edits], progress=False)
+    later = statistics.median(cached[1:])
+    results = {
+        "speedup": statistics.median(without) / later,
+        "identical_scores": all(identical),
+        "first_over_without": cached[0] / statistics.median(without),
+        "seconds": {"without": without, "with_first": cached[0], "with_later": cached[1:]},
+        "requests": len(requests),
+        "prompts": sum(
+            value is not None for record in plain.per_request for key, value in record.items() if key != "id"
+        ),
+        "cache_bytes": trunk.bytes,
+        "edit_modules": [module.name for module in modules],
+        "last_scores": {
+            "efficacy": plain.efficacy,
+            "generalization": plain.generalization,
+            "specificity": plain.specificity,
+        },
+    }
+    finish("evaluation", options, device, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The whole path on a real model with real facts: SmolLM2-135M and ZsRE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import stableedit_cpp as se
+
+ZSRE = Path(__file__).resolve().parents[2] / "shared" / "data" / "zsre"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ZSRE.is_dir(), reason=f"needs the ZsRE files in {ZSRE}"),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    model, tokenizer = se.load_model("smollm2-135m", dtype=torch.float32)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def edited(smollm2):
+    """500 warm-up edits, then 1,000 edits in turns of 100, with the default configuration."""
+    model, tokenizer = smollm2
+    editor = se.StableEdit(
+        model, tokenizer, se.StableEditConfig(edit_modules=["model.layers.{22,24,26,28}.mlp.down_proj"])
+    )
+    original = {module.name: module.weight.detach().clone() for module in editor.modules}
+    cache = se.TrunkCache(model, editor.modules)
+    requests = se.read_requests(ZSRE / "zsre_edit_5k.json", limit=1000)
+    before = se.evaluate(model, tokenizer, requests, trunk=cache)
+    editor.warm_up(se.read_requests(ZSRE / "zsre_train_5k.json", limit=500))
+    report = editor.edit(requests)
+    after = se.evaluate(model, tokenizer, requests, trunk=cache)
+    print(f"\nunedited\n{before}\nafter 1,000 edits at {report.edits_per_second:.1f} edits/s\n{after}")
+    yield before, after, report
+    with torch.no_grad():
+        for module in editor.modules:
+            module.weight.copy_(original[module.name])
+
+
+def test_default_configuration_edits_without_breaking(edited):
+    before, after, _ = edited
+    assert before.efficacy < 0.2
+    assert after.efficacy >= 0.50
+    assert after.generalization >= 0.44
+    assert after.specificity >= 0.24
+
+
+def test_every_turn_was_whitened_in_full_and_reported(edited):
+    _, _, report = edited
+    assert [turn.requests for turn in report.turns] == [100] * 10
+    assert all(set(turn.whitening.values()) == {"full"} for turn in report.turns)
+    assert all(0 < norm < 100 for turn in report.turns for norm in turn.update_norms.values())
+
+
+def test_default_modules_are_those_of_the_published_depth(smollm2):
+    assert se.default_edit_modules(smollm2[0]) == [f"model.layers.{n}.mlp.down_proj" for n in (22, 24, 26, 28)]
