@@ -128,4 +128,10 @@ def collate(sequences: Sequence[TokenSequence], device: torch.device) -> Batch:
         first = row * width + sequence.first
         positions.extend(range(first, first + len(sequence.answer)))
         labels.extend(sequence.answer)
-    return Batch(ids.to(device), mask.to(device), torch.tensor(positions).to(device), torch.tensor(labels).to(device))
+    tensors = (ids, mask, torch.tensor(positions), torch.tensor(labels))
+    return Batch(*(_place(tensor, device) for tensor in tensors))
+
+
+def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without making the host wait for the device: from pinned memory, behind what is queued there."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
