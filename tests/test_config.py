@@ -37,6 +37,7 @@ def test_out_of_range(cls, field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("floor", value) for value in (-1e-9, -1, float("nan"), float("inf"), 10**400, "0.1", None, False)]
+    + [("refresh", value) for value in (-0.1, 1.1, float("nan"), "0.1", None, True)]
     + [("floor_mode", value) for value in ("percent", "", None, 0)]
     + [("whitening", value) for value in ("Full", "", None, True)]
     + [("warm_up_whitening", value) for value in ("half", "", False)],

@@ -124,7 +124,7 @@ def test_pack(lengths, budget):
         assert batch
         assert max(lengths[index] for index in batch) * len(batch) <= budget or len(batch) == 1
     # No dearer than filling each batch to the brim, nor than one sequence each.
-    fixed = max(1, budget // 64)
+    fixed = max(1, budget // 128)
     cost = sum(lengths[batch[0]] * len(batch) + fixed for batch in batches)
     brim: list[list[int]] = []
     for index in order:

@@ -6,11 +6,6 @@
 namespace stableedit::bindings {
 namespace {
 
-std::optional<WhiteningMode> optional_mode(const std::optional<std::string>& name) {
-  if (!name) return std::nullopt;
-  return whitening_mode(*name);
-}
-
 void bind_moments(py::module_& m) {
   py::class_<RunningMoments>(m, "RunningMoments", R"(
 Running mean and per-dimension M2 of a stream of row vectors, in float64.

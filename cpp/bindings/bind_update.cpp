@@ -15,11 +15,6 @@ RidgeForm ridge_form(const std::string& name) {
   return RidgeForm::kDual;
 }
 
-std::optional<WhiteningMode> optional_mode(const std::optional<std::string>& name) {
-  if (!name) return std::nullopt;
-  return whitening_mode(*name);
-}
-
 WeightLayout weight_layout(const std::string& name) {
   if (name == "linear") return WeightLayout::kLinear;
   TORCH_CHECK_VALUE(name == "conv1d",

@@ -3,6 +3,12 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "stableedit/whitening.hpp"
+
 namespace stableedit::bindings {
 
 namespace py = pybind11;
@@ -14,6 +20,12 @@ void bind_update(py::module_& m);
 template <typename Function>
 auto no_gil(Function&& function) {
   return torch::wrap_pybind_function_no_gil(std::forward<Function>(function));
+}
+
+/// None, or a mode by its name.
+inline std::optional<WhiteningMode> optional_mode(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  return whitening_mode(*name);
 }
 
 }  // namespace stableedit::bindings

@@ -3,9 +3,16 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
+
 #include "checks.hpp"
 
 namespace stableedit {
+namespace {
+
+constexpr int64_t kBlock = 64;  // rows of a batch handled at once
+
+}  // namespace
 
 RunningMoments::RunningMoments(int64_t dim, bool unbiased_batches)
     : unbiased_batches_(unbiased_batches) {
@@ -18,13 +25,18 @@ void RunningMoments::update(const at::Tensor& batch) {
   check_rows(batch, "batch", dim());
   const int64_t n = batch.size(0);
   if (n == 0) return;
-  const at::Tensor rows = batch.detach().to(at::kDouble);
-  const at::Tensor mean = rows.mean(0);
-  check_finite(mean, "batch");  // NaN or infinity anywhere in a column shows in its mean
-  at::Tensor m2 = (rows - mean).square_().sum(0);
+  // In blocks, so that the float64 copies stay small.
+  RunningMoments total(dim());
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    at::Tensor rows = batch.detach().slice(0, begin, end).to(at::kDouble, false, /*copy=*/true);
+    const at::Tensor mean = rows.mean(0);
+    total.fold(end - begin, mean, rows.sub_(mean).square_().sum(0));
+  }
+  check_finite(total.mean_, "batch");  // NaN or infinity anywhere in a column shows in its mean
   // The published code multiplies the unbiased variance by n. Its NaN for a single row is not kept.
-  if (unbiased_batches_ && n > 1) m2.mul_(static_cast<double>(n) / static_cast<double>(n - 1));
-  fold(n, mean, m2);
+  const double rows = static_cast<double>(n);
+  fold(n, total.mean_, unbiased_batches_ && n > 1 ? total.m2_ * (rows / (rows - 1.0)) : total.m2_);
 }
 
 void RunningMoments::merge(const RunningMoments& other) {

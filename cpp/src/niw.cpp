@@ -2,10 +2,7 @@
 
 #include <ATen/ops/addr.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -118,9 +115,7 @@ at::Tensor NormalInverseWishart::covariance_upper(at::ScalarType dtype) const {
     psi = scatter_.clone();
     add_prior(psi);
   }
-  // Divided and converted in one pass.
-  at::Tensor sigma = at::empty(psi.sizes(), psi.options().dtype(dtype));
-  return at::div_out(sigma, psi, at::scalar_tensor(divisor, psi.options()));
+  return psi.to(dtype, /*non_blocking=*/false, /*copy=*/true).div_(divisor);
 }
 
 void NormalInverseWishart::add_prior(at::Tensor& psi) const {

@@ -58,19 +58,18 @@ Whitener Whitener::diagonal(const at::Tensor& stddev) {
   return whitener;
 }
 
-Whitener Whitener::full(const at::Tensor& covariance, double floor, FloorMode floor_mode,
-                        bool reused) {
+Whitener Whitener::full(at::Tensor covariance, double floor, FloorMode floor_mode, bool reused) {
   check_matrix(covariance, "covariance");
   TORCH_CHECK_VALUE(covariance.size(0) == covariance.size(1),
                     "covariance must be square, but its shape is ", covariance.sizes());
   TORCH_CHECK_VALUE(std::isfinite(floor) && floor >= 0.0,
                     "floor must be finite and at least 0, but it is ", floor);
-  // Ascending eigenvalues.
-  const auto [eigenvalues, eigenvectors] =
+  const auto [eigenvalues, eigenvectors] =  // ascending
       at::linalg_eigh(covariance.to(compute_dtype(covariance)), "U");
+  covariance.reset();  // at 7B shapes, memory that the root may need
 
   Whitener whitener(WhiteningMode::kFull);
-  whitener.dim_ = covariance.size(0);
+  whitener.dim_ = eigenvalues.size(0);
   whitener.floor_ = floor;
   if (floor_mode == FloorMode::kRelative) {
     whitener.floor_ *= eigenvalues.mean(at::kDouble).item<double>();

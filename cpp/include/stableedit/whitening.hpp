@@ -70,7 +70,7 @@ class STABLEEDIT_API Whitener {
   ///     thousand rows and makes every application after that cheaper.
   /// \throws LinAlgError where the decomposition does not converge or an eigenvalue that is not
   ///     positive would be inverted (floor = 0 and a singular covariance).
-  static Whitener full(const at::Tensor& covariance, double floor, FloorMode floor_mode,
+  static Whitener full(at::Tensor covariance, double floor, FloorMode floor_mode,
                        bool reused = false);
 
   /// `[n, v]` centred value gradients -> `[n, v]` whitened ones, in the dtype of the input
