@@ -146,7 +146,7 @@ def scaling(result: dict) -> plt.Figure:
     right.set_title("memory")
     for axis in (left, right):
         axis.margins(y=0.1)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_xlabel("decile of the stream")
         axis.set_xticks(list(deciles))
     return figure
