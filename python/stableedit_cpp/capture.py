@@ -91,6 +91,8 @@ def capture(
     Raises:
         ValueError: if a loss or gradient is not finite, naming the request, or a module takes no part in the forward.
     """
+    if trunk is not None:
+        trunk.check()
     order = longest_first(sequences)
     weight, group = _micro_batches(sequences, order, micro_batch)
     taps = [_Tap(module) for module in modules]

@@ -90,7 +90,8 @@ class TrunkCache:
             self._fingerprint = fingerprint
         elif fingerprint != self._fingerprint:
             raise ValueError(
-                f"the layers below {self._depth} have changed since the trunk cache was filled; clear() it first"
+                f"weights outside the layers from {self._depth} on have changed since the trunk cache was filled; "
+                "clear() it first"
             )
 
     def split(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
@@ -157,12 +158,12 @@ class TrunkCache:
         return states.to(weight.device, weight.dtype)
 
     def _weights_fingerprint(self) -> bytes:
-        """Depends on every bit of the trunk's weights, at the cost of reading them once."""
-        below = {id(p) for layer in self._layers[: self._depth] for p in layer.parameters()}
-        below.add(id(self._model.get_input_embeddings().weight))
+        """Depends on every weight outside the layers that edits may change, embeddings of positions included, at the
+        cost of reading them once."""
+        above = {id(p) for layer in self._layers[self._depth :] for p in layer.parameters()}
         digest = hashlib.blake2b(digest_size=16)
         for parameter in self._model.parameters():
-            if id(parameter) in below:
+            if id(parameter) not in above:
                 bits = parameter.detach().contiguous().view(torch.uint8).view(-1)
                 digest.update(_sums(bits).cpu().numpy().tobytes())
         return digest.digest()
