@@ -22,7 +22,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/* cpp/tests/CMakeLists.txt)
 CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/*)
-LINT_PYTHON := $(wildcard python tests bench build_backend)
+LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
 .PHONY: help build demo test test-cpp test-python lint format docs clean
