@@ -165,6 +165,30 @@ def evaluation(result: dict) -> plt.Figure:
     return figure
 
 
+def closed_loop(result: dict) -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True)
+    unedited = next(record for record in result["settings_done"] if record["setting"] == "unedited")["points"][0]
+    for axis, metric in zip(axes, ("specificity", "generalization"), strict=True):
+        for record in result["settings_done"]:
+            if record["setting"] != "unedited":
+                points = record["points"]
+                axis.plot(
+                    [point["efficacy"] for point in points],
+                    [point[metric] for point in points],
+                    "o-",
+                    markersize=4,
+                    label=record["setting"],
+                )
+        axis.axhline(unedited[metric], color=_LIMIT, linestyle=":", label="unedited")
+        axis.set_xlabel("efficacy")
+        axis.set_ylabel(metric)
+    settings = result["settings"]
+    axes[0].set_title(f"{settings['edits']} ZsRE edits after {settings['warm_up']} of warm-up", fontsize=10)
+    axes[1].set_title("along each line: after the stream, after each round of repairs", fontsize=10)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
 def bars(axis: plt.Axes, rows: list[tuple[str, float, str]], unit: str, logarithmic: bool = False) -> None:
     """Horizontal bars, the first on top, each with its value."""
     labels, values, colours = zip(*rows, strict=True)
@@ -177,7 +201,7 @@ def bars(axis: plt.Axes, rows: list[tuple[str, float, str]], unit: str, logarith
 
 
 CHARTS: dict[str, Callable[[dict], plt.Figure]] = {
-    draw.__name__: draw for draw in (editing_math, whitening, capture, stream, scaling, evaluation)
+    draw.__name__: draw for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop)
 }
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from stableedit_cpp import Scores, StableEdit, StableEditConfig, TrunkCache, eva
 from stableedit_cpp.lifelong.repair import repair
 from workload import add_model_options, pretrained, zsre
 
-_CLOSED = {"max_passes": 3, "past_key_weight": 0.02, "step_size": 3e-4}
+_CLOSED = {"max_passes": 3, "past_key_weight": 0.02, "step_size": 3e-4, "take_probability": 0.4}
 # Name -> (config, rounds of repair). Every round is scored.
 SETTINGS: dict[str, tuple[dict, int]] = {
     "one-pass": ({}, 0),
