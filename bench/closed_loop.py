@@ -7,9 +7,9 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from common import finish, new_parser, start
@@ -30,7 +30,7 @@ def main() -> None:
     parser = new_parser(
         "Edits ZsRE with closed-loop settings, each from the unedited model, and scores all edits after the stream\n"
         "and after each round of repairs. With --resume FILE every setting that is done is kept there, and skipped\n"
-        "next time.",
+        "next time; the one that is under way goes on from FILE with the suffix .state.",
         "closed_loop.py --settings closed-loop --resume closed_loop.jsonl --json bench/results/closed_loop.json",
     )
     add_model_options(parser)
@@ -60,6 +60,7 @@ def main() -> None:
         scores = evaluate(model, tokenizer, requests, max_tokens_per_forward=options.max_tokens, trunk=trunk)
         return summary(scores, sample)
 
+    state = options.resume.with_suffix(".state") if options.resume else None
     originals = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     results: list[dict] = []
     for name in tqdm(["unedited", *options.settings], desc="Settings", unit="setting"):
@@ -72,7 +73,8 @@ def main() -> None:
             begin = time.perf_counter()
             points = [{"after": "unedited", **score()}] if name == "unedited" else []
             if name != "unedited":
-                points = list(run(StableEdit(model, tokenizer, config), warm_up, requests, rounds, trunk, score))
+                editor = StableEdit(model, tokenizer, config)
+                points = run(editor, key, warm_up, requests, rounds, trunk, score, state)
             record = {"key": key, "setting": name, "config": json.loads(config.to_json()), "rounds": rounds}
             done[key] = record | {"points": points, "seconds": time.perf_counter() - begin}
             if options.resume:
@@ -83,21 +85,49 @@ def main() -> None:
     finish("closed_loop", options, device, {"sample": options.sample, "settings_done": results})
 
 
-def run(editor: StableEdit, warm_up: list, requests: list, rounds: int, trunk: TrunkCache, score) -> Iterator[dict]:
-    """Points of the frontier: after the stream and after each round of repairs."""
-    editor.warm_up(warm_up)
-    report = editor.edit(requests, trunk=trunk)
-    yield {
-        "after": "stream",
-        "passes": sum(turn.passes for turn in report.turns) / len(report.turns),
-        "edit_seconds": report.seconds,
-        **score(),
-    }
-    for number in range(rounds):
-        done = repair(editor, requests, trunk=trunk)
-        solved = sum(part.edits for part in done.rounds)
-        seconds = sum(part.seconds for part in done.rounds)
-        yield {"after": f"repair {number + 1}", "solved_again": solved, "edit_seconds": seconds, **score()}
+def run(
+    editor: StableEdit,
+    key: str,
+    warm_up: list,
+    requests: list,
+    rounds: int,
+    trunk: TrunkCache,
+    score,
+    state: Path | None,
+) -> list[dict]:
+    """Points of the frontier: after the stream and after each round of repairs. What is done is kept in ``state``."""
+    done = {"edited": 0, "passes": 0, "seconds": 0.0, "points": []}
+    if state and state.exists() and (kept := torch.load(state))["key"] == key:
+        editor.load_state_dict(kept["editor"])
+        done = kept["done"]
+    else:
+        editor.warm_up(warm_up)
+
+    def keep() -> None:
+        if state:
+            fresh = state.with_name(state.name + ".new")
+            torch.save({"key": key, "done": done, "editor": editor.state_dict()}, fresh)
+            fresh.replace(state)
+
+    part = 10 * editor.config.turn_size
+    while done["edited"] < len(requests):
+        report = editor.edit(requests[done["edited"] : done["edited"] + part], trunk=trunk)
+        done["edited"] += report.edits
+        done["passes"] += sum(turn.passes for turn in report.turns)
+        done["seconds"] += report.seconds
+        keep()
+    points = done["points"]
+    if not points:
+        turns = -(-len(requests) // editor.config.turn_size)
+        points.append({"after": "stream", "passes": done["passes"] / turns, "edit_seconds": done["seconds"], **score()})
+        keep()
+    while len(points) <= rounds:
+        report = repair(editor, requests, trunk=trunk)
+        solved = sum(part.edits for part in report.rounds)
+        seconds = sum(part.seconds for part in report.rounds)
+        points.append({"after": f"repair {len(points)}", "solved_again": solved, "edit_seconds": seconds, **score()})
+        keep()
+    return points
 
 
 def summary(scores: Scores, sample: list[int] | None) -> dict[str, object]:

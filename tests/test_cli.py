@@ -22,6 +22,7 @@ import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.config import load_config
 from stableedit_cpp.editors import turn as turn_module
+from stableedit_cpp.lifelong.repair import repair
 from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
 
 COMMANDS = ["demo", "edit", "evaluate", "export", "datasets", "env"]
@@ -297,6 +298,22 @@ def test_several_modules_by_name(edit, work):
     assert_same_weights(weights_of("out"), edited_by_hand(se.StableEditConfig(edit_modules=names)))
 
 
+def test_preset_with_repairs(edit, work, capsys):
+    assert edit("--preset", "closed-loop", "--step-size", 0.02, "--turn-size", 5, "--repairs", 2) == 0
+    config = se.StableEditConfig.closed_loop(step_size=0.02, turn_size=5)
+    assert load_config("out/stableedit_config.json") == config
+    model = tiny_model("llama")
+    editor = se.StableEdit(model, tiny_tokenizer(bos=True), config)
+    editor.edit(REQUESTS, progress=False)
+    expected = repair(editor, REQUESTS, rounds=2, progress=False)
+    assert expected.rounds  # else this shows nothing
+    assert_same_weights(weights_of("out"), model.state_dict())
+    report = report_of()
+    assert report["edit"]["edits"] == len(REQUESTS)
+    assert report["repair"]["audits"] == [audit.to_dict() for audit in expected.audits]
+    assert str(expected) in capsys.readouterr().out
+
+
 def test_evaluate_after_the_edit(edit, work, capsys):
     assert edit("--evaluate") == 0
     out = capsys.readouterr().out
@@ -483,6 +500,11 @@ BAD = {
         ["bad.json: edit_modules must be"],
     ),
     "config editor": (write("bad.json", '{"editor": "rome"}'), ["--config", "bad.json"], ["unknown editor 'rome'"]),
+    "preset and editor": (
+        nothing,
+        ["--preset", "closed-loop", "--editor", "ultraedit"],
+        ["--editor ultraedit, but --preset closed-loop is one of stableedit"],
+    ),
     "config version": (write("bad.json", '{"version": 9}'), ["--config", "bad.json"], ["version is 9"]),
     "config and editor": (
         write("good.json", se.UltraEditConfig().to_json()),

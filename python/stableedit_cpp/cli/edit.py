@@ -25,11 +25,13 @@ from stableedit_cpp.environment import environment
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
 from stableedit_cpp.export.provenance import CONFIG_FILE, REPORT_FILE, read_provenance
+from stableedit_cpp.lifelong.repair import repair
 from stableedit_cpp.output import new_directory, write_json
 from stableedit_cpp.patches import PatchRecorder
 
 _EXAMPLE = """\
   stableedit edit --model smollm2-135m --requests edits.jsonl --warm-up training.json --output edited/
+  stableedit edit --model smollm2-135m --requests edits.jsonl --preset closed-loop --repairs 2 --output edited/
   stableedit edit --model smollm2-135m --requests edits.jsonl --patch capital.safetensors
 
   edits.jsonl has one request a line:
@@ -49,6 +51,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_editor_options(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="edit only the first N requests")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="warm up with only the first N requests")
+    parser.add_argument("--repairs", type=positive, metavar="N", help="rounds of solving again for what does not hold")
     parser.add_argument("--evaluate", action="store_true", help="score all requests afterwards, into the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
     return parser
@@ -83,18 +86,24 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.warm_up:
         report |= {"warm_up_requests": options.warm_up, "warm_up_digest": _digest(options.warm_up)}
-    status, part, scores = 0, "edit", None
+    status, part, scores, repaired = 0, "edit", None, None
     try:
         if warm_up:
             part = "warm_up"
             report[part] = editor.warm_up(warm_up, progress=True).to_dict()
             part = "edit"
         result = editor.edit(requests, progress=True)
+        if options.repairs:
+            report[part] = result.to_dict()
+            part = "repair"
+            repaired = repair(editor, requests, rounds=options.repairs, progress=True)
     except EditInterrupted as interrupt:
         result, status = interrupt.report, 130
-        report["interrupted"] = f"in the warm-up: {interrupt}" if part == "warm_up" else str(interrupt)
+        report["interrupted"] = {"warm_up": "in the warm-up: ", "repair": "in a repair: "}.get(part, "") + str(
+            interrupt
+        )
         print(f"stableedit: interrupted: {report['interrupted']}; saving the model as it is", file=sys.stderr)
-    report[part] = result.to_dict()
+    report[part] = (repaired or result).to_dict()
     if options.evaluate and status == 0:
         scores = evaluate(model, tokenizer, requests, progress=True)
         report["scores"] = scores.to_dict()
@@ -110,6 +119,8 @@ def run(options: argparse.Namespace) -> int:
     if scores is not None:
         print(scores)
     print(f"{result}.")
+    if repaired is not None:
+        print(repaired)
     if options.output:
         print(f"Model, {CONFIG_FILE} and {REPORT_FILE} are in {options.output}")
     if options.patch:

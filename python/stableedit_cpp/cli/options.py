@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 
 import torch
 
@@ -22,6 +23,10 @@ __all__ = [
 ]
 
 _CONFIGS = {cls.editor: cls for cls in (StableEditConfig, UltraEditConfig)}
+_PRESETS = {
+    "closed-loop": StableEditConfig.closed_loop,
+    "closed-loop-specificity": functools.partial(StableEditConfig.closed_loop, "specificity"),
+}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,7 +71,14 @@ def default_device(options: argparse.Namespace) -> str:
 
 def add_editor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--editor", choices=list(_CONFIGS), help="default: stableedit, or what --config says")
-    parser.add_argument("--config", metavar="FILE", help="JSON config; the options below override it")
+    settings = parser.add_mutually_exclusive_group()
+    settings.add_argument("--config", metavar="FILE", help="JSON config; the options below override it")
+    settings.add_argument(
+        "--preset",
+        choices=list(_PRESETS),
+        help="instead of a config: several passes a turn with past keys, so that nearly all edits take "
+        "(closed-loop) or other answers stay (closed-loop-specificity)",
+    )
     parser.add_argument(
         "--edit-modules",
         nargs="+",
@@ -83,6 +95,10 @@ def editor_config(options: argparse.Namespace) -> EditorConfig:
         config = load_config(options.config)
         if options.editor and options.editor != config.editor:
             raise ValueError(f"--editor {options.editor}, but {options.config} is a config of {config.editor}")
+    elif options.preset:
+        config = _PRESETS[options.preset]()
+        if options.editor not in (None, config.editor):
+            raise ValueError(f"--editor {options.editor}, but --preset {options.preset} is one of {config.editor}")
     else:
         config = _CONFIGS[options.editor or "stableedit"]()
     names = ("edit_modules", "step_size", "turn_size")
