@@ -25,6 +25,7 @@ from stableedit_cpp.editors import (  # noqa: E402
     UltraEdit,
 )
 from stableedit_cpp.evaluation import Scores, evaluate, generate  # noqa: E402
+from stableedit_cpp.lifelong import LifelongSession  # noqa: E402
 from stableedit_cpp.models import load_model  # noqa: E402
 from stableedit_cpp.modules import default_edit_modules, find_modules  # noqa: E402
 from stableedit_cpp.patches import PatchRecorder  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "EditRequest",
     "Editor",
     "EditorConfig",
+    "LifelongSession",
     "PatchRecorder",
     "Scores",
     "StableEdit",

@@ -116,6 +116,28 @@ def test_full_disk(small_disk, tokenizer):
     session.edit(stream(3, 3))
 
 
+def test_a_torn_record_on_a_full_disk(small_disk, tokenizer):
+    """What is most likely to be found after a disk has become full."""
+    session = create(small_disk / "s", tokenizer)
+    session.edit(stream(3))
+    before = state_of(session.editor)
+    session.close()
+    journal = session.journal.path
+    journal.write_bytes(journal.read_bytes() + b"SEjr" + bytes(10_000))
+    (session.snapshots.directory / ".record-000002.safetensors-17-0.tmp").write_bytes(b"left by a crash")
+    torn = journal.read_bytes()
+    filler = fill(small_disk, 4096)
+    with pytest.raises(SessionWriteError, match=r"in flight, but its 10004 bytes cannot be kept in .*No space left"):
+        reopen(small_disk / "s", tokenizer)
+    assert journal.read_bytes() == torn
+    filler.unlink()
+    with pytest.warns(UserWarning, match="cut off a turn that was in flight"):
+        session = reopen(small_disk / "s", tokenizer)
+    assert_same_bits(state_of(session.editor), before)
+    assert not list(session.snapshots.directory.glob(".*"))
+    session.edit(stream(3, 3))
+
+
 def test_no_room_for_a_new_session(small_disk, tokenizer):
     fill(small_disk, 8192)
     with pytest.raises(OSError, match="No space left"):

@@ -35,8 +35,10 @@ def without_closing(session: LifelongSession) -> None:
         config_of(max_passes=3, refresh=0.0),
         config_of(statistics="per_module", whitening="diagonal"),
         config_of("ultraedit", unbiased_batches=True),
+        config_of(max_passes=2, past_key_weight=0.02, retries_feed_statistics=False),
+        config_of(past_key_weight=0.02, past_key_rank=4),
     ],
-    ids=["default", "passes", "per_module", "ultraedit"],
+    ids=["default", "passes", "per_module", "ultraedit", "past_keys", "sketch"],
 )
 def test_reopening_gives_the_same_bits(config, dtype, detail, tokenizer, tmp_path):
     """After every turn, with and without a snapshot at hand."""
@@ -54,10 +56,9 @@ def test_reopening_gives_the_same_bits(config, dtype, detail, tokenizer, tmp_pat
         assert_same_bits(state_of(session.editor), before)
     whole = uninterrupted(tokenizer, warm_up, edits, dtype, config)
     assert_same_bits(state_of(session.editor), state_of(whole))
-    assert session.editor.normalizers.keys() == whole.normalizers.keys()
-    for group, normalizer in whole.normalizers.items():
-        ours = session.editor.normalizers[group].state_dict()
-        assert_same_bits(ours, normalizer.state_dict())
+    ours = session.editor.state_dict()
+    for part, state in whole.state_dict().items():
+        assert_same_bits(ours[part], state)
 
 
 def test_closing_writes_a_snapshot(tokenizer, tmp_path):
@@ -225,6 +226,10 @@ class TestRequests:
         before = state_of(session.editor)
         with pytest.raises(ValueError, match="request 1 has the id 'f3', which was edited before"):
             session.edit([stream(1, 9)[0], stream(4)[3]])
+        with pytest.raises(ValueError, match="requests 0 and 1 have the same id 'f9'"):
+            session.edit([stream(1, 9)[0], stream(4)[3] | {"id": "f9"}])
+        with pytest.raises(ValueError, match="call the session's edit, not that of its editor"):
+            session.editor.edit([{"prompt": "A is", "target": "B"}])
         assert_same_bits(state_of(session.editor), before)
 
     def test_pending(self, tokenizer, tmp_path):
@@ -258,6 +263,10 @@ class TestRequests:
         assert session.history.entries["old"].state == "superseded by new"
         assert "new supersedes old" in session.log()[-1].text
         session.close()
+        session = reopen(tmp_path / "s", tokenizer)
+        assert session.audit().requests == len(session.evaluate().per_request) == 4
+        assert session.evaluate().efficacy == se.evaluate(session.model, tokenizer, [*stream(3), new]).efficacy
+        session.close()
         view = SessionView(tmp_path / "s")
         assert [request.id for request in view.current_requests()] == ["f0", "f1", "f2", "new"]
         assert view.status().superseded == 1
@@ -271,6 +280,24 @@ class TestRequests:
         assert [turn.requests for turn in report.turns] == [2, 3, 1]
         assert report.edits == 6
         assert not session.history.entries["f1"].current
+
+
+@pytest.mark.parametrize("detail", DETAILS)
+def test_repairs_and_guarded_turns(detail, tokenizer, tmp_path):
+    """What cannot be done again from the requests alone is written down in full."""
+    session = create(tmp_path / "s", tokenizer, detail=detail, config=config_of(max_passes=2))
+    session.edit(stream(6))
+    session.repair(rounds=2)
+    assert session.history.steps[session.history.turn].kind == "repair"
+    session.editor.guard = guard = se.lifelong.LocalityGuard(session.editor, ["Say", "Once"], limit=1.0, back_offs=20)
+    guard.limit = 1.02 * guard.drift().mean
+    report = session.edit(stream(3, 10))
+    assert report.turns[0].back_offs > 0
+    before = state_of(session.editor)
+    without_closing(session)
+    session = reopen(tmp_path / "s", tokenizer)
+    assert_same_bits(state_of(session.editor), before)
+    assert {request.id for request in session.current_requests()} == {f"f{n}" for n in [*range(6), 10, 11, 12]}
 
 
 def test_rollback_and_log(tokenizer, tmp_path):

@@ -25,11 +25,13 @@ class AppliedPass:
         updates: by module name; column i of ``left`` ``[v, n]`` and row i of ``right`` ``[n, k]`` belong to answer
             token i, so that ``update.select(rows)`` is the share of the requests that own these rows.
         request: index into the turn's requests that owns each row, ``[n]`` int64 on the CPU.
+        ridge: that it was solved with; the configured one, unless a guard asked for a stronger.
     """
 
     captured: CapturedTurn
     updates: dict[str, LowRankUpdate]
     request: torch.Tensor
+    ridge: float
 
 
 @dataclass(frozen=True)

@@ -267,11 +267,17 @@ class Editor(ABC):
                 self.weights[name].apply(update)
         self.remember(turn.kind, turn.passes[0].captured)
 
-    def take_back(self, updates: Mapping[str, LowRankUpdate]) -> None:
-        """Subtract from the weights what was added to them, by module name; the statistics stay as they are."""
+    def add(self, updates: Mapping[str, LowRankUpdate]) -> None:
+        """Add to the weights, by module name; the statistics stay as they are.
+
+        Raises:
+            ValueError, LinAlgError: for an update that does not fit or is not finite; nothing is added then.
+        """
         self._attach_weights()
         for name, update in updates.items():
-            self.weights[name].revert(update)
+            self.weights[name].check(update)
+        for name, update in updates.items():
+            self.weights[name].apply(update)
 
     def _run(self, requests: Iterable, kind: str, progress: bool | None, trunk: TrunkCache | None = None) -> EditReport:
         own = self.trunk
@@ -333,23 +339,36 @@ class Editor(ABC):
         """
         mode = self._warm_up_mode() if kind == "warm_up" else None
         feed = back_offs == 0 and ((number == 0 and kind != "repair") or self.config.retries_feed_statistics)
-        updates: dict[str, LowRankUpdate] = {}
+        editors = dict(self.module_editors)
         for group, modules in self._groups.items():
             if feed or self.normalizers[group].count == 0:
                 self._observe(group, modules, captured)
             report.whitening[group] = self.normalizers[group].effective_mode(mode)
-            device = captured.keys[modules[0].name].device
+            if back_offs > 0:
+                editors |= {module.name: self._module_editor(module.name, group, back_offs) for module in modules}
+        updates = self.solve(captured, editors, mode)
+        report.update_norms |= {name: update.norm() for name, update in updates.items()}
+        return updates
+
+    def solve(
+        self, captured: CapturedTurn, editors: Mapping[str, ModuleEditor], mode: str | None = None
+    ) -> dict[str, LowRankUpdate]:
+        """Updates for what was captured, under the statistics as they are; nothing is observed or added.
+
+        Args:
+            editors: by module name, on this editor's statistics.
+            mode: whitening that overrides the configured one.
+        """
+        updates: dict[str, LowRankUpdate] = {}
+        for modules in self._groups.values():
+            device = captured.keys[modules[0].name].device  # that of the group's statistics
             for module in modules:
                 keys, gradients = captured.keys[module.name], captured.value_gradients[module.name]
-                editor = self.module_editors[module.name]
-                if back_offs > 0:
-                    editor = self._module_editor(module.name, group, back_offs)
-                update = editor.compute_update(keys.to(device), gradients.to(device), mode)
+                update = editors[module.name].compute_update(keys.to(device), gradients.to(device), mode)
                 home = module.weight.device
                 if home != device:
                     update = LowRankUpdate(update.left.to(home), update.right.to(home))
                 updates[module.name] = update
-                report.update_norms[module.name] = update.norm()
         return updates
 
     def _module_editor(self, name: str, group: str, back_offs: int) -> ModuleEditor:
@@ -364,12 +383,15 @@ class Editor(ABC):
 
     def remember(self, kind: str, captured: CapturedTurn) -> None:
         """Add the keys of a turn's first pass to the past keys."""
-        if kind == "repair" or not self.past_keys:
-            return
+        if kind != "repair" and self.past_keys:
+            self.fold_keys(captured, self.past_keys)
+
+    def fold_keys(self, captured: CapturedTurn, into: Mapping[str, PastKeys]) -> None:
+        """Add captured keys to second moments, by module name."""
         for modules in self._groups.values():
             device = captured.keys[modules[0].name].device  # that of the group's statistics
             for module in modules:
-                self.past_keys[module.name].update(captured.keys[module.name].to(device))
+                into[module.name].update(captured.keys[module.name].to(device))
 
     def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         return token_accuracy(self.model, sequences, max_tokens=self.config.max_tokens_per_forward, trunk=self.trunk)

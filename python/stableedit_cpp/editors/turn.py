@@ -61,11 +61,11 @@ class Turn:
         passes: list[AppliedPass] = []
         try:
             for number in range(allowed):
-                captured, updates = self._solve(pending, number, interrupts)
+                captured, updates, ridge = self._solve(pending, number, interrupts)
                 if number == 0:
                     first = captured
                 if editor.on_turn is not None:
-                    passes.append(AppliedPass(captured, updates, torch.tensor(pending)[captured.request]))
+                    passes.append(AppliedPass(captured, updates, torch.tensor(pending)[captured.request], ridge))
                 if number + 1 < allowed:
                     with report.timed("capture"):
                         pending = self._not_taken()
@@ -83,9 +83,9 @@ class Turn:
 
     def _solve(
         self, pending: Sequence[int], number: int, interrupts: InterruptGuard
-    ) -> tuple[CapturedTurn, dict[str, LowRankUpdate]]:
-        """Capture, fold in, solve and, only when all of it has worked, apply."""
-        editor, report = self.editor, self.report
+    ) -> tuple[CapturedTurn, dict[str, LowRankUpdate], float]:
+        """Capture, fold in, solve and, only when all of it has worked, apply; the last of the result is the ridge."""
+        editor, report, ridge = self.editor, self.report, self.editor.config.ridge
         with interrupts.droppable():
             with report.timed("capture"):
                 captured = capture(
@@ -105,13 +105,13 @@ class Turn:
         if editor.guard is None:
             self._apply(updates)
         else:
-            updates = self._apply_guarded(captured, number, updates)
+            updates, ridge = self._apply_guarded(captured, number, updates)
         if number == 0:
             report.answer_tokens = len(captured.request)
             report.loss_before = float(captured.losses.mean())
             report.efficacy_before = float(captured.correct.mean())
         report.passes += 1
-        return captured, updates
+        return captured, updates, ridge
 
     def _apply(self, updates: Mapping[str, LowRankUpdate]) -> None:
         with self.report.timed("apply"):
@@ -120,7 +120,7 @@ class Turn:
 
     def _apply_guarded(
         self, captured: CapturedTurn, number: int, updates: dict[str, LowRankUpdate]
-    ) -> dict[str, LowRankUpdate]:
+    ) -> tuple[dict[str, LowRankUpdate], float]:
         """Apply what the guard tolerates: the updates, or those of a smaller step and a stronger ridge."""
         editor, guard, report = self.editor, self.editor.guard, self.report
         before = Checkpoint(editor.weights, {})
@@ -135,7 +135,7 @@ class Turn:
                 with report.timed("guard"):
                     report.drift = guard.drift().mean
                 if report.drift <= guard.limit:
-                    return updates
+                    return updates, editor.config.ridge * guard.ridge_factor**back_offs
             raise DriftLimitReached(
                 f"the mean drift of the {len(guard)} guarded prompts would be {report.drift:.3g} nats, beyond the "
                 f"limit of {guard.limit:.3g}, also after {guard.back_offs} back-offs; the turn in flight was taken "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from stableedit_cpp.lifelong.record import Record
@@ -116,9 +116,10 @@ class History:
         """The requests that hold: edited, neither reverted nor superseded by one with the same prompt."""
         return [entry.request for entry in self.entries.values() if entry.current]
 
-    def predecessor(self, prompt: str) -> str | None:
-        """Id of the request that is current for a prompt."""
+    def predecessor(self, prompt: str, without: Container[str] = ()) -> str | None:
+        """Id of the request that is current for a prompt, or would be ``without`` some."""
         ids = [id for id in self._by_prompt.get(_same(prompt), []) if self.entries[id].reverted_in is None]
+        ids = [id for id in ids if id not in without]
         return ids[-1] if ids else None
 
     def _forget_requests(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -155,16 +156,24 @@ class Journal:
         return self.records[-1]
 
     def cut(self, aside: Path) -> None:
-        """Remove what cannot be used; its bytes are kept in the file ``aside``."""
+        """Remove what cannot be used; its bytes are kept in the file ``aside``.
+
+        Raises:
+            OSError: as the system says; if the bytes cannot be kept, nothing is removed.
+        """
         if self.damage is None:
             return
         aside.parent.mkdir(exist_ok=True)
-        with self.path.open("r+b") as file, aside.open("wb") as kept:
+        with self.path.open("r+b") as file:
             file.seek(self.end)
-            while chunk := file.read(1 << 20):
-                kept.write(chunk)
-            kept.flush()
-            os.fsync(kept.fileno())
+            try:
+                with aside.open("wb") as kept:
+                    shutil.copyfileobj(file, kept)
+                    kept.flush()
+                    os.fsync(kept.fileno())
+            except OSError:
+                aside.unlink(missing_ok=True)
+                raise
             sync_directory(aside.parent)
             file.truncate(self.end)
             os.fsync(file.fileno())

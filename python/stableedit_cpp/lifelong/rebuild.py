@@ -60,7 +60,7 @@ def applied_turn(view: SessionView, editor: Editor, turn: int) -> AppliedTurn:
     """What a turn of requests did, row by row. From a journal without factors it is computed again, which takes the
     editor through earlier states and back to the present one."""
     step = view.history.steps[turn]
-    if view.manifest["detail"] == "factors":
+    if step.record.content["factors"]:
         return _decode(view, editor, step)
     before = editor.checkpoint()
     seen: list[AppliedTurn] = []
@@ -97,12 +97,14 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
     content = step.record.content
     with _threads(content["threads"]):
         if step.kind == "revert":
-            editor.take_back(decode_updates(view.journal.tensors(step.record), _homes(editor)))
-        elif view.manifest["detail"] == "factors":
+            tensors = view.journal.tensors(step.record)
+            for number in range(content["updates"]):
+                editor.add(decode_updates(tensors, _homes(editor), f"{number}/"))
+        elif content["factors"]:
             editor.replay(_decode(view, editor, step))
         else:
             requests = [EditRequest(**fields) for fields in content["requests"]]
-            call = {"warm_up": editor.warm_up, "edit": editor.edit, "repair": editor.repair}[step.kind]
+            call = editor.warm_up if step.kind == "warm_up" else editor.edit
             call(requests, progress=False)
 
 

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import random
 import time
-import warnings
-from collections.abc import Iterable, Mapping
-from hashlib import blake2b
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.config import EditorConfig, StableEditConfig, parse_config
-from stableedit_cpp.editors import AppliedTurn, EditInterrupted, Editor, EditReport, make_editor
-from stableedit_cpp.environment import environment
-from stableedit_cpp.lifelong.identity import check_identity, edited_weights, identity
-from stableedit_cpp.lifelong.journal import Journal, JournalDamaged
+from stableedit_cpp.config import EditorConfig, StableEditConfig
+from stableedit_cpp.editors import DriftLimitReached, EditInterrupted, Editor, EditReport, make_editor
+from stableedit_cpp.evaluation import Scores, evaluate
+from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.lifelong.lock import WriterLock
 from stableedit_cpp.lifelong.naming import cut_at_contradictions, with_ids
+from stableedit_cpp.lifelong.opening import begin, recover, restore
 from stableedit_cpp.lifelong.rebuild import rebuild
-from stableedit_cpp.lifelong.record import Record
-from stableedit_cpp.lifelong.snapshots import Snapshots, state_digests
-from stableedit_cpp.lifelong.turns import encode_turn
-from stableedit_cpp.lifelong.view import FORMAT, SessionView, check_directory, check_new_directory, now
-from stableedit_cpp.output import new_directory
+from stableedit_cpp.lifelong.recorder import Recorder, append
+from stableedit_cpp.lifelong.repair import RepairReport, repair
+from stableedit_cpp.lifelong.revert import RevertReport, revert
+from stableedit_cpp.lifelong.turns import encode_updates
+from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
 from stableedit_cpp.requests import EditRequest, as_requests
 
-__all__ = ["LifelongSession", "SessionWriteError"]
-
-
-class SessionWriteError(OSError):
-    """The disk did not take a record; what it was to record was taken back, and the session can go on."""
+__all__ = ["LifelongSession"]
 
 
 class LifelongSession(SessionView):
@@ -86,30 +80,11 @@ class LifelongSession(SessionView):
         for name, value in (("snapshot_every", snapshot_every), ("keep_snapshots", keep_snapshots)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, not {value!r}")
+        settings = {"detail": detail, "snapshot_every": snapshot_every, "keep_snapshots": keep_snapshots}
         editor = make_editor(model, tokenizer, config or StableEditConfig())
-        # The defaults of a later version may be others.
-        names = [module.name for module in editor.modules]
-        editor.config = dataclasses.replace(editor.config, edit_modules=names)
-        state = editor.state_dict()
-        manifest = {
-            "kind": "created",
-            **FORMAT,
-            "time": now(),
-            "turn": 0,
-            "detail": detail,
-            "snapshot_every": snapshot_every,
-            "keep_snapshots": keep_snapshots,
-            "config": json.loads(editor.config.to_json()),
-            "model": {"source": source or getattr(model.config, "_name_or_path", "") or None, **identity(editor)},
-            "state": state_digests(state),
-            "environment": environment(),
-        }
-        with new_directory(directory) as scratch:
-            Journal.create(scratch, manifest)
-            Snapshots(scratch / "snapshots", keep_snapshots).save(0, state)
+        begin(directory, editor, settings, source)
         session = cls(directory)
-        session._lock = WriterLock(directory)
-        session._begin(editor)
+        session._start(editor, WriterLock(directory))
         return session
 
     @classmethod
@@ -142,26 +117,27 @@ class LifelongSession(SessionView):
         check_directory(directory)
         lock = WriterLock(directory)
         try:
-            bar = tqdm(
+            with tqdm(
                 total=(directory / "journal").stat().st_size,
                 desc="Checking the journal",
                 unit="B",
                 unit_scale=True,
                 disable=None if progress is None else not progress,
                 leave=False,
-            )
-            with bar:
+            ) as bar:
                 session = cls(directory, bar.update)
-            session._lock, session._exact = lock, exact
-            session._recover()
-            editor = make_editor(model, tokenizer, parse_config(json.dumps(session.manifest["config"])))
-            check_identity(editor, session.manifest["model"], directory)
-            session._restore(editor, progress)
-            session._begin(editor)
+            recover(session)
+            session._exact = exact
+            session._start(restore(session, model, tokenizer, exact=exact, progress=progress), lock)
         except BaseException:
             lock.release()
             raise
         return session
+
+    def _start(self, editor: Editor, lock: WriterLock) -> None:
+        self.editor = editor
+        self._recorder = Recorder(self, editor)
+        self._lock = lock
 
     def __enter__(self) -> LifelongSession:
         return self
@@ -177,9 +153,7 @@ class LifelongSession(SessionView):
     def close(self) -> None:
         """Write a snapshot of what is new and let others open the session. The model stays as it is."""
         if self._lock is not None:
-            if self.history.turn != self._snapshot_turn:
-                self._snapshot()
-            self.editor.on_turn = None
+            self._recorder.stop()
             self._lock.release()
             self._lock = None
 
@@ -197,6 +171,7 @@ class LifelongSession(SessionView):
             ValueError: for a bad request, or an id that was used before (``pending`` leaves those out).
             SessionWriteError: if the disk does not take a turn: it is taken back, the turns before it are done.
             EditInterrupted: after Ctrl-C, once the turn in flight is done.
+            DriftLimitReached: see ``LocalityGuard``.
         """
         return self._run("edit", requests, progress)
 
@@ -206,6 +181,33 @@ class LifelongSession(SessionView):
         """Edit a training stream first, so that the statistics are settled; it stays in the model, but its requests are
         not among the current ones. Arguments, result and errors as ``edit``."""
         return self._run("warm_up", requests, progress)
+
+    def audit(self, sample: int | None = None, *, seed: int = 0, progress: bool | None = None) -> AuditReport:
+        """Look which of the current requests hold: all, or a sample (see ``lifelong.audit``)."""
+        self._check_open()
+        return audit(self.editor, self.current_requests(), sample=sample, seed=seed, progress=progress)
+
+    def evaluate(self, metrics: Collection[str] = ("accuracy",), *, progress: bool | None = None) -> Scores:
+        """Score the current requests; those that were superseded, reverted or rolled back are not asked.
+
+        Args:
+            metrics: see ``evaluate``; "locality" compares with the session's own unedited model.
+        """
+        self._check_open()
+        return evaluate(
+            self.model,
+            self.editor.tokenizer,
+            self.current_requests(),
+            metrics=metrics,
+            reference=self.editor.unedited if "locality" in metrics else None,
+            max_tokens_per_forward=self.editor.config.max_tokens_per_forward,
+            progress=progress,
+        )
+
+    def repair(self, *, rounds: int = 1, budget: int | None = None, progress: bool | None = None) -> RepairReport:
+        """Solve again for the current requests that were forgotten (see ``lifelong.repair``), each turn recorded."""
+        self._check_open()
+        return repair(self.editor, self.current_requests(), rounds=rounds, budget=budget, progress=progress)
 
     def rollback(self, to_turn: int, *, progress: bool | None = None) -> None:
         """Restore weights and statistics as they were after a turn, bit for bit; 0 is before the first.
@@ -224,11 +226,61 @@ class LifelongSession(SessionView):
         before = self.editor.checkpoint()
         try:
             rebuild(self, self.editor, line, exact=self._exact, progress=progress)
-            self._append({"kind": "rollback", "to_turn": to_turn, "cut": cut})
+            append(self, {"kind": "rollback", "to_turn": to_turn, "cut": cut})
         except BaseException:
             before.restore()
             raise
-        self._prune()
+        self._recorder.prune()
+
+    def revert(
+        self,
+        request_ids: str | Iterable[str],
+        *,
+        others: int | None = 200,
+        seed: int = 0,
+        bring_back: bool = True,
+        progress: bool | None = None,
+    ) -> RevertReport:
+        """Take requests out of the model again, and bring back what the unedited model answered (see
+        ``lifelong.revert``). A request with the same prompt that they superseded becomes current again.
+
+        Args:
+            others: so many of the other current requests, drawn by ``seed``, are held in place and scored before and
+                after; None takes all. Their number decides how long it takes.
+            bring_back: False only takes out what the requests added.
+
+        Raises:
+            ValueError: for an id that is not in the model, or was reverted before.
+            SessionWriteError: if the disk does not take the record. In all cases nothing has changed.
+        """
+        self._check_open()
+        ids = [request_ids] if isinstance(request_ids, str) else list(dict.fromkeys(request_ids))
+        for id in ids:
+            entry = self.history.entries.get(id)
+            if entry is None and id in self.history.warm_up:
+                raise ValueError(f"request {id!r} belongs to the warm-up, which stays in the model; only edits can go")
+            if entry is None or entry.reverted_in is not None:
+                what = entry.state if entry else "not in the model (`stableedit session log --requests` lists what is)"
+                raise ValueError(f"request {id!r} is {what}")
+        if not ids:
+            raise ValueError("request_ids is empty; name at least one request to revert")
+        if others is not None and (not isinstance(others, int) or isinstance(others, bool) or others < 0):
+            raise ValueError(f"others must be a whole number, at least 0, or None for all, not {others!r}")
+        rest = [request for request in self.current_requests() if request.id not in ids]
+        if others is not None and others < len(rest):
+            rest = random.Random(seed).sample(rest, others)
+        before = self.editor.checkpoint()
+        try:
+            report, added = revert(self, self.editor, ids, rest, bring_back=bring_back, progress=progress)
+            tensors = {}
+            for number, updates in enumerate(added):
+                tensors |= encode_updates(updates, f"{number}/")
+            content = {"kind": "revert", "requests": ids, "report": asdict(report), "updates": len(added)}
+            self._recorder.step(content, tensors)
+        except BaseException:
+            before.restore()
+            raise
+        return report
 
     def _run(self, kind: str, requests: Iterable, progress: bool | None) -> EditReport:
         self._check_open()
@@ -248,6 +300,11 @@ class LifelongSession(SessionView):
         for piece in cut_at_contradictions(requests, self.editor.config.turn_size):
             try:
                 report.turns += call(piece, progress=progress).turns
+            except DriftLimitReached as stop:
+                report.turns += stop.report.turns
+                report.seconds = time.perf_counter() - start
+                stop.report = report
+                raise
             except EditInterrupted as interrupt:
                 report.turns += interrupt.report.turns
                 report.seconds = time.perf_counter() - start
@@ -259,109 +316,6 @@ class LifelongSession(SessionView):
         report.seconds = time.perf_counter() - start
         return report
 
-    def _record_turn(self, turn: AppliedTurn) -> None:
-        """Called by the editor; if this raises, the turn is taken back."""
-        start = time.perf_counter()
-        content, tensors = encode_turn(turn, factors=self.manifest["detail"] == "factors")
-        supersedes = {}
-        if turn.kind == "edit":
-            before = {request.id: self.history.predecessor(request.prompt) for request in turn.requests}
-            supersedes = {new: old for new, old in before.items() if old is not None}
-        self._step({**content, "supersedes": supersedes}, tensors)
-        turn.report.seconds["journal"] = time.perf_counter() - start
-
-    def _step(self, content: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """Record a change of the weights that was made, and now and then the whole state."""
-        stamp = {"turn": self.history.next_turn, "threads": torch.get_num_threads(), "config": self._config_digest}
-        self._append({**content, **stamp, "state": state_digests(self.editor.state_dict())}, tensors)
-        line = self.history.line
-        since = len(line) - (line.index(self._snapshot_turn) + 1 if self._snapshot_turn in line else 0)
-        if since >= self.manifest["snapshot_every"]:
-            self._snapshot()
-
-    def _append(self, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:
-        try:
-            record = self.journal.append({**content, "time": now()}, tensors)
-        except OSError as error:
-            raise SessionWriteError(
-                f"{self.journal.path}: cannot record {_title(content)} ({error.strerror}), so it was taken back; the "
-                "session stands as before and can go on once the disk takes it"
-            ) from None
-        self.history.add(record)
-        return record
-
-    def _snapshot(self) -> None:
-        """The turns it holds are done and recorded, so a disk that does not take it is no error."""
-        turn = self.history.turn
-        number = self.history.steps[turn].record.number if turn else 0
-        try:
-            self.snapshots.save(number, self.editor.state_dict())
-        except OSError as error:
-            warnings.warn(
-                f"{self.snapshots.directory}: cannot write a snapshot after turn {turn} ({error.strerror}); the turns "
-                "are in the journal, and opening the session takes longer",
-                stacklevel=2,
-            )
-        else:
-            self._snapshot_turn = turn
-            self._prune()
-
-    def _prune(self) -> None:
-        self.snapshots.prune([0, *(self.history.steps[turn].record.number for turn in self.history.line)])
-
-    def _recover(self) -> None:
-        """Cut off what a crash left half-written."""
-        damage = self.journal.damage
-        if damage is None:
-            self.journal.acknowledge()
-            return
-        if not damage.in_flight:
-            raise JournalDamaged(
-                f"{self.journal.path}: {damage}; turns that were done are lost from there on, so the session stays "
-                "closed until someone consents to going on without them: see `stableedit session verify "
-                f"{self.directory}`"
-            )
-        aside = self.directory / "removed" / f"record-{damage.record}-at-{damage.offset}-{time.time_ns()}"
-        self.journal.cut(aside)
-        reason = f"cut off a turn that was in flight: {damage}"
-        self._append({"kind": "recovered", "reason": reason, "bytes": damage.size, "aside": str(aside.name)})
-        warnings.warn(f"{self.directory}: {reason}; its {damage.size} bytes are kept in {aside}", stacklevel=3)
-
-    def _restore(self, editor: Editor, progress: bool | None) -> None:
-        found, unedited = edited_weights(editor), self.manifest["model"]["edited"]
-        before = editor.checkpoint()
-        try:
-            rebuild(self, editor, self.history.line, exact=self._exact, progress=progress)
-            # A model that this session itself left behind may be handed back.
-            if found not in (unedited, edited_weights(editor)):
-                raise ValueError(
-                    "the edited modules of the model hold neither the unedited weights nor those that the session "
-                    f"left; load what the session {self.directory} was created with"
-                )
-            if found != unedited:  # the editor takes what it is given for the original, unless told better
-                originals = self.snapshots.load(0, self.history.states[0])["weights"]
-                dtypes = {module.name: module.weight.dtype for module in editor.modules}
-                editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
-        except BaseException:
-            before.restore()
-            raise
-        state = state_digests(editor.state_dict())
-        if state != self.history.states[self.history.turn]:
-            reason = "the turns before were done again with other bits, on another machine or library"
-            self._append({"kind": "moved", "turn": self.history.turn, "state": state, "reason": reason})
-
-    def _begin(self, editor: Editor) -> None:
-        self.editor = editor
-        editor.on_turn = self._record_turn
-        self._config_digest = blake2b(editor.config.to_json().encode(), digest_size=16).hexdigest()
-        numbers = self.snapshots.numbers()
-        held = [turn for turn in self.history.line if self.history.steps[turn].record.number in numbers]
-        self._snapshot_turn = held[-1] if held else 0
-
     def _check_open(self) -> None:
         if self._lock is None:
             raise ValueError(f"the session {self.directory} is closed; open it again")
-
-
-def _title(content: dict) -> str:
-    return f"turn {content['turn']}" if "turn" in content else f"a {content['kind']}"

@@ -54,6 +54,11 @@ class Snapshots:
         self.directory.mkdir(exist_ok=True)
         save_state(self.path(number), state)
 
+    def remove_unfinished(self) -> None:
+        """Remove what was being written in a crash; for who holds the session's lock."""
+        for path in self.directory.glob(".record-*.tmp"):
+            path.unlink()
+
     def load(self, number: int, digests: Mapping[str, str]) -> State:
         """Read a snapshot.
 

@@ -12,7 +12,7 @@ from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.editors import AppliedPass, AppliedTurn, TurnReport
 from stableedit_cpp.requests import EditRequest
 
-__all__ = ["decode_turn", "encode_turn", "encode_updates", "share_of"]
+__all__ = ["decode_turn", "decode_updates", "encode_turn", "encode_updates"]
 
 
 def encode_turn(turn: AppliedTurn, *, factors: bool) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -27,6 +27,8 @@ def encode_turn(turn: AppliedTurn, *, factors: bool) -> tuple[dict, dict[str, to
         "requests": [request.to_dict() for request in turn.requests],
         "report": asdict(turn.report),
         "passes": len(turn.passes),
+        "factors": factors,
+        "ridge": [applied.ridge for applied in turn.passes],
     }
     tensors: dict[str, torch.Tensor] = {}
     for number, applied in enumerate(turn.passes if factors else ()):
@@ -75,21 +77,9 @@ def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mappi
             losses=torch.empty(0),
             correct=torch.empty(0),
         )
-        passes.append(AppliedPass(captured, updates, tensors[f"{number}/request"]))
+        passes.append(AppliedPass(captured, updates, tensors[f"{number}/request"], content["ridge"][number]))
     requests = [EditRequest(**fields) for fields in content["requests"]]
     return AppliedTurn(content["kind"], requests, passes, TurnReport(**content["report"]))
-
-
-def share_of(turn: AppliedTurn, ids: set[str]) -> list[dict[str, LowRankUpdate]]:
-    """What the requests with these ids own of each pass of a turn: their rows of the updates, by module name."""
-    owners = torch.tensor([request.id in ids for request in turn.requests])
-    shares = []
-    for applied in turn.passes:
-        rows = owners[applied.request].nonzero().flatten()
-        if len(rows):
-            device = next(iter(applied.updates.values())).left.device
-            shares.append({name: update.select(rows.to(device)) for name, update in applied.updates.items()})
-    return shares
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 from stableedit_cpp.lifelong.history import STEPS
 from stableedit_cpp.lifelong.journal import Damage
 from stableedit_cpp.lifelong.lock import WriterLock
+from stableedit_cpp.lifelong.recorder import append
 from stableedit_cpp.lifelong.snapshots import SnapshotDamaged
-from stableedit_cpp.lifelong.view import SessionView, check_directory, now
+from stableedit_cpp.lifelong.view import SessionView, check_directory
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -133,5 +134,4 @@ def _cut(view: SessionView, damage: Damage, aside: Path) -> None:
         aside.with_name(aside.name + ".jsonl").write_text(lines, encoding="utf-8")
     view.journal.cut(aside)
     reason = f"cut off with consent: {damage}"
-    content = {"kind": "recovered", "time": now(), "reason": reason, "bytes": damage.size, "aside": aside.name}
-    view.journal.append(content)
+    append(view, {"kind": "recovered", "reason": reason, "bytes": damage.size, "aside": aside.name})

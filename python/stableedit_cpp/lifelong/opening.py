@@ -1,0 +1,110 @@
+"""Begins a session, and brings one back to where it stood."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from pathlib import Path
+
+from stableedit_cpp.config import parse_config
+from stableedit_cpp.editors import Editor, make_editor
+from stableedit_cpp.environment import environment
+from stableedit_cpp.lifelong.identity import check_identity, edited_weights, identity
+from stableedit_cpp.lifelong.journal import Journal, JournalDamaged
+from stableedit_cpp.lifelong.rebuild import rebuild
+from stableedit_cpp.lifelong.recorder import SessionWriteError, append
+from stableedit_cpp.lifelong.snapshots import Snapshots, state_digests
+from stableedit_cpp.lifelong.view import FORMAT, SessionView, now
+from stableedit_cpp.output import new_directory
+
+__all__ = ["begin", "recover", "restore"]
+
+
+def begin(directory: Path, editor: Editor, settings: dict[str, object], source: str | None) -> None:
+    """Make the directory of a session: its first record, which says all about it, and its first snapshot.
+
+    Args:
+        settings: "detail", "snapshot_every" and "keep_snapshots".
+    """
+    # The defaults of a later version may be others.
+    names = [module.name for module in editor.modules]
+    editor.config = dataclasses.replace(editor.config, edit_modules=names)
+    state = editor.state_dict()
+    source = source or getattr(editor.model.config, "_name_or_path", "") or None
+    manifest = {
+        "kind": "created",
+        **FORMAT,
+        "time": now(),
+        "turn": 0,
+        **settings,
+        "config": json.loads(editor.config.to_json()),
+        "model": {"source": source, **identity(editor)},
+        "state": state_digests(state),
+        "environment": environment(),
+    }
+    with new_directory(directory) as scratch:
+        Journal.create(scratch, manifest)
+        Snapshots(scratch / "snapshots", settings["keep_snapshots"]).save(0, state)
+
+
+def recover(view: SessionView) -> None:
+    """Cut off what a crash left half-written.
+
+    Raises:
+        JournalDamaged: if it is more than that. SessionWriteError: if the disk has no room for the bytes to be kept.
+    """
+    view.snapshots.remove_unfinished()
+    damage = view.journal.damage
+    if damage is None:
+        view.journal.acknowledge()
+        return
+    if not damage.in_flight:
+        raise JournalDamaged(
+            f"{view.journal.path}: {damage}; turns that were done are lost from there on, so the session stays closed "
+            f"until someone consents to going on without them: see `stableedit session verify {view.directory}`"
+        )
+    aside = view.directory / "removed" / f"record-{damage.record}-at-{damage.offset}-{time.time_ns()}"
+    try:
+        view.journal.cut(aside)
+    except OSError as error:
+        raise SessionWriteError(
+            f"{view.journal.path}: {damage}; it was in flight, but its {damage.size} bytes cannot be kept in "
+            f"{aside.parent} ({error.strerror}); open the session again once the disk takes them"
+        ) from None
+    reason = f"cut off a turn that was in flight: {damage}"
+    append(view, {"kind": "recovered", "reason": reason, "bytes": damage.size, "aside": aside.name})
+    warnings.warn(f"{view.directory}: {reason}; its {damage.size} bytes are kept in {aside}", stacklevel=4)
+
+
+def restore(view: SessionView, model, tokenizer, *, exact: bool, progress: bool | None) -> Editor:
+    """An editor on the model, where the session stands.
+
+    Raises:
+        ValueError: for another model or tokenizer. OtherBits: see ``rebuild``. In both cases the model is as it was.
+    """
+    editor = make_editor(model, tokenizer, parse_config(json.dumps(view.manifest["config"])))
+    check_identity(editor, view.manifest["model"], view.directory)
+    found, unedited = edited_weights(editor), view.manifest["model"]["edited"]
+    before = editor.checkpoint()
+    try:
+        rebuild(view, editor, view.history.line, exact=exact, progress=progress)
+        # A model that this session itself left behind may be handed back.
+        if found not in (unedited, edited_weights(editor)):
+            raise ValueError(
+                "the edited modules of the model hold neither the unedited weights nor those that the session left; "
+                f"load what the session {view.directory} was created with"
+            )
+        if found != unedited:  # the editor takes what it is given for the original, unless told better
+            originals = view.snapshots.load(0, view.history.states[0])["weights"]
+            dtypes = {module.name: module.weight.dtype for module in editor.modules}
+            editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
+    except BaseException:
+        before.restore()
+        raise
+    state = state_digests(editor.state_dict())
+    if state != view.history.states[view.history.turn]:
+        reason = "the turns before were done again with other bits, on another machine or library"
+        append(view, {"kind": "moved", "turn": view.history.turn, "state": state, "reason": reason})
+    return editor

@@ -1,0 +1,251 @@
+"""Takes single requests out of a model again, and says what that did to them and to the others.
+
+Two steps. The first takes out what the requests added (``contribution``); the model then treats their prompts like any
+other that was never edited. After a long stream that is not what the unedited model answered, because every edit moves
+all prompts a little. So the second step solves for the answers that are to come back, like an edit, with the keys of
+other current requests held in place: D = (H^T H + P^T P + ridge I)^(-1) H^T V for protected keys P. Neither feeds the
+running statistics, which keep what they have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from stableedit_cpp.capture import CapturedTurn, capture
+from stableedit_cpp.core import LowRankUpdate, ModuleEditor, PastKeys
+from stableedit_cpp.editors import AppliedTurn, Editor
+from stableedit_cpp.evaluation.greedy import greedy_answers
+from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.lifelong.contribution import contribution
+from stableedit_cpp.lifelong.history import RequestEntry
+from stableedit_cpp.lifelong.rebuild import applied_turn
+from stableedit_cpp.lifelong.view import SessionView
+from stableedit_cpp.prompts import TokenSequence
+from stableedit_cpp.requests import EditRequest
+
+__all__ = ["RevertReport", "RevertedRequest", "revert"]
+
+Updates = dict[str, LowRankUpdate]
+_PASSES = 20  # to bring answers back; 13 were the most in 50 reverts after 1,000 edits of SmolLM2
+
+
+@dataclass(frozen=True)
+class RevertedRequest:
+    """What became of one request.
+
+    Attributes:
+        wanted: the answer that was to come back: that of the unedited model, or the target of the request with the same
+            prompt that is current again (``follows``); None if a later one with the same prompt is current anyway.
+        before, after: the model's free answer, as many tokens as the wanted one (the target, if none is wanted) has.
+        back: whether ``after`` is ``wanted``, token by token; None if none is wanted.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    wanted: str | None
+    follows: str | None
+    before: str
+    after: str
+    back: bool | None
+
+
+@dataclass(frozen=True)
+class RevertReport:
+    """What a revert did. ``str()`` is for people, ``asdict`` for JSON.
+
+    Attributes:
+        turn: its number in the session.
+        passes: solutions that it took to bring the answers back.
+        others: how many of the other current requests were protected and scored.
+        others_before, others_after: their efficacy (teacher-forced token accuracy); None if there are none.
+    """
+
+    turn: int
+    requests: list[RevertedRequest]
+    passes: int
+    others: int
+    others_before: float | None
+    others_after: float | None
+
+    @property
+    def back(self) -> tuple[int, int]:
+        """How many answers came back, and how many were to."""
+        wanted = [request.back for request in self.requests if request.back is not None]
+        return sum(wanted), len(wanted)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{request.id}: {request.prompt!r:.60} answered {request.before!r}, now {request.after!r}"
+            + ("" if request.back is not False else f" instead of {request.wanted!r}")
+            for request in self.requests
+        ]
+        lines.append(f"turn {self.turn}: {self.back[0]} of {self.back[1]} answers are back ({self.passes} passes)")
+        if self.others:
+            efficacy = f"{self.others_before:.3f} before, {self.others_after:.3f} after"
+            lines.append(f"efficacy of {self.others} other requests: {efficacy}")
+        return "\n".join(lines)
+
+
+def revert(
+    view: SessionView,
+    editor: Editor,
+    ids: Sequence[str],
+    others: Sequence[EditRequest],
+    *,
+    bring_back: bool,
+    progress: bool | None,
+) -> tuple[RevertReport, list[Updates]]:
+    """Take requests out of the editor's model.
+
+    Args:
+        ids: of requests in the model.
+        others: to be protected and scored.
+        bring_back: False leaves out the second step.
+
+    Returns:
+        What happened, and what was added to the weights, in order.
+    """
+    entries = [view.history.entries[id] for id in ids]
+    own = editor.tokenize([entry.request for entry in entries])
+    work = _Revert(editor, editor.tokenize(others))
+    wanted, follows = _wanted(view, editor, entries, own, work)
+    asked = [want or sequence for want, sequence in zip(wanted, own, strict=True)]
+    answers_before = work.answers(asked)
+
+    gone = {entry.id for entry in view.history.entries.values() if entry.reverted_in is not None}
+    for turn in sorted({turn for entry in entries for turn in (entry.turn, *entry.repairs)}, reverse=True):
+        work.take_out(applied_turn(view, editor, turn), set(ids), gone)
+    passes = work.bring_back([want for want in wanted if want is not None], progress) if bring_back else 0
+
+    decode = editor.tokenizer.decode
+    requests = [
+        RevertedRequest(
+            id=entry.id,
+            prompt=entry.request.prompt,
+            target=entry.request.target,
+            wanted=decode(want.answer) if want else None,
+            follows=predecessor,
+            before=decode(before),
+            after=decode(after),
+            back=after == want.answer if want else None,
+        )
+        for entry, want, predecessor, before, after in zip(
+            entries, wanted, follows, answers_before, work.answers(asked), strict=True
+        )
+    ]
+    turn = view.history.next_turn
+    report = RevertReport(turn, requests, passes, len(others), work.efficacy_before, work.efficacy_now())
+    return report, work.added
+
+
+def _wanted(
+    view: SessionView, editor: Editor, entries: Sequence[RequestEntry], own: Sequence[TokenSequence], work: _Revert
+) -> tuple[list[TokenSequence | None], list[str | None]]:
+    """The answer that is to come back for each request, and the id of the request that asks for it."""
+    with editor.unedited():
+        unedited = work.answers(own)
+    wanted: list[TokenSequence | None] = []
+    follows = [view.history.predecessor(entry.request.prompt, {e.id for e in entries}) for entry in entries]
+    for entry, sequence, answer, other in zip(entries, own, unedited, follows, strict=True):
+        if not entry.current:
+            wanted.append(None)
+        elif other is not None:
+            wanted.extend(editor.tokenize([view.history.entries[other].request]))
+        else:
+            prompt = sequence.ids[: len(sequence.ids) - len(sequence.answer) + 1]
+            wanted.append(TokenSequence(prompt + answer[:-1], answer))
+    return wanted, follows
+
+
+class _Revert:
+    """Changes the weights of an editor's model and keeps what it added.
+
+    Attributes:
+        added: the updates, in order. efficacy_before: of the others.
+    """
+
+    def __init__(self, editor: Editor, others: Sequence[TokenSequence]) -> None:
+        self.editor = editor
+        self.others = others
+        self.added: list[Updates] = []
+        self._trunk = editor.make_trunk_cache()
+        self._arguments = {"max_tokens": editor.config.max_tokens_per_forward, "trunk": self._trunk}
+        captured = self._capture(others) if others else None
+        self.efficacy_before = float(captured.correct.double().mean()) if captured else None
+        self._editors = self._module_editors(captured)
+
+    def take_out(self, turn: AppliedTurn, ids: set[str], gone: set[str]) -> None:
+        """Subtract what the requests with these ids contributed to a turn.
+
+        Args:
+            gone: ids that were taken out before: a contribution is a difference to what is there without them.
+        """
+        for applied in reversed(turn.passes):
+            for share, sign in ((ids | gone, -1.0), (gone, 1.0)):
+                owned = torch.tensor([request.id in share for request in turn.requests])[applied.request]
+                updates = contribution(applied, owned)
+                if updates:
+                    self._add({name: LowRankUpdate(u.left * sign, u.right) for name, u in updates.items()})
+
+    def bring_back(self, wanted: Sequence[TokenSequence], progress: bool | None) -> int:
+        """Solve until the model gives these answers; returns how many passes that took."""
+        shown = None if progress is None else not progress
+        with tqdm(total=len(wanted), desc="Bringing answers back", unit="answer", disable=shown, leave=False) as bar:
+            for number in range(_PASSES):
+                accuracy = token_accuracy(self.editor.model, wanted, **self._arguments).tolist()
+                pending = [sequence for sequence, share in zip(wanted, accuracy, strict=True) if share < 1.0]
+                bar.n = len(wanted) - len(pending)
+                bar.set_postfix({"pass": number})
+                if not pending:
+                    return number
+                self._add(self.editor.solve(self._capture(pending), self._editors))
+        return _PASSES
+
+    def answers(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
+        """Free answers of the model as it is."""
+        return greedy_answers(self.editor.model, sequences, **self._arguments)
+
+    def efficacy_now(self) -> float | None:
+        """Of the others."""
+        return float(token_accuracy(self.editor.model, self.others, **self._arguments).mean()) if self.others else None
+
+    def _add(self, updates: Updates) -> None:
+        self.editor.add(updates)
+        self.added.append(updates)
+
+    def _capture(self, sequences: Sequence[TokenSequence]) -> CapturedTurn:
+        config = self.editor.config
+        return capture(
+            self.editor.model,
+            self.editor.modules,
+            sequences,
+            micro_batch=config.micro_batch,
+            max_tokens=config.max_tokens_per_forward,
+            trunk=self._trunk,
+        )
+
+    def _module_editors(self, others: CapturedTurn | None) -> dict[str, ModuleEditor]:
+        """Editors that hold the outputs for the others' keys in place."""
+        protected: dict[str, PastKeys | None] = dict.fromkeys(self.editor.module_editors)
+        if others is not None:
+            for name, keys in others.keys.items():
+                rows, dim = keys.shape
+                # So many rows, or the whole k x k moment where that is smaller: exact in both cases.
+                protected[name] = PastKeys(dim, (rows + 1) // 2 if rows < dim else None)
+            self.editor.fold_keys(others, protected)
+        config = self.editor.config
+        return {
+            name: ModuleEditor(
+                editor.normalizer,
+                step_size=config.step_size,
+                ridge=config.ridge,
+                past_keys=protected[name],
+                past_key_weight=0.0 if protected[name] is None else 1.0,
+            )
+            for name, editor in self.editor.module_editors.items()
+        }
