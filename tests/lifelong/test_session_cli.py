@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from common import MODULES, assert_same_bits, stream
+from stableedit_cpp import load_model
 from stableedit_cpp.cli import main
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from test_cli import assert_one_error
 from tiny import tiny_model, tiny_tokenizer
 
-ACTIONS = ["create", "edit", "status", "log", "verify", "rollback"]
+ACTIONS = ["create", "edit", "status", "log", "verify", "audit", "evaluate", "repair", "rollback", "revert", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,37 @@ def test_create_edit_and_the_rest(session, capsys):
     assert json.loads(capsys.readouterr().out)[-1]["kind"] == "rollback"
 
 
+def test_audit_evaluate_repair_revert(session, capsys):
+    assert session("edit", "s", "--device", "cpu", "--requests", "requests.json") == 0
+    capsys.readouterr()
+    assert session("audit", "s", "--device", "cpu", "--sample", 5, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["entries"]) == 5
+    assert session("evaluate", "s", "--device", "cpu", "--metrics", "locality", "--output", "scores.json") == 0
+    assert "efficacy" in capsys.readouterr().out
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores["counts"]["efficacy"]["scored"] == 8
+    assert session("repair", "s", "--device", "cpu", "--budget", 2) == 0
+    assert "2 solved again in 1 rounds" in capsys.readouterr().out
+    assert SessionView("s").log()[-1].kind == "repair"
+    assert session("revert", "s", "f2", "f5", "--device", "cpu", "--others", "all") == 0
+    assert "efficacy of 6 other requests" in capsys.readouterr().out
+    assert session("revert", "s", "f2", "--device", "cpu") == 2
+    assert "request 'f2' is reverted in turn 7" in assert_one_error(capsys.readouterr().err)
+
+
+def test_export(session, model_directory, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert session("edit", "s", "--device", "cpu", "--requests", "requests.json") == 0
+    assert session("export", "s", "--device", "cpu", "--format", "model", "--output", "edited") == 0
+    assert "The whole model with 3 changed tensors is in edited" in capsys.readouterr().out
+    exported = AutoModelForCausalLM.from_pretrained("edited").state_dict()
+    with LifelongSession.open("s", *load_model(model_directory)) as opened:
+        assert_same_bits(dict(opened.model.state_dict()), exported)
+    assert session("export", "s", "--device", "cpu", "--format", "lora", "--rank", 2, "--output", "adapter") == 0
+    assert "| edits | 8 |" in Path("adapter/README.md").read_text()
+
+
 def test_the_same_file_again(session, capsys):
     """What was done is skipped and counted; what is left is edited in the turns it would have been in."""
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json", "--limit", 3) == 0
@@ -93,8 +125,6 @@ def test_the_same_file_again(session, capsys):
 
 def test_what_python_did_the_command_line_goes_on_with(session, model_directory):
     """Both see the same model: tokenizer and weights from the directory."""
-    from stableedit_cpp import load_model
-
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json") == 0
     with LifelongSession.open("s", *load_model(model_directory)) as opened:
         before = {name: tensor.clone() for name, tensor in opened.model.state_dict().items()}

@@ -41,19 +41,12 @@ def new_parser(commands, name: str, summary: str, example: str) -> argparse.Argu
     )
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser, *, default: str | None = None, otherwise: str | None = None
-) -> None:
-    """
-    Args:
-        default: model to take. otherwise: what is taken without one, where only the command itself can tell.
-    """
-    said = default or otherwise
+def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     parser.add_argument(
         "--model",
-        required=said is None,
+        required=default is None,
         default=default,
-        help=f"directory of a saved model, hub name, or {SMOLLM2}" + (f" (default {said})" if said else ""),
+        help=f"directory of a saved model, hub name, or {SMOLLM2}" + (f" (default {default})" if default else ""),
     )
     parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="load the weights as (default: as saved)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.options import new_parser
-from stableedit_cpp.cli.session import begin, look, undo
+from stableedit_cpp.cli.session import begin, hold, look, ship, undo
 
 __all__ = ["add_parser", "run"]
 
@@ -21,7 +21,7 @@ _EXAMPLE = """\
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = new_parser(commands, "session", "edit for months: journal, audits, rollback, revert, export", _EXAMPLE)
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (begin, look, undo):
+    for module in (begin, look, hold, undo, ship):
         module.add_parsers(actions)
     return parser
 

@@ -10,8 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from stableedit_cpp.cli.options import add_model_options, load, new_parser
+import torch
+
+from stableedit_cpp.cli.options import default_device, new_parser
 from stableedit_cpp.lifelong import LifelongSession, SessionView
+from stableedit_cpp.models import load_model
 
 __all__ = ["add_opening_options", "new_action", "opened", "print_json"]
 
@@ -27,7 +30,8 @@ def new_action(
 
 
 def add_opening_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, otherwise="the one it was created with")
+    parser.add_argument("--model", help="where the session's model is now (default: where it was created from)")
+    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--inexact",
         action="store_true",
@@ -38,15 +42,14 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def opened(options: argparse.Namespace) -> Iterator[LifelongSession]:
     """The session, open for writing, with its model."""
-    view = SessionView(options.directory)
+    found = SessionView(options.directory).manifest["model"]
+    options.model = options.model or found["source"]
     if options.model is None:
-        options.model = view.manifest["model"]["source"]
-        if options.model is None:
-            raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
-    del view
+        raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
     with warnings.catch_warnings():
         warnings.showwarning = _show
-        model, tokenizer = load(options)
+        dtype = getattr(torch, found["dtype"])
+        model, tokenizer = load_model(options.model, device=default_device(options), dtype=dtype)
         with LifelongSession.open(options.directory, model, tokenizer, exact=not options.inexact) as session:
             yield session
 

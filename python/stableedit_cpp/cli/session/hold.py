@@ -1,0 +1,74 @@
+"""``stableedit session audit``, ``evaluate`` and ``repair``: what still holds, how well, and solving again."""
+
+from __future__ import annotations
+
+import argparse
+
+from stableedit_cpp.cli.options import positive
+from stableedit_cpp.cli.output import check_writable_file
+from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
+from stableedit_cpp.evaluation import METRICS
+from stableedit_cpp.output import write_json
+
+_AUDIT = "  stableedit session audit edits/ --sample 500"
+_EVALUATE = "  stableedit session evaluate edits/ --metrics locality --output scores.json"
+_REPAIR = "  stableedit session repair edits/ --rounds 2"
+
+
+def add_parsers(actions) -> None:
+    parser = new_action(actions, "audit", "look which current edits still hold", _AUDIT, audit)
+    parser.add_argument("--sample", type=positive, metavar="N", help="look at so many current requests (default: all)")
+    parser.add_argument("--json", action="store_true", help="as JSON, with every request")
+    add_opening_options(parser)
+
+    summary = "score the current edits: efficacy, generalization, specificity"
+    parser = new_action(actions, "evaluate", summary, _EVALUATE, evaluate)
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=[metric.replace("_", "-") for metric in METRICS],
+        default=["accuracy"],
+        metavar="NAME",
+        help="beside token accuracy: exact-match, generation, locality (against the session's unedited model)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
+    add_opening_options(parser)
+
+    parser = new_action(actions, "repair", "solve again for current edits that were forgotten", _REPAIR, repair)
+    parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="at most (default 1)")
+    parser.add_argument("--budget", type=positive, metavar="N", help="at most so many requests (default: no limit)")
+    parser.add_argument("--json", action="store_true", help="report as JSON, with every request")
+    add_opening_options(parser)
+
+
+def audit(options: argparse.Namespace) -> int:
+    with opened(options) as session:
+        report = session.audit(options.sample, progress=True)
+    _show(report, options)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    if options.output:
+        check_writable_file(options.output)
+    with opened(options) as session:
+        scores = session.evaluate([metric.replace("-", "_") for metric in options.metrics], progress=True)
+    print(scores)
+    if options.output:
+        write_json(options.output, {"session": options.directory, **scores.to_dict()})
+        print(f"scores and per-request values are in {options.output}")
+    return 0
+
+
+def repair(options: argparse.Namespace) -> int:
+    with opened(options) as session:
+        report = session.repair(rounds=options.rounds, budget=options.budget, progress=True)
+    _show(report, options)
+    return 0
+
+
+def _show(report, options: argparse.Namespace) -> None:
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        print(report)

@@ -1,0 +1,39 @@
+"""``stableedit session export``: the model where the session stands, in the form in which it is shipped."""
+
+from __future__ import annotations
+
+import argparse
+
+from stableedit_cpp.cli.export import add_export_options, check_export_options, export
+from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
+from stableedit_cpp.export import Provenance, change_of
+
+_EXPORT = """\
+  stableedit session export edits/ --format model --output edited/
+  stableedit session export edits/ --format lora --keep 0.95 --output adapter/"""
+
+
+def add_parsers(actions) -> None:
+    summary = "ship the model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter"
+    parser = new_action(actions, "export", summary, _EXPORT, export_session)
+    add_export_options(parser)
+    add_opening_options(parser)
+
+
+def export_session(options: argparse.Namespace) -> int:
+    check_export_options(options)
+    with opened(options) as session:
+        line = [session.history.steps[turn] for turn in session.history.line]
+        provenance = Provenance(
+            base_model=options.model,
+            config=session.editor.config,
+            edit_modules=[module.name for module in session.editor.modules],
+            edits=len(session.current_requests()),
+            warm_up_edits=len(session.history.warm_up),
+            edited=line[-1].record.content["time"] if line else None,
+            environment=session.manifest["environment"],
+        )
+        change = change_of(session.editor)
+        with session.editor.unedited() as base:  # an export may leave it edited; here it is what it was, afterwards
+            export(base, session.editor.tokenizer, change, provenance, options)
+    return 0
