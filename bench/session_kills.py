@@ -69,13 +69,15 @@ def kill_and_compare(options: Namespace, directory: Path) -> dict[str, object]:
     source = random.Random(options.seed)
     kills = streams = runs = 0
     equal, found, instants = True, Counter(), []
+    # Turns between two kills, for all of them to fall into one stream; each kill costs half a turn on average.
+    spread = 2 * options.turns / options.kills + 1
+    limit = reference["open_seconds"] + spread * reference["turn_seconds"]
     bar = tqdm(total=options.kills, desc="Killing", unit="kill")
     while kills < options.kills:
         place = directory / f"stream-{streams}"
         done = None
         while done is None:
-            limit = 0.0 if kills == options.kills else reference["open_seconds"] + 1.5 * reference["turn_seconds"]
-            instant = source.uniform(0.0, limit) if limit else None
+            instant = source.uniform(0.0, limit) if kills < options.kills else None
             done = in_process(session, options, place, kill_after=instant)
             runs += 1
             if done is None:
@@ -178,7 +180,7 @@ def digests_of(editor: StableEdit) -> dict[str, str]:
 def workload(options: Namespace) -> tuple:
     """(model, tokenizer, config, warm-up requests, requests), the same in every process."""
     warm, rest = options.warm_up * options.turn_size, (options.turns - options.warm_up) * options.turn_size
-    settings = {"turn_size": options.turn_size, "max_passes": options.passes}
+    settings = {"turn_size": options.turn_size, "max_passes": options.passes, "past_key_weight": 0.02}
     if options.model != "tiny":
         model, tokenizer = load_model(options.model)
         return model, tokenizer, StableEditConfig(**settings), zsre(options, warm, "train"), zsre(options, rest)
