@@ -189,6 +189,30 @@ def closed_loop(result: dict) -> plt.Figure:
     return figure
 
 
+def lora_rank(result: dict) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    rows, chosen = result["ranks"], result["chosen"]
+    ranks = [row["rank"] for row in rows]
+    for metric, colour in (("efficacy", _OURS), ("generalization", "#7a9a5a"), ("specificity", _OTHER)):
+        left.plot(ranks, [row[metric] for row in rows], "o-", color=colour, label=f"adapter, {metric}", markersize=4)
+        left.axhline(result["edited"][metric], color=colour, linestyle="--", linewidth=1)
+        left.axhline(result["unedited"][metric], color=colour, linestyle=":", linewidth=1)
+    left.set_ylabel("score (dashed: edited model, dotted: unedited)")
+    left.set_title(f"{result['edits']} edits after {result['warm_up_edits']} of warm-up")
+    right.plot(ranks, [row["kept_norm"] for row in rows], "o-", color=_LIMIT, label="norm of the change", markersize=4)
+    right.plot(ranks, [row["kept_efficacy"] for row in rows], "o-", color=_OURS, label="efficacy", markersize=4)
+    right.axhline(chosen["keep"], color=_LIMIT, linestyle=":", linewidth=1)
+    right.axvline(chosen["rank"], color=_OURS, linestyle=":", linewidth=1)
+    right.set_ylabel("kept share")
+    size = chosen["float32"]["bytes"] / 1e6
+    right.set_title(f"{100 * chosen['keep']:.0f} % of the efficacy: rank {chosen['rank']}, {size:.1f} MB in float32")
+    for axis in (left, right):
+        axis.set_xlabel(f"rank of the adapter (full: {result['full_rank']})")
+        axis.legend(fontsize=8)
+        axis.set_ylim(bottom=0)
+    return figure
+
+
 def bars(axis: plt.Axes, rows: list[tuple[str, float, str]], unit: str, logarithmic: bool = False) -> None:
     """Horizontal bars, the first on top, each with its value."""
     labels, values, colours = zip(*rows, strict=True)
@@ -201,7 +225,8 @@ def bars(axis: plt.Axes, rows: list[tuple[str, float, str]], unit: str, logarith
 
 
 CHARTS: dict[str, Callable[[dict], plt.Figure]] = {
-    draw.__name__: draw for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop)
+    draw.__name__: draw
+    for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop, lora_rank)
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from common import finish, new_parser, start
 from stableedit_cpp import TrunkCache, evaluate, find_modules, load_model
+from stableedit_cpp.editors.swap import swapped
 from stableedit_cpp.evaluation import Scores
 from stableedit_cpp.export import (
     ModelChange,
@@ -25,7 +26,7 @@ from stableedit_cpp.export import (
 from stableedit_cpp.export.truncation import Spectrum, kept_norm, truncate
 from workload import add_model_options, pretrained, zsre
 
-RANKS = [1, 4, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 576]
+RANKS = [16, 64, 128, 256, 320, 384, 576]
 
 
 def main() -> None:
@@ -42,16 +43,16 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.95, metavar="X", help="share of the efficacy (default 0.95)")
     options = parser.parse_args()
     device = start(options)
-    model, tokenizer = load_model(options.edited, device=device, dtype=getattr(torch, options.dtype))
-    base, _, _ = pretrained(options, device)
+    base, tokenizer, _ = pretrained(options, device)
+    model, _ = load_model(options.edited, device=device, dtype=base.dtype)
     provenance = read_provenance(options.edited)
     change = change_between(base, model)
-    requests = zsre(options, options.requests)
-    trunk = TrunkCache.where_possible(model, find_modules(model, list(change.modules)))
-    edited = evaluate(model, tokenizer, requests, trunk=trunk, progress=False)
     del model
+    requests = zsre(options, options.requests)
     trunk = TrunkCache.where_possible(base, find_modules(base, list(change.modules)))
     unedited = evaluate(base, tokenizer, requests, trunk=trunk, progress=False)
+    with swapped({base.get_parameter(name): tensor for name, tensor in change.tensors.items()}):
+        edited = evaluate(base, tokenizer, requests, trunk=trunk, progress=False)
 
     spectra = change.spectra
     results = {
