@@ -80,12 +80,14 @@ class TestAudit:
         (entry,) = audit(editor, [request]).entries
         assert entry.probability == pytest.approx(float(likely.min()), rel=1e-4)
 
-    def test_min_probability(self, knowing):
+    def test_min_probability(self, tokenizer, knowing):
         editor = knowing
         plain = audit(editor, FACTS)
         least = sorted(entry.probability for entry in plain.entries if entry.holds)[3]
         strict = audit(editor, FACTS, min_probability=least)
         assert len(strict.forgotten) == 3 and plain.forgotten == []
+        by_config = make(tokenizer, editor.model, take_probability=least)
+        assert audit(by_config, FACTS).forgotten == strict.forgotten
 
     def test_sample_is_drawn_by_seed(self, tokenizer):
         editor = make(tokenizer)
@@ -170,7 +172,7 @@ class TestRepair:
         passes, likely = [], []
         for least in (0.0, 0.9):
             editor = knowing_editor(tokenizer, knowledge, 0.7, take_probability=least, max_passes=20, turn_size=13)
-            (turn,) = repair(editor, FACTS, min_probability=least).rounds[0].turns
+            (turn,) = repair(editor, FACTS).rounds[0].turns
             passes.append(turn.passes)
             likely.append(min(entry.probability for entry in audit(editor, FACTS).entries))
         assert passes[0] < passes[1] < 20

@@ -100,7 +100,7 @@ def audit(
     *,
     sample: int | None = None,
     seed: int = 0,
-    min_probability: float = 0.0,
+    min_probability: float | None = None,
     trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> AuditReport:
@@ -110,7 +110,7 @@ def audit(
         requests: what was edited, in the order of the stream. Of several with the same prompt the last is current and
             the others are left out.
         sample: look at so many of the current ones, drawn by ``seed``; None looks at all.
-        min_probability: that every answer token must have besides being the top choice.
+        min_probability: that every answer token must have; None takes ``config.take_probability``.
         trunk: ``TrunkCache(model, editor.modules)``: later audits of the same requests then run only the layers that
             edits can change.
         progress: show a bar; None shows it on a terminal.
@@ -119,8 +119,9 @@ def audit(
         ValueError: for a bad request or argument, or a trunk cache whose layers have changed.
     """
     requests = as_requests(requests)
-    if not 0.0 <= min_probability < 1.0:
-        raise ValueError(f"min_probability must be at least 0 and less than 1, not {min_probability!r}")
+    least = editor.config.take_probability if min_probability is None else min_probability
+    if not 0.0 <= least < 1.0:
+        raise ValueError(f"min_probability must be at least 0 and less than 1, not {least!r}")
     if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
         raise ValueError(f"sample must be a whole number, at least 1, or None, not {sample!r}")
     chosen = known = current(requests)
@@ -137,12 +138,10 @@ def audit(
             on_done=bar.update,
         )
     entries = [
-        AuditEntry(
-            index, requests[index].id or str(index), accuracy == 1.0 and likely >= min_probability, accuracy, likely
-        )
+        AuditEntry(index, requests[index].id or str(index), accuracy == 1.0 and likely >= least, accuracy, likely)
         for index, accuracy, likely in zip(chosen, scores.accuracy.tolist(), scores.probability.tolist(), strict=True)
     ]
-    return AuditReport(len(known), len(requests) - len(known), min_probability, entries)
+    return AuditReport(len(known), len(requests) - len(known), least, entries)
 
 
 def current(requests: Sequence[EditRequest]) -> list[int]:

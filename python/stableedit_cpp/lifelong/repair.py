@@ -56,7 +56,7 @@ def repair(
     *,
     rounds: int = 1,
     budget: int | None = None,
-    min_probability: float = 0.0,
+    min_probability: float | None = None,
     trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> RepairReport:
@@ -69,7 +69,7 @@ def repair(
         requests: what was edited, in the order of the stream; see ``audit`` for superseded ones.
         rounds: at most so many; it ends early when everything holds.
         budget: solve again for at most so many requests in all, those nearest to holding first; None has no limit.
-        min_probability: see ``audit``. A margin makes a repair last longer, and costs more drift.
+        min_probability: see ``audit``.
         trunk: a trunk cache that holds these requests already; None makes one for the time of the repair.
         progress: show bars; None shows them on a terminal.
 
