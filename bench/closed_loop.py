@@ -17,12 +17,25 @@ from stableedit_cpp import Scores, StableEdit, StableEditConfig, TrunkCache, eva
 from stableedit_cpp.lifelong.repair import repair
 from workload import add_model_options, pretrained, zsre
 
-_CLOSED = {"max_passes": 3, "past_key_weight": 0.02, "step_size": 3e-4, "take_probability": 0.4}
-# Name -> (config, rounds of repair). Every round is scored.
-SETTINGS: dict[str, tuple[dict, int]] = {
-    "one-pass": ({}, 0),
-    "three-passes": ({"max_passes": 3, "step_size": 3e-4}, 2),
-    "closed-loop": (_CLOSED, 2),
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """
+    Attributes:
+        repairs: rounds of repair after the stream.
+        shares: of the whole change, that are kept at last. Every round and every share is scored.
+    """
+
+    config: StableEditConfig = dataclasses.field(default_factory=StableEditConfig)
+    repairs: int = 0
+    shares: tuple[float, ...] = ()
+
+
+SETTINGS = {
+    "one-pass": Setting(),
+    "three-passes": Setting(StableEditConfig(max_passes=3, step_size=3e-4), 2),
+    "closed-loop": Setting(StableEditConfig.closed_loop(), 2),
+    "closed-loop-specificity": Setting(StableEditConfig.closed_loop("specificity"), 1, (0.95, 0.9, 0.85, 0.8)),
 }
 
 
@@ -64,9 +77,10 @@ def main() -> None:
     originals = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     results: list[dict] = []
     for name in tqdm(["unedited", *options.settings], desc="Settings", unit="setting"):
-        changes, rounds = SETTINGS.get(name, ({}, 0))
-        config = StableEditConfig(edit_modules=names, max_tokens_per_forward=options.max_tokens, **changes)
-        key = record_key(name, config, rounds, options)
+        setting = SETTINGS.get(name, Setting())
+        config = dataclasses.replace(setting.config, edit_modules=names, max_tokens_per_forward=options.max_tokens)
+        setting = dataclasses.replace(setting, config=config)
+        key = record_key(name, setting, options)
         if key not in done:
             for module, weight in originals.items():
                 model.get_submodule(module).weight.data.copy_(weight)
@@ -74,8 +88,8 @@ def main() -> None:
             points = [{"after": "unedited", **score()}] if name == "unedited" else []
             if name != "unedited":
                 editor = StableEdit(model, tokenizer, config)
-                points = run(editor, key, warm_up, requests, rounds, trunk, score, state)
-            record = {"key": key, "setting": name, "config": json.loads(config.to_json()), "rounds": rounds}
+                points = run(editor, key, setting, warm_up, requests, trunk, score, state)
+            record = {"key": key, "setting": name, "config": json.loads(config.to_json())}
             done[key] = record | {"points": points, "seconds": time.perf_counter() - begin}
             if options.resume:
                 with options.resume.open("a", encoding="utf-8") as file:
@@ -88,14 +102,15 @@ def main() -> None:
 def run(
     editor: StableEdit,
     key: str,
+    setting: Setting,
     warm_up: list,
     requests: list,
-    rounds: int,
     trunk: TrunkCache,
     score,
     state: Path | None,
 ) -> list[dict]:
-    """Points of the frontier: after the stream and after each round of repairs. What is done is kept in ``state``."""
+    """Points of the frontier: after the stream, each round of repairs and each share. All but the shares is kept in
+    ``state``."""
     done = {"edited": 0, "passes": 0, "seconds": 0.0, "points": []}
     if state and state.exists() and (kept := torch.load(state))["key"] == key:
         editor.load_state_dict(kept["editor"])
@@ -121,12 +136,17 @@ def run(
         turns = -(-len(requests) // editor.config.turn_size)
         points.append({"after": "stream", "passes": done["passes"] / turns, "edit_seconds": done["seconds"], **score()})
         keep()
-    while len(points) <= rounds:
+    for number in range(len(points), setting.repairs + 1):
         report = repair(editor, requests, trunk=trunk)
         solved = sum(part.edits for part in report.rounds)
         seconds = sum(part.seconds for part in report.rounds)
-        points.append({"after": f"repair {len(points)}", "solved_again": solved, "edit_seconds": seconds, **score()})
+        points.append({"after": f"repair {number}", "solved_again": solved, "edit_seconds": seconds, **score()})
         keep()
+    kept = 1.0
+    for share in setting.shares:
+        editor.shrink(share / kept)
+        kept = share
+        points.append({"after": f"share {share}", **score()})
     return points
 
 
@@ -140,9 +160,9 @@ def summary(scores: Scores, sample: list[int] | None) -> dict[str, object]:
     return result
 
 
-def record_key(name: str, config: StableEditConfig, rounds: int, options: argparse.Namespace) -> str:
+def record_key(name: str, setting: Setting, options: argparse.Namespace) -> str:
     """What a result belongs to: the same key, the same figures."""
-    fields = dataclasses.asdict(config) | {"setting": name, "rounds": rounds}
+    fields = dataclasses.asdict(setting) | {"setting": name}
     fields |= {name: getattr(options, name) for name in ("model", "dtype", "edits", "warm_up", "sample")}
     return json.dumps(fields, sort_keys=True)
 

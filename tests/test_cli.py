@@ -314,6 +314,15 @@ def test_preset_with_repairs(edit, work, capsys):
     assert str(expected) in capsys.readouterr().out
 
 
+def test_shrink(edit, work):
+    assert edit("--step-size", 0.02, "--shrink", 0.5) == 0
+    editor = se.StableEdit(tiny_model("llama"), tiny_tokenizer(bos=True), se.StableEditConfig(step_size=0.02))
+    editor.edit(REQUESTS, progress=False)
+    editor.shrink(0.5)
+    assert_same_weights(weights_of("out"), editor.model.state_dict())
+    assert report_of()["share_kept"] == 0.5
+
+
 def test_evaluate_after_the_edit(edit, work, capsys):
     assert edit("--evaluate") == 0
     out = capsys.readouterr().out
@@ -500,6 +509,8 @@ BAD = {
         ["bad.json: edit_modules must be"],
     ),
     "config editor": (write("bad.json", '{"editor": "rome"}'), ["--config", "bad.json"], ["unknown editor 'rome'"]),
+    "shrink": (nothing, ["--shrink", "1.5"], ["--shrink must be greater than 0 and at most 1, not 1.5"]),
+    "shrink a patch": (nothing, ["--shrink", "0.5", "--patch", "p"], ["--shrink and --patch do not go together"]),
     "preset and editor": (
         nothing,
         ["--preset", "closed-loop", "--editor", "ultraedit"],

@@ -220,3 +220,37 @@ class TestGivenOriginals:
             editor.keep_original_weights(weights)
         with editor.unedited():
             pass
+
+
+class TestShrink:
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_keeps_a_share_of_every_change(self, tokenizer, architecture, dtype):
+        model = tiny_model(architecture, dtype)
+        editor = make(tokenizer, model, edit_modules=[pattern_of(architecture)])
+        editor.edit(FACTS)
+        before, statistics = editor.weight_changes(), editor.state_dict()
+        statistics = {name: dict(part) for name, part in statistics.items() if name != "weights"}
+        editor.shrink(0.5)
+        editor.shrink(0.8)
+        for name, change in editor.weight_changes().items():
+            torch.testing.assert_close(change, 0.4 * before[name])
+            assert torch.equal(editor.weights[name].live, editor.weights[name].master.to(dtype))
+        for name, part in statistics.items():
+            assert all(torch.equal(tensor, part[field]) for field, tensor in editor.state_dict()[name].items())
+
+    @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+    def test_share_out_of_range(self, tokenizer, share):
+        with pytest.raises(ValueError, match="share must be greater than 0 and at most 1, not"):
+            make(tokenizer).shrink(share)
+
+    def test_refused_where_it_would_be_missed(self, tokenizer):
+        editor = make(tokenizer)
+        editor.edit(FACTS)
+        before = state_of(editor)
+        with editor.unedited(), pytest.raises(ValueError, match="shows its unedited weights"):
+            editor.shrink(0.5)
+        editor.on_turn = print
+        with pytest.raises(ValueError, match="followed turn by turn"):
+            editor.shrink(0.5)
+        assert_same_bits(state_of(editor), before)

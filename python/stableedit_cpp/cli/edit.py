@@ -52,6 +52,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=positive, metavar="N", help="edit only the first N requests")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="warm up with only the first N requests")
     parser.add_argument("--repairs", type=positive, metavar="N", help="rounds of solving again for what does not hold")
+    parser.add_argument(
+        "--shrink", type=float, metavar="X", help="at last keep only this share of the whole change, e.g. 0.85"
+    )
     parser.add_argument("--evaluate", action="store_true", help="score all requests afterwards, into the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
     return parser
@@ -62,6 +65,10 @@ def run(options: argparse.Namespace) -> int:
     config = editor_config(options)
     if not options.output and not options.patch:
         raise ValueError("nothing would be saved; give --output DIR, --patch FILE or both")
+    if options.shrink is not None and not 0 < options.shrink <= 1:
+        raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
+    if options.shrink is not None and options.patch:
+        raise ValueError("--shrink and --patch do not go together: a patch holds the updates as they were made")
     if options.output:
         check_new_directory(options.output, overwrite=options.overwrite)
     if options.patch:
@@ -104,6 +111,9 @@ def run(options: argparse.Namespace) -> int:
         )
         print(f"stableedit: interrupted: {report['interrupted']}; saving the model as it is", file=sys.stderr)
     report[part] = (repaired or result).to_dict()
+    if options.shrink is not None and status == 0:
+        editor.shrink(options.shrink)
+        report["share_kept"] = options.shrink
     if options.evaluate and status == 0:
         scores = evaluate(model, tokenizer, requests, progress=True)
         report["scores"] = scores.to_dict()

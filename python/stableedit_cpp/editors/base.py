@@ -192,6 +192,26 @@ class Editor(ABC):
         masters = {name: weight.master for name, weight in self.weights.items()}
         return {name: master - self._originals[name].to(master) for name, master in masters.items()}
 
+    def shrink(self, share: float) -> None:
+        """Keep only this share of what all edits together have added: W <- W0 + share (W - W0).
+
+        After a stream it gives back much of what the edits cost other answers, for few of the edits, and for more of
+        their generalization (docs/closed-loop.md). The statistics stay as they are.
+
+        Raises:
+            ValueError: for a share that is not in (0, 1]; while a session or a patch recorder follows the editor, which
+                would not see it; or within ``unedited()``.
+        """
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share must be greater than 0 and at most 1, not {share!r}")
+        if self.on_turn is not None:
+            raise ValueError("the editor is followed turn by turn (on_turn); what shrinks would be missing there")
+        with torch.no_grad():
+            for name, change in self.weight_changes().items():
+                weight = self.weights[name]
+                weight.master.sub_(change, alpha=1.0 - share)
+                weight.live.copy_(weight.master)
+
     def tokenize(self, requests: Sequence[EditRequest]) -> list[TokenSequence]:
         """Prompts and targets as the editor sees them.
 
