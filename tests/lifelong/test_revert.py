@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import stableedit_cpp as se
 from common import assert_same_bits, config_of, create, reopen, state_of, stream
 from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.lifelong import SessionWriteError
+from stableedit_cpp.lifelong.snapshots import state_digests
 from tiny import tiny_model
 
 
@@ -147,6 +149,15 @@ def test_a_full_disk_changes_nothing(session):
         session.revert("f0")
     assert_same_bits(state_of(session.editor), before)
     assert session.history.entries["f0"].current
+
+
+def test_ctrl_c_while_it_is_recorded(session, monkeypatch):
+    """Too late: record, history and weights belong together."""
+    session.edit(stream(3))
+    monkeypatch.setattr("stableedit_cpp.lifelong.recorder.now", lambda: signal.raise_signal(signal.SIGINT) or "now")
+    session.revert("f0")
+    assert session.history.entries["f0"].state == "reverted in turn 2"
+    assert session.history.states[2] == state_digests(session.editor.state_dict())
 
 
 def test_report_for_people_and_for_json(session):

@@ -264,7 +264,8 @@ class TestRequests:
         assert "new supersedes old" in session.log()[-1].text
         session.close()
         session = reopen(tmp_path / "s", tokenizer)
-        assert session.audit().requests == len(session.evaluate().per_request) == 4
+        trunk = session.editor.make_trunk_cache()
+        assert session.audit(trunk=trunk).requests == len(session.evaluate(trunk=trunk).per_request) == 4
         assert session.evaluate().efficacy == se.evaluate(session.model, tokenizer, [*stream(3), new]).efficacy
         session.close()
         view = SessionView(tmp_path / "s")

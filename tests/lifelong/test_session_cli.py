@@ -139,6 +139,7 @@ def test_what_python_did_the_command_line_goes_on_with(session, model_directory)
         (["edit", "s", "--requests", "missing.json"], "there is no file missing.json"),
         (["rollback", "s", "--to-turn", "7"], "there is no turn 7; the turns are 0 (before the first) to 2"),
         (["create", "s", "--model", "x"], "s exists and is not an empty directory"),
+        (["create", "/proc/s", "--model", "x"], "the journal /proc/s/journal cannot be made in /proc"),
         (["edit", "s", "--requests", "requests.json", "--model", "nowhere"], "cannot load the model 'nowhere'"),
     ],
 )

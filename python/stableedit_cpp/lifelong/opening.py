@@ -27,6 +27,9 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
 
     Args:
         settings: "detail", "snapshot_every" and "keep_snapshots".
+
+    Raises:
+        SessionWriteError: if it cannot be written; nothing is left of it then.
     """
     # The defaults of a later version may be others.
     names = [module.name for module in editor.modules]
@@ -44,9 +47,12 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
         "state": state_digests(state),
         "environment": environment(),
     }
-    with new_directory(directory) as scratch:
-        Journal.create(scratch, manifest)
-        Snapshots(scratch / "snapshots", settings["keep_snapshots"]).save(0, state)
+    try:
+        with new_directory(directory) as scratch:
+            Journal.create(scratch, manifest)
+            Snapshots(scratch / "snapshots", settings["keep_snapshots"]).save(0, state)
+    except OSError as error:
+        raise SessionWriteError(f"the session {directory} cannot be made ({error.strerror or error})") from None
 
 
 def recover(view: SessionView) -> None:

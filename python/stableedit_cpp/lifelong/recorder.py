@@ -19,7 +19,7 @@ __all__ = ["Recorder", "SessionWriteError", "append"]
 
 
 class SessionWriteError(OSError):
-    """The disk did not take a record; what it was to record was taken back, and the session can go on."""
+    """The disk did not take something; what it was to record was taken back, and the session stands as before."""
 
 
 def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:

@@ -26,6 +26,7 @@ from stableedit_cpp.lifelong.revert import RevertReport, revert
 from stableedit_cpp.lifelong.turns import encode_updates
 from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
 from stableedit_cpp.requests import EditRequest, as_requests
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["LifelongSession"]
 
@@ -71,7 +72,7 @@ class LifelongSession(SessionView):
 
         Raises:
             ValueError: for a directory with content, or a bad argument.
-            OSError: if the directory cannot be written.
+            SessionWriteError: if the directory cannot be written; nothing is left of it then.
         """
         directory = Path(directory)
         check_new_directory(directory)
@@ -182,16 +183,37 @@ class LifelongSession(SessionView):
         not among the current ones. Arguments, result and errors as ``edit``."""
         return self._run("warm_up", requests, progress)
 
-    def audit(self, sample: int | None = None, *, seed: int = 0, progress: bool | None = None) -> AuditReport:
-        """Look which of the current requests hold: all, or a sample (see ``lifelong.audit``)."""
-        self._check_open()
-        return audit(self.editor, self.current_requests(), sample=sample, seed=seed, progress=progress)
+    def audit(
+        self,
+        sample: int | None = None,
+        *,
+        seed: int = 0,
+        min_probability: float = 0.0,
+        trunk: TrunkCache | None = None,
+        progress: bool | None = None,
+    ) -> AuditReport:
+        """Look which of the current requests hold: all, or a sample.
 
-    def evaluate(self, metrics: Collection[str] = ("accuracy",), *, progress: bool | None = None) -> Scores:
+        Args:
+            trunk: of ``editor.make_trunk_cache()``; makes the second audit, evaluation or repair cheaper. The others,
+                and what it raises: see ``lifelong.audit``.
+        """
+        self._check_open()
+        settings = {"sample": sample, "seed": seed, "min_probability": min_probability}
+        return audit(self.editor, self.current_requests(), **settings, trunk=trunk, progress=progress)
+
+    def evaluate(
+        self,
+        metrics: Collection[str] = ("accuracy",),
+        *,
+        trunk: TrunkCache | None = None,
+        progress: bool | None = None,
+    ) -> Scores:
         """Score the current requests; those that were superseded, reverted or rolled back are not asked.
 
         Args:
             metrics: see ``evaluate``; "locality" compares with the session's own unedited model.
+            trunk: see ``audit``.
         """
         self._check_open()
         return evaluate(
@@ -201,13 +223,22 @@ class LifelongSession(SessionView):
             metrics=metrics,
             reference=self.editor.unedited if "locality" in metrics else None,
             max_tokens_per_forward=self.editor.config.max_tokens_per_forward,
+            trunk=trunk,
             progress=progress,
         )
 
-    def repair(self, *, rounds: int = 1, budget: int | None = None, progress: bool | None = None) -> RepairReport:
+    def repair(
+        self,
+        *,
+        rounds: int = 1,
+        budget: int | None = None,
+        trunk: TrunkCache | None = None,
+        progress: bool | None = None,
+    ) -> RepairReport:
         """Solve again for the current requests that were forgotten (see ``lifelong.repair``), each turn recorded."""
         self._check_open()
-        return repair(self.editor, self.current_requests(), rounds=rounds, budget=budget, progress=progress)
+        settings = {"rounds": rounds, "budget": budget, "trunk": trunk}
+        return repair(self.editor, self.current_requests(), **settings, progress=progress)
 
     def rollback(self, to_turn: int, *, progress: bool | None = None) -> None:
         """Restore weights and statistics as they were after a turn, bit for bit; 0 is before the first.

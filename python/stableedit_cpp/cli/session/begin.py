@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from stableedit_cpp.cli.datasets import add_format_options, format_of
 from stableedit_cpp.cli.options import add_editor_options, add_model_options, editor_config, load, positive
+from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
 from stableedit_cpp.datasets import read_requests
 from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.view import check_new_directory
+from stableedit_cpp.requests import EditRequest
 
 _CREATE = "  stableedit session create edits/ --model smollm2-135m --warm-up training.json --warm-up-limit 500"
 _EDIT = """\
@@ -37,7 +40,9 @@ def add_parsers(actions) -> None:
     _add_warm_up(parser)
 
     parser = new_action(actions, "edit", "edit a file of requests, or what is left of it", _EDIT, edit)
-    parser.add_argument("--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also with .gz")
+    parser.add_argument(
+        "--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also .gz; or hub:OWNER/NAME[:SPLIT]"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N requests of the file")
     _add_warm_up(parser)
     add_opening_options(parser)
@@ -46,25 +51,27 @@ def add_parsers(actions) -> None:
 def _add_warm_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", metavar="FILE", help="training stream that is edited first and stays in the model")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="only its first N requests")
+    add_format_options(parser)
 
 
 def create(options: argparse.Namespace) -> int:
     config = editor_config(options)
     check_new_directory(Path(options.directory))
-    warm_up = read_requests(options.warm_up, options.warm_up_limit) if options.warm_up else []
+    check_writable_file(Path(options.directory) / "journal", "the journal")
+    warm_up = _read_warm_up(options)
     model, tokenizer = load(options)
     settings = {name: getattr(options, name) for name in ("detail", "snapshot_every", "keep_snapshots")}
     with LifelongSession.create(
         options.directory, model, tokenizer, config, source=options.model, **settings
     ) as session:
         _warm_up(session, warm_up)
-        print(session.status())
+    print(session.status())
     return 0
 
 
 def edit(options: argparse.Namespace) -> int:
-    requests = read_requests(options.requests, options.limit)
-    warm_up = read_requests(options.warm_up, options.warm_up_limit) if options.warm_up else []
+    requests = read_requests(options.requests, options.limit, format=format_of(options), seed=options.seed)
+    warm_up = _read_warm_up(options)
     with opened(options) as session:
         pending = session.pending(requests)
         session.editor.check(pending)
@@ -72,11 +79,17 @@ def edit(options: argparse.Namespace) -> int:
         _say_skipped(len(requests) - len(pending), options.requests)
         report = session.edit(pending, progress=True)
         print(report)
-        print(session.status())
+    print(session.status())
     return 0
 
 
-def _warm_up(session: LifelongSession, requests: list) -> None:
+def _read_warm_up(options: argparse.Namespace) -> list[EditRequest]:
+    if not options.warm_up:
+        return []
+    return read_requests(options.warm_up, options.warm_up_limit, format=format_of(options), seed=options.seed)
+
+
+def _warm_up(session: LifelongSession, requests: list[EditRequest]) -> None:
     pending = session.pending(requests, warm_up=True)
     _say_skipped(len(requests) - len(pending), "the warm-up file")
     if pending:

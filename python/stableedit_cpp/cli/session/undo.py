@@ -39,7 +39,7 @@ def add_parsers(actions) -> None:
 def rollback(options: argparse.Namespace) -> int:
     with opened(options) as session:
         session.rollback(options.to_turn, progress=True)
-        print(session.status())
+    print(session.status())
     return 0
 
 
