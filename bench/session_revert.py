@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--config", metavar="FILE", help="StableEditConfig as JSON (default: the default)")
     parser.add_argument("--edits", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--warm-up", type=int, default=500, metavar="N", help="edits before (default 500)")
+    parser.add_argument("--repairs", type=int, default=0, metavar="N", help="rounds of repair afterwards (default 0)")
     parser.add_argument("--reverts", type=int, default=50, metavar="N", help="default 50")
     parser.add_argument("--protect", type=int, metavar="N", help="others to hold in place (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default 0)")
@@ -54,6 +55,8 @@ def edited(options: Namespace, model, tokenizer, place: Path) -> LifelongSession
         session = LifelongSession.create(place, model, tokenizer, config)
     session.warm_up(session.pending(zsre(options, options.warm_up, "train"), warm_up=True))
     session.edit(session.pending(zsre(options, options.edits)))
+    if options.repairs and not any(entry.repairs for entry in session.history.entries.values()):
+        session.repair(rounds=options.repairs)
     return session
 
 
@@ -71,7 +74,7 @@ def revert_and_compare(options: Namespace, session: LifelongSession, trunk: Trun
             f"{metric}_of_others": getattr(rest, metric) for metric in ("generalization", "specificity")
         }
 
-    results: dict[str, object] = {"edits": len(requests), "reverts": len(ids), "edited": scores()}
+    results: dict[str, object] = {"edits": len(requests), "reverts": len(ids), "turns": turn, "edited": scores()}
     with session.editor.unedited():
         results["unedited"] = scores()
     for name, bring_back in (("only_taken_out", False), ("brought_back", True)):
