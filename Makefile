@@ -22,16 +22,18 @@ STAMPS := $(VENV)/stamps
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/* cpp/tests/CMakeLists.txt)
 CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/*)
-LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples)
+LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-cpp test-python lint format docs clean
+.PHONY: help build demo test test-cpp test-python lint format sanitize fuzz docs clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
 	@echo "make test      C++ tests (CTest) and Python tests (pytest)"
 	@echo "make build     install the package into $(VENV), editable"
 	@echo "make lint      clang-format and ruff, checking only; 'make format' applies them"
+	@echo "make sanitize  C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make fuzz      libFuzzer on the readers of files, for FUZZ_SECONDS=600"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
 	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
 
@@ -62,6 +64,30 @@ format: $(STAMPS)/lint
 	clang-format -i $(LINT_CPP)
 	ruff check --fix $(LINT_PYTHON)
 	ruff format $(LINT_PYTHON)
+
+# --- checks of the C++ that take minutes; CONTRIBUTING.md says what each finds ---
+
+CMAKE_CHECKS = cmake -S . -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+
+# Mutated safetensors files that the tests feed to the readers.
+MUTATIONS ?= 100000
+sanitize: $(addprefix sanitize-,address thread)
+sanitize-%: $(STAMPS)/tools $(STAMPS)/system
+	@echo "==> C++ tests, $* sanitizer"
+	$(CMAKE_CHECKS) -B build/$* -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_SANITIZE=$*
+	cmake --build build/$*
+	STABLEEDIT_MUTATIONS=$(MUTATIONS) ctest --test-dir build/$* --output-on-failure
+
+# What it finds is kept in build/fuzz/found, so the next run goes on from there; an input that breaks a reader is build/fuzz/crash-*.
+FUZZ_SECONDS ?= 600
+FUZZ_CXX ?= clang++-19
+fuzz: $(STAMPS)/tools $(STAMPS)/system
+	@.ci/system-packages fuzzer
+	$(CMAKE_CHECKS) -B build/fuzz -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) -DSTABLEEDIT_FUZZ=ON -DSTABLEEDIT_SANITIZE=address
+	cmake --build build/fuzz
+	@mkdir -p build/fuzz/found
+	OMP_NUM_THREADS=1 build/fuzz/cpp/fuzz/fuzz_safetensors -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=10 -rss_limit_mb=4096 \
+	  -print_final_stats=1 -dict=cpp/fuzz/safetensors.dict -artifact_prefix=build/fuzz/ build/fuzz/found cpp/fuzz/corpus
 
 docs:
 	@.ci/system-packages doxygen

@@ -13,13 +13,30 @@
 #include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 namespace stableedit {
 
 /// The dtype in which the mathematics of a tensor runs: its own, but never below float32.
 inline at::ScalarType compute_dtype(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// Text from a file as a message shows it: on one line, and cut where it is long.
+inline std::string shown(std::string_view text) {
+  constexpr size_t kMost = 100;  // bytes
+  size_t end = std::min(text.size(), kMost);
+  if (end < text.size()) {
+    while (end > 0 && (text[end] & 0xc0) == 0x80) --end;  // between two UTF-8 characters
+  }
+  std::string line(text.substr(0, end));
+  for (char& c : line) {
+    if (static_cast<unsigned char>(c) < ' ' || c == '\x7f') c = '?';
+  }
+  return end < text.size() ? line + "..." : line;
 }
 
 inline void check_matrix(const at::Tensor& tensor, const char* name) {

@@ -44,7 +44,7 @@ void PastKeys::update(const at::Tensor& keys) {
   PastKeys next = *this;  // all of it or nothing
   next.append(keys.detach());
   if (rank_ == 0 && 4 * next.rows_.size(0) > dim_) next.fold();
-  if (rank_ > 0 && next.rows_.size(0) > 2 * rank_) next.shrink();
+  if (rank_ > 0 && next.rows_.size(0) - rank_ > rank_) next.shrink();
   *this = std::move(next);
 }
 

@@ -33,12 +33,12 @@ void accumulate(const WeightChange& change, const at::Tensor& weight, double sig
 void check_fits(const Patch& patch, const std::map<std::string, at::Tensor>& weights) {
   for (const auto& [name, change] : patch.modules) {
     const auto weight = weights.find(name);
-    TORCH_CHECK_VALUE(weight != weights.end(), "the patch changes module '", name,
+    TORCH_CHECK_VALUE(weight != weights.end(), "the patch changes module '", shown(name),
                       "', which is not among the given weights");
     try {
       change.check_fits(weight->second);
     } catch (const c10::ValueError& error) {
-      TORCH_CHECK_VALUE(false, "module '", name, "': ", error.msg());
+      TORCH_CHECK_VALUE(false, "module '", shown(name), "': ", error.msg());
     }
   }
 }

@@ -42,14 +42,14 @@ SafeTensors read_content(const Read& read, uint64_t size, const std::string& sou
     }
     // A bool with another bit pattern is undefined behaviour in C++.
     TORCH_CHECK_VALUE(entry.dtype != at::kBool || tensor.view(at::kByte).le(1).all().item<bool>(),
-                      source, ": tensor '", entry.name,
+                      source, ": tensor '", shown(entry.name),
                       "' is of booleans, but holds bytes other than 0 and 1");
     content.tensors.emplace(entry.name, tensor);
   }
   if (const auto stored = content.metadata.extract(kChecksum)) {
     const std::string actual = checksum(content);
     TORCH_CHECK_VALUE(stored.mapped() == actual, source, " is damaged: its checksum is ", actual,
-                      ", but it was written with ", stored.mapped());
+                      ", but it was written with ", shown(stored.mapped()));
     content.checksummed = true;
   }
   return content;

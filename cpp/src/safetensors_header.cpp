@@ -54,7 +54,8 @@ Json parse_json(std::string_view text, const std::string& source) {
     } else if (event == Json::parse_event_t::key) {
       const auto& name = value.get_ref<const std::string&>();
       TORCH_CHECK_VALUE(members.back().insert(name).second, source,
-                        " is not a safetensors file: its header has two members '", name, "'");
+                        " is not a safetensors file: its header has two members '", shown(name),
+                        "'");
     }
     return true;
   };
@@ -72,7 +73,7 @@ int64_t whole_number(const Json& value, const std::string& where) {
 }
 
 TensorEntry parse_entry(const std::string& name, const Json& value, const std::string& source) {
-  const std::string where = source + ": tensor '" + name + "'";
+  const std::string where = source + ": tensor '" + shown(name) + "'";
   const bool complete = value.is_object() && value.size() == 3 && value.contains("dtype") &&
                         value["dtype"].is_string() && value.contains("shape") &&
                         value["shape"].is_array() && value.contains("data_offsets") &&
@@ -83,7 +84,7 @@ TensorEntry parse_entry(const std::string& name, const Json& value, const std::s
   const auto& dtype = value["dtype"].get_ref<const std::string&>();
   const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes),
                                    [&](auto& d) { return d.second == dtype; });
-  TORCH_CHECK_VALUE(known != std::end(kDtypes), where, " has dtype '", dtype,
+  TORCH_CHECK_VALUE(known != std::end(kDtypes), where, " has dtype '", shown(dtype),
                     "', which is not supported");
   entry.dtype = known->first;
 
@@ -134,7 +135,7 @@ SafeTensorsHeader parse_header(std::string_view text, uint64_t data_size,
   });
   uint64_t end = 0;
   for (const TensorEntry& entry : header.entries) {
-    TORCH_CHECK_VALUE(entry.begin == end, source, ": the bytes of tensor '", entry.name,
+    TORCH_CHECK_VALUE(entry.begin == end, source, ": the bytes of tensor '", shown(entry.name),
                       "' must begin at ", end, ", where those before it end, not at ", entry.begin);
     end = entry.end;
   }

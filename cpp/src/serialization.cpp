@@ -15,15 +15,16 @@ constexpr const char* kPatch = "stableedit-patch";
 void check_format(const SafeTensors& file, const std::string& source, const std::string& format) {
   const auto& metadata = file.metadata;
   const auto found = metadata.find("format");
-  TORCH_CHECK_VALUE(found != metadata.end() && found->second == format, source, " is not a ",
-                    format, " file: its metadata has ",
-                    found == metadata.end() ? "no format" : "format '" + found->second + "'");
+  TORCH_CHECK_VALUE(
+      found != metadata.end() && found->second == format, source, " is not a ", format,
+      " file: its metadata has ",
+      found == metadata.end() ? "no format" : "format '" + shown(found->second) + "'");
   const auto field = metadata.find("version");
   const std::string text = field == metadata.end() ? "" : field->second;
   int version = 0;
   const auto parsed = std::from_chars(text.data(), text.data() + text.size(), version);
   TORCH_CHECK_VALUE(!text.empty() && parsed.ptr == text.data() + text.size() && version >= 1,
-                    source, " has no valid format version (it is '", text, "')");
+                    source, " has no valid format version (it is '", shown(text), "')");
   TORCH_CHECK_VALUE(version <= kVersion, source, " is a ", format, " file of version ", version,
                     ", but this stableedit reads versions up to ", kVersion,
                     "; use a newer stableedit");
@@ -34,7 +35,7 @@ void check_format(const SafeTensors& file, const std::string& source, const std:
 /// "a/b/c" -> ("a/b", "c")
 std::pair<std::string, std::string> split(const std::string& name, const std::string& source) {
   const size_t slash = name.rfind('/');
-  TORCH_CHECK_VALUE(slash != std::string::npos, source, " has a tensor '", name,
+  TORCH_CHECK_VALUE(slash != std::string::npos, source, " has a tensor '", shown(name),
                     "', which belongs to nothing; expected names like '<module>/<field>'");
   return {name.substr(0, slash), name.substr(slash + 1)};
 }
@@ -62,11 +63,11 @@ at::Tensor matrix(const StateDict& fields, const std::string& field, const std::
 WeightChange read_change(const std::string& module, const StateDict& fields,
                          const std::map<std::string, std::string>& metadata,
                          const std::string& source) {
-  const std::string where = source + ": " + module;
+  const std::string where = source + ": " + shown(module);
   const std::string layout = value_or_empty(metadata, module + "/layout");
   TORCH_CHECK_VALUE(layout == "linear" || layout == "conv1d", where,
-                    " must have the layout 'linear' or 'conv1d' in the metadata, not '", layout,
-                    "'");
+                    " must have the layout 'linear' or 'conv1d' in the metadata, not '",
+                    shown(layout), "'");
   const WeightLayout parsed = layout == "linear" ? WeightLayout::kLinear : WeightLayout::kConv1D;
   if (fields.size() == 1 && fields.contains("delta")) {
     return {matrix(fields, "delta", where), parsed};

@@ -4,7 +4,9 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cmath>
 #include <string>
+#include <vector>
 
 #include "checks.hpp"
 #include "stableedit/normalizer.hpp"
@@ -12,6 +14,32 @@
 #include "state_fields.hpp"
 
 namespace stableedit {
+namespace {
+
+// Counts enter the mathematics as float64, which has them exact up to here.
+constexpr int64_t kMaxCount = int64_t{1} << 53;
+
+// Sizes of parts that make up `total` rows.
+std::vector<int64_t> read_pieces(const at::Tensor& stored, int64_t total) {
+  const at::Tensor pieces = stored.to(at::kCPU);
+  std::vector<int64_t> sizes;
+  int64_t rest = total;
+  for (int64_t i = 0; i < pieces.size(0); ++i) {
+    const auto size = pieces[i].item<double>();
+    // Compared as numbers: the cast of one that does not fit is undefined.
+    const bool fits = size >= 1.0 && size <= static_cast<double>(rest) && size == std::floor(size);
+    TORCH_CHECK_VALUE(
+        fits, "'pieces' in the state of a PastKeys must be whole numbers from 1 with the sum ",
+        total, ", but one of them is ", size);
+    sizes.push_back(static_cast<int64_t>(size));
+    rest -= sizes.back();
+  }
+  TORCH_CHECK_VALUE(rest == 0, "'pieces' in the state of a PastKeys must have the sum ", total,
+                    ", but it is ", total - rest);
+  return sizes;
+}
+
+}  // namespace
 
 StateDict RunningMoments::state_dict() const {
   return {{"count", integer_field(count_)},
@@ -24,7 +52,7 @@ RunningMoments RunningMoments::from_state_dict(const StateDict& state) {
   StateReader reader(state, "RunningMoments");
   const at::Tensor mean = reader.statistic("mean", 1);
   RunningMoments moments(mean.size(0), reader.integer("unbiased_batches", 0, 1) == 1);
-  moments.count_ = reader.integer("count", 0);
+  moments.count_ = reader.integer("count", 0, kMaxCount);
   moments.mean_ = mean;
   moments.m2_ = reader.statistic("m2", 1);
   TORCH_CHECK_VALUE(moments.m2_.sizes() == mean.sizes(),
@@ -56,7 +84,7 @@ NormalInverseWishart NormalInverseWishart::from_state_dict(const StateDict& stat
                     "'scatter' in the state of a NormalInverseWishart must have shape [", dim, ", ",
                     dim, "], but it has ", scatter.sizes());
   NormalInverseWishart tracker(dim, prior);
-  tracker.count_ = reader.integer("count", 0);
+  tracker.count_ = reader.integer("count", 0, kMaxCount);
   tracker.mean_ = mean;
   tracker.scatter_ = scatter;
   reader.finish();
@@ -189,18 +217,16 @@ PastKeys PastKeys::from_state_dict(const StateDict& state) {
   StateReader reader(state, "PastKeys");
   const int64_t dim = reader.integer("dim", 1);
   PastKeys past(dim, reader.integer("rank", 0));
-  past.count_ = reader.integer("count", 0);
+  past.count_ = reader.integer("count", 0, kMaxCount);
   past.shrinkage_ = reader.number("shrinkage");
-  const at::Tensor pieces = reader.statistic("pieces", 1).to(at::kCPU);
-  int64_t rows = 0;
-  for (int64_t i = 0; i < pieces.size(0); ++i) {
-    past.pieces_.push_back(static_cast<int64_t>(pieces[i].item<double>()));
-    rows += past.pieces_.back();
-  }
+  TORCH_CHECK_VALUE(past.shrinkage_ >= 0.0,
+                    "'shrinkage' in the state of a PastKeys must be at least 0, but it is ",
+                    past.shrinkage_);
+  const at::Tensor pieces = reader.statistic("pieces", 1);
   bool fits = reader.has("rows") == (past.count_ > 0);
   if (past.count_ > 0 && fits) {
     past.rows_ = reader.tensor("rows", 2);
-    fits = past.rows_.size(0) == rows && past.rows_.size(1) == dim;
+    fits = past.rows_.size(1) == dim;
     if (past.rank_ == 0 && reader.has("moment")) {
       past.moment_ = reader.tensor("moment", 2);
       fits = fits && past.moment_.size(0) == dim && past.moment_.size(1) == dim &&
@@ -209,6 +235,7 @@ PastKeys PastKeys::from_state_dict(const StateDict& state) {
   }
   TORCH_CHECK_VALUE(fits, "the tensors in the state of a PastKeys do not fit its dim = ", dim,
                     ", count = ", past.count_, " and each other");
+  past.pieces_ = read_pieces(pieces, past.count_ > 0 ? past.rows_.size(0) : 0);
   reader.finish();
   return past;
 }

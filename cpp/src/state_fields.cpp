@@ -63,7 +63,7 @@ StateDict StateReader::part(const std::string& prefix) {
 
 void StateReader::finish() const {
   TORCH_CHECK_VALUE(rest_.empty(), "the state of a ", owner_, " has an unknown field '",
-                    rest_.empty() ? "" : rest_.begin()->first, "'");
+                    rest_.empty() ? "" : shown(rest_.begin()->first), "'");
 }
 
 }  // namespace stableedit

@@ -1,3 +1,4 @@
+#include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -268,6 +269,11 @@ TEST_P(PastKeysByRank, StatesThatAreNone) {
   StateDict other = past.state_dict();
   other["dim"] = PastKeys(kDim + 1).state_dict().at("dim");
   EXPECT_TRUE(refuses<c10::ValueError>([&] { PastKeys::from_state_dict(other); }, {"dim", "41"}));
+  for (const double piece : {-1.0, 0.5, 31.0, 1e300}) {
+    StateDict state = past.state_dict();
+    state["pieces"] = at::ones({2}, at::kDouble) * piece;
+    EXPECT_TRUE(refuses<c10::ValueError>([&] { PastKeys::from_state_dict(state); }, {"pieces"}));
+  }
   StateDict unknown = past.state_dict();
   unknown["more"] = unknown["dim"];
   EXPECT_TRUE(refuses<c10::ValueError>([&] { PastKeys::from_state_dict(unknown); }, {"more"}));

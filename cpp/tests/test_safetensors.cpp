@@ -11,7 +11,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <thread>
 
 #include "oracle.hpp"
 #include "stableedit/safetensors.hpp"
@@ -124,25 +123,24 @@ TEST_F(SafeTensorsFile, MissingFilesAndDirectoriesAreErrorsOfTheFileSystem) {
   EXPECT_EQ(files(), 0);
 }
 
-TEST_F(SafeTensorsFile, ReadersSeeOldOrNewWhileOthersWrite) {
-  const auto content = [](int64_t version) {
-    return SafeTensors{.tensors = {{"x", at::ones({1000}, at::kLong) * version}},
-                       .metadata = {{"version", std::to_string(version)}}};
+// Names are for people: on one line, and not longer than they are read.
+TEST(SafeTensors, MessagesShowTextFromAFileOnOneLine) {
+  const auto message = [](const std::string& dtype) {
+    const std::string header =
+        "{\"w\":{\"dtype\":\"" + dtype + "\",\"shape\":[],\"data_offsets\":[0,0]}}";
+    const uint64_t length = header.size();
+    try {
+      parse_safetensors(std::string(reinterpret_cast<const char*>(&length), 8) + header, "f");
+    } catch (const c10::ValueError& error) {
+      return std::string(error.what_without_backtrace());
+    }
+    return std::string("accepted");
   };
-  save_safetensors(path_, content(0));
-  std::vector<std::thread> writers;
-  for (int64_t writer = 1; writer <= 2; ++writer) {
-    writers.emplace_back([&, writer] {
-      for (int i = 0; i < 20; ++i) save_safetensors(path_, content(writer));
-    });
-  }
-  for (int i = 0; i < 50; ++i) {
-    const SafeTensors read = load_safetensors(path_);
-    EXPECT_TRUE(read.checksummed);
-    expect_equal(read, content(std::stoll(read.metadata.at("version"))));
-  }
-  for (std::thread& writer : writers) writer.join();
-  EXPECT_EQ(files(), 1);
+  EXPECT_EQ(message("a\\nb"), "f: tensor 'w' has dtype 'a?b', which is not supported");
+  std::string umlauts;
+  for (int i = 0; i < 99; ++i) umlauts += "ä";
+  EXPECT_EQ(message("x" + umlauts),  // cut between two characters, at most 100 bytes
+            "f: tensor 'w' has dtype 'x" + umlauts.substr(0, 98) + "...', which is not supported");
 }
 
 }  // namespace

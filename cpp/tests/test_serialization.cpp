@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <limits>
 
 #include "oracle.hpp"
 #include "stableedit/module_editor.hpp"
@@ -92,6 +93,10 @@ TEST(StateDict, RefusesWhatIsMissingUnknownOrDoesNotFit) {
   more["more"] = at::ones({1});
   EXPECT_TRUE(refuses<c10::ValueError>([&] { LifelongNormalizer::from_state_dict(more); },
                                        {"unknown field 'more'"}));
+  StateDict many = state;
+  many["keys.count"] = at::ones({}, at::kLong) * std::numeric_limits<int64_t>::max();
+  EXPECT_TRUE(refuses<c10::ValueError>([&] { LifelongNormalizer::from_state_dict(many); },
+                                       {"'count'", "9007199254740992"}));
   StateDict other = state;
   other["tracker.mean"] = at::ones({kValueDim + 1}, at::kDouble);
   EXPECT_TRUE(refuses<c10::ValueError>([&] { LifelongNormalizer::from_state_dict(other); },

@@ -21,7 +21,8 @@ namespace stableedit {
 ///
 /// Concurrency: const members may be called from several threads; `apply`, `revert` and `restore`
 /// need exclusive access, to the live weight as well: a thread that reads it meanwhile may see it
-/// between two rows. Two threads may each own the MasterWeight of another weight.
+/// between two rows. Two threads may each own the MasterWeight of another weight. A copy of the
+/// object shares its tensors and counts as the same; a `clone()` does not.
 class STABLEEDIT_API MasterWeight {
  public:
   /// \param live weight of the model, `[v, k]` or as `layout` says, bfloat16, float16, float32 or

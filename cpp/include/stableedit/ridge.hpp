@@ -6,6 +6,12 @@
 #include "stableedit/low_rank.hpp"
 #include "stableedit/past_keys.hpp"
 
+/// \file
+/// The update of a turn.
+///
+/// Concurrency: every function here may be called from several threads; those that take a PastKeys
+/// need exclusive access to it.
+
 namespace stableedit {
 
 /// Which of the two equal forms of the ridge system is solved.

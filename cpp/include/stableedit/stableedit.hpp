@@ -13,7 +13,9 @@
 /// call.
 ///
 /// Concurrency is stated for each class. Where nothing is said of a free function, it has no state
-/// and any number of threads may call it.
+/// and any number of threads may call it. A struct of options is like a container of the standard
+/// library: many may read it, or one may write. Tensors that are passed in must not be written to
+/// during the call. Nothing here starts a thread, but torch's kernels may use its pool of them.
 
 /// The library.
 namespace stableedit {}
