@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import MODULES, assert_same_bits, stream
 from stableedit_cpp import load_model
@@ -106,6 +107,15 @@ def test_export(session, model_directory, capsys):
     assert session("export", "s", "--device", "cpu", "--format", "lora", "--rank", 2, "--output", "adapter") == 0
     assert "| edits | 8 |" in Path("adapter/README.md").read_text()
 
+    before = SessionView("s").status()
+    shrunk = ["export", "s", "--device", "cpu", "--format", "model", "--shrink", 0.5, "--output", "half"]
+    assert session(*shrunk) == 0
+    assert "0.5" in Path("half/README.md").read_text()
+    assert SessionView("s").status() == before
+    half, base = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("half", model_directory))
+    for name, weight in half.items():
+        torch.testing.assert_close(weight, (exported[name] + base[name]) / 2)
+
 
 def test_the_same_file_again(session, capsys):
     """What was done is skipped and counted; what is left is edited in the turns it would have been in."""
@@ -135,6 +145,7 @@ def test_what_python_did_the_command_line_goes_on_with(session, model_directory)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["export", "s", "--format", "model", "--output", "o", "--shrink", "2"], "--shrink must be greater than 0 and"),
         (["status", "nowhere"], "nowhere is no session directory: it has no file 'journal'"),
         (["edit", "s", "--requests", "missing.json"], "there is no file missing.json"),
         (["rollback", "s", "--to-turn", "7"], "there is no turn 7; the turns are 0 (before the first) to 2"),

@@ -90,6 +90,7 @@ def _origin_rows(provenance: Provenance, origin: Mapping[str, object]) -> dict[s
         "edits": provenance.edits,
         "requests": _file(provenance.requests, provenance.requests_digest),
         "warm-up edits": provenance.warm_up_edits,
+        "share of the change that was kept": provenance.share_kept,
         "warm-up requests": _file(provenance.warm_up, provenance.warm_up_digest),
         "edited": provenance.edited,
         "versions": ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions),

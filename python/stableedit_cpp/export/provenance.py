@@ -27,6 +27,7 @@ class Provenance:
         config: of the editor.
         edit_modules: names of the modules that were edited.
         edits, warm_up_edits: how many requests were applied.
+        share_kept: of the whole change, if it was shrunk (``Editor.shrink``).
         requests, warm_up: files of requests, and ``file_digest`` of each.
         scores: by model ("unedited", "edited", "exported"), then by metric.
         edited: when, ISO 8601.
@@ -39,6 +40,7 @@ class Provenance:
     edit_modules: list[str] | None = None
     edits: int | None = None
     warm_up_edits: int | None = None
+    share_kept: float | None = None
     requests: str | None = None
     requests_digest: str | None = None
     warm_up: str | None = None
@@ -74,6 +76,7 @@ def read_provenance(directory: str | Path) -> Provenance:
             edit_modules=report["edit_modules"],
             edits=report["edit"]["edits"] if "edit" in report else None,
             warm_up_edits=report["warm_up"]["edits"] if "warm_up" in report else None,
+            share_kept=report.get("share_kept"),
             requests=report["requests"],
             requests_digest=report.get("requests_digest"),
             warm_up=report.get("warm_up_requests"),

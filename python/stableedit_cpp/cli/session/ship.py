@@ -17,11 +17,19 @@ def add_parsers(actions) -> None:
     summary = "ship the model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter"
     parser = new_action(actions, "export", summary, _EXPORT, export_session)
     add_export_options(parser)
+    parser.add_argument(
+        "--shrink",
+        type=float,
+        metavar="X",
+        help="ship only this share of the whole change, e.g. 0.85",
+    )
     add_opening_options(parser)
 
 
 def export_session(options: argparse.Namespace) -> int:
     check_export_options(options)
+    if options.shrink is not None and not 0 < options.shrink <= 1:
+        raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
     with opened(options) as session:
         line = [session.history.steps[turn] for turn in session.history.line]
         provenance = Provenance(
@@ -30,9 +38,13 @@ def export_session(options: argparse.Namespace) -> int:
             edit_modules=[module.name for module in session.editor.modules],
             edits=len(session.current_requests()),
             warm_up_edits=len(session.history.warm_up),
+            share_kept=options.shrink,
             edited=line[-1].record.content["time"] if line else None,
             environment=session.manifest["environment"],
         )
+        if options.shrink is not None:
+            session.close()  # what is shrunk is this process's model; the session stands where it stood
+            session.editor.shrink(options.shrink)
         change = change_of(session.editor)
         with session.editor.unedited() as base:  # an export may leave it edited; here it is what it was, afterwards
             export(base, session.editor.tokenizer, change, provenance, options)
