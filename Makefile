@@ -25,7 +25,7 @@ CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/
 LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-cpp test-python lint format sanitize fuzz docs clean
+.PHONY: help build demo test test-cpp test-python lint format sanitize fuzz bench-cpp docs clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
@@ -34,6 +34,7 @@ help:
 	@echo "make lint      clang-format and ruff, checking only; 'make format' applies them"
 	@echo "make sanitize  C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make fuzz      libFuzzer on the readers of files, for FUZZ_SECONDS=600"
+	@echo "make bench-cpp google-benchmark on the C++ core, one operation at a time (BENCH_ARGS='--benchmark_filter=Ridge')"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
 	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
 
@@ -88,6 +89,12 @@ fuzz: $(STAMPS)/tools $(STAMPS)/system
 	@mkdir -p build/fuzz/found
 	OMP_NUM_THREADS=1 build/fuzz/cpp/fuzz/fuzz_safetensors -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=10 -rss_limit_mb=4096 \
 	  -print_final_stats=1 -dict=cpp/fuzz/safetensors.dict -artifact_prefix=build/fuzz/ build/fuzz/found cpp/fuzz/corpus
+
+bench-cpp: $(STAMPS)/tools $(STAMPS)/system
+	@.ci/system-packages benchmark
+	cmake -S . -B build/bench -G Ninja --log-level=WARNING -DSTABLEEDIT_BENCHMARKS=ON
+	cmake --build build/bench
+	build/bench/cpp/bench/stableedit_bench --benchmark_out=$(or $(JSON),build/bench/core.json) --benchmark_out_format=json $(BENCH_ARGS)
 
 docs:
 	@.ci/system-packages doxygen

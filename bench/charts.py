@@ -53,6 +53,8 @@ def newest(directory: Path) -> dict[str, dict]:
     for path in sorted(directory.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         name = document.get("benchmark")
+        if name is None:  # google-benchmark's, which has no chart
+            continue
         if name not in found or _rank(document) > _rank(found[name]):
             found[name] = document
     return found
