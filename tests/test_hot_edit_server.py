@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stableedit_cpp import core
+from stableedit_cpp import core, generate, load_model
+from stableedit_cpp.cli import main
 from stableedit_cpp.modules import find_modules
 from tiny import tiny_model, tiny_tokenizer
 
@@ -201,6 +202,7 @@ REFUSALS = [
     ("POST", "/generate", b"[1]", 400, "must be a JSON object"),
     ("POST", "/generate", b"[" * 60000, 400, "not valid JSON"),
     ("POST", "/generate", b'{"prompt": "\xff"}', 400, "not valid JSON"),
+    ("POST", "/generate", b'{"prompt": 1e999}', 400, "number that is too large"),
     ("POST", "/generate", b"{}", 400, 'lacks "prompt"'),
     ("POST", "/generate", b'{"prompt": 1}', 400, "must be a text"),
     ("POST", "/generate", b'{"prompt": ""}', 400, "no tokens"),
@@ -226,7 +228,9 @@ REFUSALS = [
     ("POST", "/patches", b'{"file": "elsewhere.safetensors"}', 422, "model.layers.9.mlp.down_proj"),
     ("POST", "/patches", b'{"file": "shape.safetensors"}', 422, "does not fit"),
     ("POST", "/patches", b'{"file": "nan.safetensors"}', 422, "finite"),
+    ("POST", "/patches", b'{"file": "zero.safetensors"}', 422, "a module with a zero byte"),
     ("POST", "/patches", b'{"file": "a.safetensors", "id": "a/b"}', 400, "not 'a/b'"),
+    ("POST", "/patches", b'{"file": "a.safetensors", "id": "a\\nb"}', 400, "not 'a b'"),
     ("POST", "/patches", b'{"file": "a.safetensors", "id": ""}', 400, "not ''"),
     ("DELETE", "/patches/a", None, 404, "no patch 'a'"),
     ("DELETE", "/patches/..%2F..%2Fetc", None, 404, "there is no"),
@@ -255,6 +259,7 @@ def test_bad_requests_get_a_sentence_and_change_nothing(exported, patches, tmp_p
         "elsewhere": core.Patch({"model.layers.9.mlp.down_proj": change}, id="x"),
         "shape": core.Patch({MODULES[0]: core.WeightChange(torch.ones(16, 25))}, id="x"),
         "nan": core.Patch({MODULES[0]: core.WeightChange(torch.full((16, 24), float("nan")))}, id="x"),
+        "zero": core.Patch({MODULES[0] + "\0x": change}, id="x"),
         "dated": core.Patch({MODULES[0]: change}, id="2026-11-23T01:02:03+0000"),
     }.items():
         core.save_patch(broken / f"{name}.safetensors", patch)
@@ -476,3 +481,30 @@ def test_export_refuses_what_it_cannot_export(tmp_path, capsys):
     assert export_model.main(["--model", "x", "--output", str(tmp_path)]) == 2
     assert "name a new directory" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fact_goes_into_smollm2_and_out_again(cached_export, tmp_path):
+    """The way of docs/cpp.md: export, patch by the command line, serve."""
+    model = cached_export("smollm2-135m", "smollm2-135m")
+    patches = tmp_path / "patches"
+    patches.mkdir()
+    fact = {"prompt": "The Chancellor of Germany who took office in May 2025 is", "target": "Friedrich Merz"}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact))
+    (tmp_path / "config.json").write_text('{"turn_size": 1, "max_passes": 12, "step_size": 1.2e-3, "ridge": 300.0}')
+    files = {"--requests": tmp_path / "facts.jsonl", "--config": tmp_path / "config.json"}
+    files["--patch"] = patches / "merz.safetensors"
+    options = [text for option, file in files.items() for text in (option, str(file))]
+    assert main(["edit", "--model", "smollm2-135m", *options]) == 0
+    with Server(BUILD / "hot_edit_server", model=model, patches=patches, state=tmp_path / "state") as server:
+        before = server.generate(fact["prompt"], 5)["text"]
+        assert "Merz" not in before
+        change = server.add("merz.safetensors")
+        assert change["id"] == "merz"
+        assert server.generate(fact["prompt"], 5)["text"].startswith(" Friedrich Merz")
+        server.remove("merz")
+        assert server.generate(fact["prompt"], 5)["text"] == before
+        assert server.stop() == 0
+
+    reference, tokenizer = load_model("smollm2-135m")
+    (expected,) = generate(reference, tokenizer, [fact["prompt"]], max_new_tokens=5)
+    assert before == expected

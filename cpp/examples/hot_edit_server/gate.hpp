@@ -2,21 +2,23 @@
 
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 
 #include "refusal.hpp"
 
 namespace hot_edit {
 
-/// Lets so many threads pass at a time and so many more wait; who comes then is refused.
+/// Lets so many threads pass at a time and so many more wait, first come, first served; who comes
+/// then is refused.
 class Gate {
  public:
-  Gate(size_t places, size_t queue) : places_(places), queue_(queue), free_(places) {}
+  Gate(size_t places, size_t queue) : places_(places), queue_(queue) {}
 
   /// How many pass or wait.
   size_t present() const {
     const std::lock_guard lock(mutex_);
-    return places_ - free_ + waiting_;
+    return arrived_ - left_;
   }
 
   /// A place, until the end of its life.
@@ -25,19 +27,18 @@ class Gate {
     /// Waits for a place. \throws Refusal if too many are waiting already.
     explicit Place(Gate& gate) : gate_(gate) {
       std::unique_lock lock(gate_.mutex_);
-      if (gate_.free_ == 0 && gate_.waiting_ >= gate_.queue_)
+      if (gate_.arrived_ - gate_.left_ >= gate_.places_ + gate_.queue_)
         throw Refusal(503, "too many generations are waiting; try again later");
-      ++gate_.waiting_;
-      gate_.changed_.wait(lock, [this] { return gate_.free_ > 0; });
-      --gate_.waiting_;
-      --gate_.free_;
+      // Without numbers, a newcomer could overtake a thread that was woken but does not run yet.
+      const uint64_t number = gate_.arrived_++;
+      gate_.changed_.wait(lock, [&] { return number < gate_.left_ + gate_.places_; });
     }
     ~Place() {
       {
         const std::lock_guard lock(gate_.mutex_);
-        ++gate_.free_;
+        ++gate_.left_;
       }
-      gate_.changed_.notify_one();
+      gate_.changed_.notify_all();  // the next in turn is one of them
     }
     Place(const Place&) = delete;
     Place& operator=(const Place&) = delete;
@@ -51,8 +52,8 @@ class Gate {
   const size_t queue_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  size_t free_;
-  size_t waiting_ = 0;
+  uint64_t arrived_ = 0;
+  uint64_t left_ = 0;
 };
 
 }  // namespace hot_edit

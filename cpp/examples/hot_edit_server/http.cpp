@@ -28,9 +28,19 @@ std::string dump(const Json& json) {
   return json.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
+// What a sentence quotes from a patch file may be anything.
+std::string one_short_line(std::string text) {
+  constexpr size_t kLongest = 600;
+  if (text.size() > kLongest) text = text.substr(0, kLongest) + " ...";
+  for (char& letter : text) {
+    if (uint8_t(letter) < ' ' || letter == 127) letter = ' ';
+  }
+  return text;
+}
+
 void refuse(httplib::Response& response, Status status, const std::string& sentence) {
   response.status = status;
-  response.set_content(dump({{"error", sentence}}), "application/json");
+  response.set_content(dump({{"error", one_short_line(sentence)}}), "application/json");
 }
 
 // Carries a request out; whatever goes wrong becomes a status and a sentence.

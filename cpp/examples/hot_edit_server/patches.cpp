@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <stableedit/serialization.hpp>
@@ -54,10 +55,18 @@ class File {
 };
 
 std::shared_ptr<stableedit::Patch> parse(const std::string& bytes, const std::string& file) {
+  // The sentence of a Refusal ends at a zero byte, which the names in a damaged file may have.
   try {
-    return std::make_shared<stableedit::Patch>(stableedit::parse_patch(bytes, file));
+    auto patch = std::make_shared<stableedit::Patch>(stableedit::parse_patch(bytes, file));
+    for (const auto& [module, change] : patch->modules) {
+      if (module.find('\0') != std::string::npos)
+        throw Refusal(422, file + " names a module with a zero byte");
+    }
+    return patch;
   } catch (const c10::Error& error) {
-    throw Refusal(422, error.what_without_backtrace());
+    std::string sentence = error.msg();
+    std::replace(sentence.begin(), sentence.end(), '\0', ' ');
+    throw Refusal(422, sentence);
   }
 }
 

@@ -15,6 +15,9 @@ RequestBody::RequestBody(const std::string& text, std::initializer_list<const ch
   } catch (const nlohmann::json::parse_error& error) {
     throw Refusal(400, "the body is not valid JSON from byte " + std::to_string(error.byte) +
                            " on; it must be an object with " + known);
+  } catch (const nlohmann::json::out_of_range&) {
+    throw Refusal(400,
+                  "the body has a number that is too large; it must be an object with " + known);
   }
   if (!json_.is_object())
     throw Refusal(400, std::string("the body must be a JSON object with ") + known +
