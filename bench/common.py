@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import statistics
 import threading
 import time
@@ -18,10 +17,10 @@ import torch
 
 from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.environment import environment
+from stableedit_cpp.memory import resident_bytes
 from stableedit_cpp.output import write_json
 
 _Result = TypeVar("_Result")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def new_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -128,8 +127,7 @@ def memory_now(device: torch.device) -> int:
     """Bytes in use: of tensors on CUDA, resident memory of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * _PAGE
+    return resident_bytes()
 
 
 @contextmanager

@@ -15,7 +15,11 @@ from stableedit_cpp.modules import EditModule
 from stableedit_cpp.prompts import Batch, TokenSequence, collate, longest_first, pack
 from stableedit_cpp.trunk_cache import TrunkCache
 
-__all__ = ["CapturedTurn", "capture"]
+__all__ = ["CapturedTurn", "NotFiniteError", "capture"]
+
+
+class NotFiniteError(ValueError):
+    """A loss or gradient is NaN or infinite: usually the model has broken down."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def capture(
         trunk: keeps the output of the layers below the first edited module for a retry, or reuses what it kept.
 
     Raises:
-        ValueError: if a loss or gradient is not finite, naming the request, or a module takes no part in the forward.
+        NotFiniteError: if a loss or gradient is not finite, naming the request.
+        ValueError: if a module takes no part in the forward.
     """
     if trunk is not None:
         trunk.check()
@@ -182,4 +187,4 @@ def _check_finite(
             rows = finite if finite.ndim == 1 else finite.all(1)
             index = int(request[(~rows).cpu()][0])
             name = names[index] if names is not None else f"request {index}"
-            raise ValueError(f"{name}: the {what} is NaN or infinite; the turn was not applied")
+            raise NotFiniteError(f"{name}: the {what} is NaN or infinite; the turn was not applied")

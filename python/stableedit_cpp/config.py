@@ -32,6 +32,8 @@ class EditorConfig:
         max_passes: solve again, up to this often a turn, for the requests that have not taken yet (not in a warm-up).
         take_probability: a request has taken when every answer token is the model's top choice and has at least this
             probability, in [0, 1). A margin lasts longer than a narrow win, and costs more drift.
+        frozen_statistics: running statistics are those of the warm-up (without one, of the first turn); no later turn
+            counts in them. For experiments.
         retries_feed_statistics: whether the later passes of a turn, and repairs, count in the running statistics.
         past_key_weight: weight of the second moment C of the keys of earlier turns in the least-squares solution,
             D = (H^T H + past_key_weight C + ridge I)^(-1) H^T V, >= 0; protects what was edited before. 0 as published.
@@ -52,6 +54,7 @@ class EditorConfig:
     max_passes: int = 1
     take_probability: float = 0.0
     retries_feed_statistics: bool = True
+    frozen_statistics: bool = False
     past_key_weight: float = 0.0
     past_key_rank: int | None = None
     max_tokens_per_forward: int = 2048
@@ -71,6 +74,7 @@ class EditorConfig:
         if not 0 <= self.take_probability < 1:
             raise ValueError(f"take_probability must be at least 0 and less than 1, not {self.take_probability!r}")
         self._check_flag("retries_feed_statistics")
+        self._check_flag("frozen_statistics")
         self._check_number("past_key_weight", self.past_key_weight)
         if self.past_key_weight < 0:
             raise ValueError(f"past_key_weight must be at least 0, not {self.past_key_weight!r}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_directory", "write_json"]
+__all__ = ["new_directory", "write_json", "write_text"]
 
 
 @contextmanager
@@ -43,14 +43,18 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
 def write_json(path: str | Path, document: object) -> None:
     """Write JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name, then rename."""
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     # A file name that is not UTF-8 reaches the report as surrogates; a backslash escape of one is valid JSON.
     scratch = {"dir": path.parent, "prefix": f".{path.name}-", "delete": False}
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", **scratch) as file:
         try:
-            json.dump(document, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)

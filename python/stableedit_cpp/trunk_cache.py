@@ -69,10 +69,10 @@ class TrunkCache:
                 raise ValueError(f"cannot keep a trunk cache of {max_bytes} bytes in {directory}: {error}") from None
 
     @classmethod
-    def where_possible(cls, model: nn.Module, modules: Sequence[EditModule]) -> TrunkCache | None:
+    def where_possible(cls, model: nn.Module, modules: Sequence[EditModule], **options: object) -> TrunkCache | None:
         """A cache in memory, or None where nothing lies below the edited modules that could be kept."""
         try:
-            return cls(model, modules)
+            return cls(model, modules, **options)
         except ValueError:
             return None
 

@@ -12,9 +12,9 @@ from typing import TextIO
 
 import ijson
 
-__all__ = ["read_records"]
+__all__ = ["SUFFIXES", "read_records"]
 
-_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 _CHUNK = 1 << 16  # characters of a JSON list that are parsed at a time
 
 
@@ -40,11 +40,11 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     gzipped = bool(suffixes) and suffixes[-1] == ".gz"
     suffix = ["", *suffixes][-2 if gzipped else -1]
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise ValueError(
             f"{path}: cannot tell the format from the name; expected .json, .jsonl or .csv, or these + .gz"
         )
-    parse = {"json": _parse_json, "jsonl": _parse_json_lines, "csv": _parse_csv}[_SUFFIXES[suffix]]
+    parse = {"json": _parse_json, "jsonl": _parse_json_lines, "csv": _parse_csv}[SUFFIXES[suffix]]
     opened = gzip.open if gzipped else open
     last = "the beginning"
     try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from stableedit_cpp.nearest import with_nearest
 from stableedit_cpp.requests import EditRequest
 
 __all__ = ["FORMATS", "Format", "choose_format", "detect", "parse_fields"]
@@ -137,11 +137,11 @@ def choose_format(format: str | Format | Mapping[str, str] | None) -> Format | N
     if isinstance(format, str):
         known = {f.name: f for f in FORMATS}
         if format not in known:
-            raise ValueError(f"unknown data set format {_with_nearest(format, known)}")
+            raise ValueError(f"unknown data set format {with_nearest(format, known)}")
         return known[format]
     for name in format:
         if name not in _NAMES:
-            raise ValueError(f"unknown field of an edit request {_with_nearest(name, _NAMES)}")
+            raise ValueError(f"unknown field of an edit request {with_nearest(name, _NAMES)}")
     absent = [name for name in _REQUIRED if name not in format]
     if absent:
         raise ValueError(f"the field mapping lacks {' and '.join(absent)}; expected e.g. prompt=question,target=answer")
@@ -163,8 +163,3 @@ def parse_fields(text: str) -> dict[str, str]:
             raise ValueError(f"--fields names {name} twice: {mapping[name]} and {own}")
         mapping[name] = own
     return mapping
-
-
-def _with_nearest(name: str, known) -> str:
-    near = difflib.get_close_matches(name.lower(), list(known), n=1)
-    return f"{name!r}" + (f", did you mean {near[0]!r}?" if near else ";") + f" known are: {', '.join(known)}"

@@ -359,6 +359,7 @@ class Editor(ABC):
         """
         mode = self._warm_up_mode() if kind == "warm_up" else None
         feed = back_offs == 0 and ((number == 0 and kind != "repair") or self.config.retries_feed_statistics)
+        feed = feed and (kind == "warm_up" or not self.config.frozen_statistics)
         editors = dict(self.module_editors)
         for group, modules in self._groups.items():
             if feed or self.normalizers[group].count == 0:

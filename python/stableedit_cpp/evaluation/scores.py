@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ from stableedit_cpp.evaluation.generation import generate_continuations, judge
 from stableedit_cpp.evaluation.locality import Reference, locality
 from stableedit_cpp.evaluation.probes import PROBES, probes_of
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.nearest import with_nearest
 from stableedit_cpp.prompts import context_length, tokenize
 from stableedit_cpp.requests import EditRequest, as_requests
 from stableedit_cpp.trunk_cache import TrunkCache
 
-__all__ = ["METRICS", "Scores", "evaluate"]
+__all__ = ["METRICS", "Scores", "check_metrics", "evaluate", "mean_and_error"]
 
 METRICS = ("accuracy", "exact_match", "generation", "locality")
 _ALWAYS = ("efficacy", "generalization", "specificity")
@@ -110,7 +110,7 @@ def evaluate(
         ValueError: for a bad request, or a prompt and answer longer than the model's context; a trunk cache whose
             layers have changed; an unknown metric; locality without a reference, or one with another vocabulary.
     """
-    _check_metrics(metrics, reference)
+    check_metrics(metrics, reference)
     requests = as_requests(requests)
     names, pairs, owners = [], [], []
     for index, request in enumerate(requests):
@@ -159,7 +159,7 @@ def evaluate(
 
     means, errors = {}, {}
     for name in [*probes, *further]:
-        means[name], errors[name] = _mean_and_error([r[name] for r in records if r[name] is not None])
+        means[name], errors[name] = mean_and_error([r[name] for r in records if r[name] is not None])
     return Scores(
         **{probe: means[probe] for probe in probes},
         standard_errors=errors,
@@ -168,19 +168,17 @@ def evaluate(
     )
 
 
-def _check_metrics(metrics: Collection[str], reference: Reference | None) -> None:
+def check_metrics(metrics: Collection[str], reference: Reference | None) -> None:
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a list of names, not the text {metrics!r}")
     for metric in metrics:
         if metric not in METRICS:
-            near = difflib.get_close_matches(str(metric), METRICS, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
-            raise ValueError(f"unknown metric {metric!r}{hint} known are: {', '.join(METRICS)}")
+            raise ValueError(f"unknown metric {with_nearest(metric, METRICS)}")
     if "locality" in metrics and reference is None:
         raise ValueError("locality compares with the unedited model: give reference=editor.unedited, or that model")
 
 
-def _mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
+def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
     """Mean and its standard error (unbiased; 0 for a single value)."""
     if not values:
         return None, None
