@@ -1,0 +1,52 @@
+"""What a run has cost so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from stableedit_cpp.memory import reserved_peak_bytes, resident_bytes
+
+__all__ = ["Cost"]
+
+
+class Cost:
+    """Adds up turns and checkpoints, also those of earlier processes; ``to_dict`` is ready for JSON.
+
+    Args:
+        device: where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.edits = self.warm_up = self.turns = 0
+        self._parts: dict[str, float] = {}
+        self._apart = {"scoring": 0.0, "side_effects": 0.0, "cumulative": 0.0}
+        self._peak = resident_bytes()
+
+    def add_turn(self, line: Mapping[str, object]) -> None:
+        """A line of ``turns.jsonl``."""
+        self.turns, self.edits, self.warm_up = line["turn"], line["edits"], line["warm_up"]
+        for part, seconds in line["seconds"].items():
+            self._parts[part] = self._parts.get(part, 0.0) + seconds
+        self._peak = max(self._peak, line["resident_bytes"])
+
+    def add_checkpoint(self, entry: Mapping[str, object]) -> None:
+        """An entry of ``checkpoints``."""
+        for part, seconds in entry["seconds"].items():
+            self._apart[part] += seconds
+        self._peak = max(self._peak, entry["resident_bytes"])
+
+    def to_dict(self) -> dict[str, object]:
+        editing = sum(seconds for part, seconds in self._parts.items() if part not in ("geometry", "probe"))
+        return {
+            "edits": self.edits,
+            "warm_up_edits": self.warm_up,
+            "seconds": editing,
+            "edits_per_second": (self.edits + self.warm_up) / editing if editing > 0 else None,
+            "seconds_by_part": dict(self._parts),
+            **{f"{part}_seconds": seconds for part, seconds in self._apart.items()},
+            "peak_resident_bytes": self._peak,
+            "peak_device_bytes": reserved_peak_bytes(self._device),
+        }

@@ -1,0 +1,216 @@
+"""Editors x data sets x models x seeds, from a mapping as YAML or the command line gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from stableedit_cpp.experiments.editors import NamedEditor, named_editor
+from stableedit_cpp.experiments.settings import RunSettings, WarmUp
+from stableedit_cpp.experiments.sources import Source, find_source
+from stableedit_cpp.nearest import with_nearest
+
+__all__ = ["Matrix", "read_yaml"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """What to run; every combination is one run.
+
+    Attributes:
+        editors: names of ``EDITORS``, config files, or mappings with "name", "editor" and fields of the config.
+        datasets: names, files or hub names, or mappings with "name", "edits", "warm_up", "format" or "fields".
+        data: directory of data sets, for their names. warm_up_data: training stream for all of them.
+        models, dtype: as for ``load_model``.
+        seeds: of the choice among paraphrases, the shuffle and the samples.
+        edits: length of the stream; None takes the whole data set.
+        warm_up, warm_up_size: where in the stream, and how many.
+        checkpoints: how many, evenly spaced. checkpoint_at: after how many edits, instead.
+        editor_options: fields of the config of every editor, e.g. turn_size.
+        format, shuffle: as for ``find_source``.
+        Others as in ``RunSettings``.
+
+    Raises:
+        ValueError: for a value that cannot be, with what could.
+    """
+
+    editors: list = field(default_factory=lambda: ["stableedit"])
+    datasets: list = field(default_factory=list)
+    models: list = field(default_factory=list)
+    seeds: list = field(default_factory=lambda: [0])
+    data: str | None = None
+    warm_up_data: str | None = None
+    format: str | Mapping[str, str] | None = None
+    dtype: str = "auto"
+    edits: int | None = None
+    shuffle: int = 0
+    warm_up: str = "start"
+    warm_up_size: int = 500
+    checkpoints: int = 5
+    checkpoint_at: list | None = None
+    sample: int | None = None
+    age_sample: int = 100
+    metrics: list = field(default_factory=lambda: ["accuracy"])
+    side_effects: Mapping[str, object] | None = None
+    geometry: int = 4
+    cumulative: int = 0
+    convergence: bool = False
+    editor_options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("editors", "datasets", "models", "seeds", "metrics"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not value:
+                option = "--metrics" if name == "metrics" else f"--{name.removesuffix('s')}"
+                raise ValueError(f"{name} must be a list with at least one entry ({option}), not {value!r}")
+        wholes = {"edits": 1, "shuffle": 0, "checkpoints": 1, "sample": 1, "age_sample": 1, "geometry": 0}
+        for name, least in {**wholes, "cumulative": 0}.items():
+            value = getattr(self, name)
+            if not (value is None and name in ("edits", "sample")):
+                _check_whole(name, value, least)
+        for value in self.checkpoint_at or []:
+            _check_whole("checkpoint_at", value, 1)
+        for value in self.seeds:
+            _check_whole("seeds", value, 0)
+        if self.side_effects is not None:
+            _check_side_effects(self.side_effects)
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, object]) -> Matrix:
+        """Raises ValueError for an unknown key, with the nearest; otherwise as the class."""
+        known = [one.name for one in fields(cls)]
+        for key in content:
+            if key not in known:
+                raise ValueError(f"unknown setting {with_nearest(key, known)}")
+        return cls(**content)
+
+    def runs(self, *, progress: bool | None = None) -> list[RunSettings]:
+        """All combinations; reads every data set once, so whatever is wrong with its records is found here.
+
+        Raises:
+            OSError, ValueError: as ``named_editor``, ``find_source`` and ``iter_requests``; also for two runs of one
+                name.
+        """
+        editors = [self._editor(item) for item in self.editors]
+        warm_up = WarmUp(self.warm_up, self.warm_up_size)
+        found = []
+        for item in self.datasets:
+            for seed in self.seeds:
+                source = self._source(item, seed)
+                total = self._length(source, progress)
+                if warm_up and source.warm_up is not None and any(editor.warm_up for editor in editors):
+                    _check_warm_up(source, warm_up)
+                for model in self.models:
+                    found += [self._run(editor, source, model, total, warm_up) for editor in editors]
+        names = [run.name for run in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two runs would be called {name}; give the editors names of their own, with 'name:'")
+        return found
+
+    def _run(self, editor: NamedEditor, source: Source, model: str, total: int, warm_up: WarmUp) -> RunSettings:
+        return RunSettings(
+            editor=editor,
+            model=str(model),
+            dtype=self.dtype,
+            source=source,
+            edits=total,
+            warm_up=warm_up,
+            checkpoints=self._checkpoints(total, editor.config.turn_size),
+            sample=self.sample,
+            age_sample=self.age_sample,
+            metrics=tuple(self.metrics),
+            side_effects=self.side_effects,
+            geometry=self.geometry,
+            cumulative=self.cumulative,
+            convergence=self.convergence,
+        )
+
+    def _checkpoints(self, total: int, turn_size: int) -> tuple[int, ...]:
+        """At the ends of turns; the last at the end of the stream."""
+        wanted = self.checkpoint_at or [total * number // self.checkpoints for number in range(1, self.checkpoints + 1)]
+        ends = {min(-(-edits // turn_size) * turn_size, total) for edits in wanted if edits > 0}
+        return tuple(sorted(ends | {total}))
+
+    def _editor(self, item: str | Mapping[str, object]) -> NamedEditor:
+        if isinstance(item, str):
+            return named_editor(item, self.editor_options)
+        own = _mapping("editors", item, None)
+        name, base = own.pop("name", None), own.pop("editor", None)
+        if base is None and name is None:
+            raise ValueError(f"an editor needs an 'editor:' or a 'name:', not only {', '.join(own)}")
+        found = named_editor(str(base or name), {**self.editor_options, **own})
+        return NamedEditor(str(name or base), found.config, found.warm_up, found.summary)
+
+    def _source(self, item: str | Mapping[str, object], seed: int) -> Source:
+        how = {"data": self.data, "seed": seed, "shuffle": self.shuffle}
+        if isinstance(item, str):
+            return find_source(item, warm_up=self.warm_up_data, format=self.format, **how)
+        own = _mapping("datasets", item, ("name", "edits", "warm_up", "format", "fields"))
+        place = own.get("edits") or own.get("name")
+        if place is None:
+            raise ValueError("a data set needs an 'edits:' (a file or hub name) or a 'name:'")
+        format_ = own.get("fields") or own.get("format") or self.format
+        source = find_source(str(place), warm_up=own.get("warm_up") or self.warm_up_data, format=format_, **how)
+        return Source(**{**vars(source), "name": str(own.get("name") or source.name)})
+
+    def _length(self, source: Source, progress: bool | None) -> int:
+        wanted = None if self.edits is None else self.edits + self.cumulative
+        there = source.count(wanted, progress=progress)
+        total = there - self.cumulative if self.edits is None else min(self.edits, there)
+        if total < 1 or there < total + self.cumulative:
+            raise ValueError(
+                f"{source.edits} holds {there} requests, too few for a stream of {total} and {self.cumulative} more "
+                "for the cumulative effect; give fewer --edits"
+            )
+        return total
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """A YAML (or JSON) file with one mapping.
+
+    Raises:
+        OSError: if it cannot be read. ValueError: if it holds something else, with the line.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} must hold a mapping of settings, e.g. 'editors: [stableedit]'")
+    return content
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
+
+
+def _check_warm_up(source: Source, warm_up: WarmUp) -> None:
+    there = sum(1 for _ in source.warm_up_requests(0, warm_up.size))
+    if there < warm_up.size:
+        raise ValueError(f"{source.warm_up} holds {there} requests, fewer than the warm-up of {warm_up.size}")
+
+
+def _check_side_effects(options: object) -> None:
+    from stableedit_cpp import sideeffects
+
+    if not isinstance(options, Mapping):
+        raise ValueError(f"side_effects must be a mapping of options, not {options!r}")
+    sideeffects.check(options)
+
+
+def _mapping(what: str, item: object, known: Iterable[str] | None) -> dict:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"an entry of {what} must be a name or a mapping, not {item!r}")
+    for key in item if known is not None else ():
+        if key not in known:
+            raise ValueError(f"unknown setting of an entry of {what} {with_nearest(key, known)}")
+    return dict(item)

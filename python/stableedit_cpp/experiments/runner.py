@@ -1,0 +1,276 @@
+"""Runs one stream of edits with checkpoints, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+
+import torch
+from tqdm.auto import tqdm
+
+from stableedit_cpp.capture import NotFiniteError
+from stableedit_cpp.core import load_state, save_state
+from stableedit_cpp.digest import model_digest
+from stableedit_cpp.editors import EditInterrupted, make_editor
+from stableedit_cpp.experiments.convergence import Convergence
+from stableedit_cpp.experiments.cost import Cost
+from stableedit_cpp.experiments.cumulative import CumulativeProbe
+from stableedit_cpp.experiments.geometry import Geometry
+from stableedit_cpp.experiments.results import RunDirectory
+from stableedit_cpp.experiments.scoring import Scorer
+from stableedit_cpp.experiments.settings import RunSettings
+from stableedit_cpp.memory import resident_bytes
+from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.trunk_cache import TrunkCache
+
+__all__ = ["StreamRun"]
+
+_PROBE = 8  # requests of each turn that are checked right after it
+
+
+class StreamRun:
+    """One run: editor, model, stream and results directory.
+
+    Args:
+        model: unedited; it is unedited again after ``run``, also after an error.
+        trunk: of the model and the editor's modules; speeds up scoring.
+        snapshot_seconds: a kill costs at most so much work, and one turn.
+        keep_state: leave the state file in a directory that is done.
+        progress: show bars; None shows them on a terminal.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        directory: RunDirectory,
+        model: torch.nn.Module,
+        tokenizer,
+        *,
+        trunk: TrunkCache | None = None,
+        snapshot_seconds: float = 60.0,
+        keep_state: bool = False,
+        progress: bool | None = None,
+    ) -> None:
+        self.settings, self.directory = settings, directory
+        self.editor = make_editor(model, tokenizer, settings.editor.config)
+        self.trunk = trunk
+        self._model, self._tokenizer = model, tokenizer
+        self._snapshot_seconds, self._keep_state, self._progress = snapshot_seconds, keep_state, progress
+        self._turn_size = settings.editor.config.turn_size
+        self._cost = Cost(self.editor.modules[0].weight.device)
+        self._scorer = Scorer(
+            model,
+            tokenizer,
+            settings.source,
+            turn_size=self._turn_size,
+            sample=settings.sample,
+            age_sample=settings.age_sample,
+            metrics=settings.metrics,
+            reference=self.editor.unedited,
+            max_tokens=settings.editor.config.max_tokens_per_forward,
+            trunk=self.trunk,
+            progress=progress,
+        )
+        self._geometry = Geometry(self.editor, settings.geometry, settings.source.seed) if settings.geometry else None
+        self._cumulative = self._cumulative_probe()
+        self._convergence = Convergence(directory.path / "covariance") if settings.convergence else None
+
+    def run(self) -> None:
+        """Do all that is left to do.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C; what was done is kept, the same call goes on.
+        """
+        modules = [module.name for module in self.editor.modules]
+        complete = self.settings.to_dict(model_digest(self._model), modules)
+        self.directory.check(complete)
+        if self.directory.done:
+            return
+        originals = self.editor.original_weights()
+        try:
+            self._resume()
+            self.directory.begin(complete, self._cost.edits)
+            self._stream()
+            if self._convergence:
+                self.directory.document["convergence"] = self._convergence.fit(self.editor)
+            self.directory.finish(self._cost.to_dict(), keep_state=self._keep_state)
+        finally:
+            with torch.no_grad():
+                for module in self.editor.modules:
+                    module.weight.copy_(originals[module.name])
+
+    def _stream(self) -> None:
+        settings, cost = self.settings, self._cost
+        if self.directory.checkpoint(0) is None:
+            self._checkpoint()
+        total = settings.edits + settings.warm_up.size * bool(settings.warm_up)
+        bar = tqdm(
+            total=total,
+            initial=cost.edits + cost.warm_up,
+            desc=settings.name,
+            unit="edit",
+            disable=None if self._progress is None else not self._progress,
+        )
+        self._saved_at, correct, looked_at = time.monotonic(), 0.0, 0
+        with bar:
+            for kind, requests in self._turns():
+                try:
+                    line, interrupted = self._turn(kind, requests)
+                except (NotFiniteError, torch.linalg.LinAlgError) as error:
+                    self._collapse(error)
+                    return
+                bar.update(len(requests))
+                correct, looked_at = correct + line["efficacy_after"], looked_at + 1
+                bar.set_postfix(efficacy=f"{correct / looked_at:.3f}", now=f"{line['efficacy_after']:.2f}")
+                due = self._due()
+                if due or interrupted or time.monotonic() - self._saved_at >= self._snapshot_seconds:
+                    self._save_state()
+                if interrupted:
+                    raise KeyboardInterrupt(
+                        f"{settings.name} stopped after {cost.edits} of {settings.edits} edits; the same command goes "
+                        "on from there"
+                    )
+                if due:
+                    self._checkpoint()
+
+    def _collapse(self, error: Exception) -> None:
+        """The model takes no more edits: score what is left of it, and let that be the end of the stream."""
+        cost = self._cost
+        self.directory.document["collapsed"] = {"edits": cost.edits, "turn": cost.turns, "reason": str(error)}
+        if not self._recorded(cost.edits):
+            self._checkpoint()
+
+    def _turns(self) -> Iterator[tuple[str, list[EditRequest]]]:
+        """What is left of the stream, turn by turn; the source is read as the stream goes on."""
+        settings, cost = self.settings, self._cost
+        streams = {"edit": settings.source.requests(cost.edits, settings.edits)}
+        if settings.warm_up:
+            streams["warm_up"] = settings.source.warm_up_requests(cost.warm_up, settings.warm_up.size)
+        while cost.edits < settings.edits or self._warm_up_is_next():
+            kind = "warm_up" if self._warm_up_is_next() else "edit"
+            requests = list(islice(streams[kind], self._turn_size))
+            if not requests:
+                raise ValueError(f"the stream of {settings.source.name} ended early: its files changed during the run")
+            yield kind, requests
+
+    def _warm_up_is_next(self) -> bool:
+        settings, cost = self.settings, self._cost
+        return bool(settings.warm_up) and cost.warm_up < settings.warm_up.size and cost.edits >= settings.warm_up_place
+
+    def _turn(self, kind: str, requests: list[EditRequest]) -> tuple[dict, bool]:
+        """Edit one turn and write its line; also whether Ctrl-C was pressed meanwhile."""
+        call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
+        interrupted, cost = False, self._cost
+        try:
+            report = call(requests, progress=False)
+        except EditInterrupted as interrupt:
+            report, interrupted = interrupt.report, True
+        turn = asdict(report.turns[0])
+        begin = time.perf_counter()
+        turn["efficacy_after"] = float(self.editor.accuracy(self.editor.tokenize(requests[:_PROBE])).mean())
+        seconds = turn.pop("seconds")
+        if self._geometry:
+            seconds["geometry"] = self._geometry.seconds
+        seconds |= {"other": report.seconds - sum(seconds.values()), "probe": time.perf_counter() - begin}
+        line = {
+            "turn": cost.turns + 1,
+            "kind": kind,
+            "edits": cost.edits + len(requests) * (kind == "edit"),
+            "warm_up": cost.warm_up + len(requests) * (kind == "warm_up"),
+            **turn,
+            "seconds": seconds,
+            "resident_bytes": resident_bytes(),
+            "geometry": self._geometry.latest if self._geometry else None,
+        }
+        self.directory.add_turn(line)
+        cost.add_turn(line)
+        if self._convergence:
+            self._convergence.look(self.editor, cost.turns, cost.edits + cost.warm_up)
+        return line, interrupted
+
+    def _due(self) -> bool:
+        """Whether a checkpoint is to be taken now; one beside the warm-up is taken after it."""
+        edits = self._cost.edits
+        return edits in self.settings.checkpoints and not self._warm_up_is_next() and not self._recorded(edits)
+
+    def _recorded(self, edits: int) -> bool:
+        return self.directory.checkpoint(edits) is not None
+
+    def _checkpoint(self) -> None:
+        """Score the model as it is, and keep what was found."""
+        cost, settings, seconds = self._cost, self.settings, {}
+        begin = time.perf_counter()
+        score = self._scorer.edited if cost.turns else self._scorer.unedited
+        scores, ages, records = score(cost.edits if cost.turns else settings.edits)
+        seconds["scoring"] = time.perf_counter() - begin
+        side_effects = cumulative = None
+        if self._wants_side_effects():
+            begin = time.perf_counter()
+            side_effects = self._measure_side_effects()
+            seconds["side_effects"] = time.perf_counter() - begin
+        if self._cumulative:
+            begin = time.perf_counter()
+            cumulative = self._cumulative.measure(self.editor, fresh=cost.turns == 0)
+            seconds["cumulative"] = time.perf_counter() - begin
+        entry = {
+            "edits": cost.edits,
+            "warm_up": cost.warm_up,
+            "turn": cost.turns,
+            "scores": scores,
+            "ages": ages,
+            "side_effects": side_effects,
+            "cumulative": cumulative,
+            "seconds": seconds,
+            "resident_bytes": resident_bytes(),
+        }
+        cost.add_checkpoint(entry)
+        self.directory.add_checkpoint(entry, records, cost.to_dict())
+
+    def _wants_side_effects(self) -> bool:
+        options = self.settings.side_effects
+        at_end = self._cost.edits in (0, self.settings.edits) or "collapsed" in self.directory.document
+        return options is not None and (at_end or options.get("at", "checkpoints") == "checkpoints")
+
+    def _measure_side_effects(self) -> dict:
+        from stableedit_cpp import sideeffects
+
+        place = self.directory.path / "side_effects"
+        place.mkdir(parents=True, exist_ok=True)
+        how = {"directory": place, "edits": self._cost.edits, "progress": self._progress}
+        return sideeffects.measure(self._model, self._tokenizer, self.settings.side_effects, **how)
+
+    def _cumulative_probe(self) -> CumulativeProbe | None:
+        settings = self.settings
+        if not settings.cumulative:
+            return None
+        end = settings.edits
+        requests = list(settings.source.requests(end, end + settings.cumulative))
+        warm_up = list(settings.source.warm_up_requests(0, settings.warm_up.size)) if settings.warm_up else []
+        return CumulativeProbe(requests, warm_up, self._scorer.of)
+
+    def _save_state(self) -> None:
+        """What a later process goes on from; the turns' lines are on the disk before it."""
+        self.directory.sync_turns()
+        cost = self._cost
+        position = {"turn": cost.turns, "edits": cost.edits, "warm_up": cost.warm_up}
+        geometry = self._geometry.state_dict() if self._geometry else {}
+        save_state(self.directory.state_file, {**self.editor.state_dict(), **geometry}, config=json.dumps(position))
+        self._saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go to where an earlier process was when it last saved its state; to the beginning if it never did."""
+        if not self.directory.state_file.exists():
+            self.directory.clear()
+            return
+        state, position = load_state(self.directory.state_file)
+        geometry = {part: fields for part, fields in state.items() if part.partition("/")[0] == "geometry"}
+        self.editor.load_state_dict({part: fields for part, fields in state.items() if part not in geometry})
+        if self._geometry:
+            self._geometry.load_state_dict(geometry)
+        for line in self.directory.keep_turns(json.loads(position)["turn"]):
+            self._cost.add_turn(line)
+        for entry in self.directory.document["checkpoints"]:
+            self._cost.add_checkpoint(entry)

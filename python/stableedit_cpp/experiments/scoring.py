@@ -1,0 +1,107 @@
+"""The scores of a model at a checkpoint: over the edits so far, and by their age."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from stableedit_cpp.evaluation import evaluate
+from stableedit_cpp.evaluation.locality import Reference
+from stableedit_cpp.evaluation.scores import mean_and_error
+from stableedit_cpp.experiments.sampling import age_bins, sample_positions
+from stableedit_cpp.experiments.sources import Source
+from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.trunk_cache import TrunkCache
+
+__all__ = ["Scorer", "summary"]
+
+
+class Scorer:
+    """Scores a model on a stream.
+
+    Args:
+        sample: how many requests stand for all edits; None takes all.
+        age_sample: how many stand for each bin of ages.
+        reference: the unedited model, for locality.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        source: Source,
+        *,
+        turn_size: int,
+        sample: int | None,
+        age_sample: int,
+        metrics: Collection[str],
+        reference: Reference,
+        max_tokens: int,
+        trunk: TrunkCache | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._source = model, tokenizer, source
+        self._turn_size, self._sample, self._age_sample = turn_size, sample, age_sample
+        self._how = {
+            "metrics": metrics,
+            "reference": reference if "locality" in metrics else None,
+            "max_tokens_per_forward": max_tokens,
+            "trunk": trunk,
+            "progress": progress,
+        }
+
+    def unedited(self, edits: int) -> tuple[dict, list[dict], list[dict]]:
+        """The scores on a stream of so many before any of it is edited; as ``edited``, without ages."""
+        positions = sample_positions(0, edits, self._sample, self._source.seed)
+        records = self._records(positions)
+        for record in records:
+            record |= {"age": None, "in_sample": True}
+        return summary(records), [], records
+
+    def edited(self, edits: int) -> tuple[dict, list[dict], list[dict]]:
+        """After so many edits: scores of all, scores by age, and one record a request."""
+        seed = self._source.seed
+        whole = set(sample_positions(0, edits, self._sample, seed))
+        bins = age_bins(edits, self._turn_size)
+        chosen = set(whole)
+        for begin, end in bins:
+            chosen.update(sample_positions(edits - end, edits - begin, self._age_sample, seed))
+        records = self._records(sorted(chosen))
+        for record in records:
+            record |= {"age": edits - 1 - record["index"], "in_sample": record["index"] in whole}
+        ages = [
+            {"from": begin, "to": end, "scores": summary([r for r in records if begin <= r["age"] < end])}
+            for begin, end in bins
+        ]
+        return summary([record for record in records if record["in_sample"]]), ages, records
+
+    def of(self, requests: Sequence[EditRequest]) -> list[dict]:
+        """One record a request; None where it lacks the prompt for a score, or the score is not finite."""
+        records = evaluate(self._model, self._tokenizer, requests, **self._how).per_request
+        return [_finite(record) for record in records]
+
+    def _records(self, positions: list[int]) -> list[dict]:
+        found = self.of(self._source.pick(positions))
+        return [{"index": index, **record} for index, record in zip(positions, found, strict=True)]
+
+
+def _finite(record: Mapping[str, object]) -> dict[str, object]:
+    """JSON has no NaN, which the divergence from a model that has broken down is."""
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()}
+
+
+def summary(records: Sequence[Mapping[str, object]]) -> dict[str, dict[str, float | int | None]]:
+    """Mean, standard error and number of what the records have scores of, by name."""
+    names = [name for name in (records[0] if records else {}) if not _is_other(name)]
+    scores = {}
+    for name in names:
+        values = [record[name] for record in records if record[name] is not None]
+        mean, error = mean_and_error(values)
+        scores[name] = {"mean": mean, "standard_error": error, "count": len(values)}
+    return scores
+
+
+def _is_other(name: str) -> bool:
+    return name in ("id", "index", "age", "in_sample") or name.endswith("_text")

@@ -1,0 +1,218 @@
+"""``stableedit bench``: the command, its files, a real kill, and what it says about bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from streams import MODULES, lines, record, write_data
+
+from stableedit_cpp.capture import NotFiniteError
+from stableedit_cpp.cli import main
+from stableedit_cpp.experiments import EDITORS, StreamRun, read_run
+from tiny import tiny_model, tiny_tokenizer
+
+SMALL = ["--edit-modules", *MODULES, "--turn-size", "10", "--step-size", "1e-2", "--device", "cpu"]
+SMALL += ["--warm-up-size", "20", "--checkpoints", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bench") / "tiny"
+    tiny_model("llama").save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    write_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bench(model: Path, *options: object) -> int:
+    arguments = ["--model", model, "--dataset", "zsre", "--data", "data", "--output", "out", *SMALL, *options]
+    return main(["bench", *map(str, arguments)])
+
+
+def refusal(capsys, model: Path, *options: object) -> str:
+    """One sentence on stderr, and nothing written."""
+    assert bench(model, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("stableedit: error: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert not Path("out").exists()
+    return error
+
+
+def test_ablations(work, model, capsys):
+    assert bench(model, "ablations", "--edits", 20, "--geometry", 0) == 0
+    table = capsys.readouterr().out
+    names = ["stableedit", "no-ln", "no-warm-up", "diagonal", "per-module", "absolute-floor", "frozen-statistics"]
+    for name in names:
+        assert f"| {name} | 20 |" in table
+        assert read_run(work / "out" / f"{name}-zsre-tiny-seed0")["status"] == "done"
+    config = {name: read_run(work / "out" / f"{name}-zsre-tiny-seed0")["settings"]["config"] for name in names}
+    assert config["no-ln"]["whitening"] == "none"
+    assert config["diagonal"]["whitening"] == config["diagonal"]["warm_up_whitening"] == "diagonal"
+    assert config["per-module"]["statistics"] == "per_module"
+    assert (config["absolute-floor"]["floor"], config["absolute-floor"]["floor_mode"]) == (1e-6, "absolute")
+    assert config["frozen-statistics"]["frozen_statistics"] and not config["stableedit"]["frozen_statistics"]
+
+
+def test_theory(work, model, capsys):
+    assert bench(model, "theory", "--edits", 40, "--cumulative", 10) == 0
+    theory = json.loads((work / "out" / "theory.json").read_text())["runs"][0]
+    assert theory["geometry"]["turns"] == 4
+    assert theory["geometry"]["norm"]["mean"] > 0
+    assert abs(theory["geometry"]["cosine_last"]["mean"]) <= 1
+    assert [point["prior_edits"] for point in theory["cumulative"]["points"]] == [0, 0, 20, 40]
+    found = next(iter(theory["convergence"].values()))
+    assert found["points"] and found["reference_samples"] > found["points"][-1]["samples"]
+    assert "positive" not in capsys.readouterr().err
+    assert "rate of convergence" in (work / "out" / "theory.md").read_text()
+    assert not (work / "out" / "stableedit-zsre-tiny-seed0" / "covariance").exists()
+
+
+def test_a_matrix_from_yaml(work, model):
+    Path("matrix.yaml").write_text(
+        f"""
+editors: [ultraedit, {{name: strong, editor: stableedit, step_size: 2e-2}}]
+datasets: [{{name: mine, edits: data/zsre/zsre_edit.json, warm_up: data/zsre/zsre_train.json}}]
+models: ['{model}']
+edits: 20
+warm_up_size: 10
+editor_options: {{edit_modules: {json.dumps(MODULES)}, turn_size: 10}}
+"""
+    )
+    assert main(["bench", "--matrix", "matrix.yaml", "--output", "out", "--geometry", "0", "--device", "cpu"]) == 0
+    strong = read_run("out/strong-mine-tiny-seed0")["settings"]
+    assert (strong["config"]["step_size"], strong["geometry"], strong["warm_up"]["size"]) == (0.02, 0, 10)
+    assert read_run("out/ultraedit-mine-tiny-seed0")["settings"]["config"]["editor"] == "ultraedit"
+
+
+def test_killed_at_any_time_it_goes_on(work, model):
+    command = [sys.executable, "-m", "stableedit_cpp", "bench", "--model", model, "--dataset", "zsre", "--data", "data"]
+    command += ["--output", "out", *SMALL, "--snapshot-every", "0"]
+    run = work / "out" / "stableedit-zsre-tiny-seed0"
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 600
+    while not (run / "state.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for path in run.rglob("*.json"):
+        if not path.name.startswith("."):
+            json.loads(path.read_text())
+    assert bench(model) == 0
+    document = read_run(run)
+    assert document["status"] == "done"
+    assert [turn["turn"] for turn in lines(run / "turns.jsonl")] == list(range(1, 9))
+
+
+def test_ctrl_c_keeps_what_is_done(work, model, capsys, monkeypatch):
+    turn = StreamRun._turn
+
+    def pressed(run, kind, requests):
+        line, _ = turn(run, kind, requests)
+        return line, line["turn"] == 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamRun, "_turn", pressed)
+        assert bench(model) == 130
+    assert "stopped after 20 of 60 edits; the same command goes on" in capsys.readouterr().err
+    assert bench(model) == 0
+    document = read_run("out/stableedit-zsre-tiny-seed0")
+    assert [stint["from_edits"] for stint in document["provenance"]["stints"]] == [0, 20]
+
+
+def test_a_model_that_breaks_down_ends_its_stream_only(work, model, monkeypatch, capsys):
+    turn = StreamRun._turn
+
+    def broken(run, kind, requests):
+        if run.settings.editor.name == "no-ln" and run._cost.edits == 20:
+            raise NotFiniteError("request 0: the loss is NaN or infinite; the turn was not applied")
+        return turn(run, kind, requests)
+
+    monkeypatch.setattr(StreamRun, "_turn", broken)
+    assert bench(model, "--editor", "no-ln", "stableedit") == 0
+    document = read_run("out/no-ln-zsre-tiny-seed0")
+    assert document["collapsed"]["edits"] == document["checkpoints"][-1]["edits"] == 20
+    assert document["status"] == read_run("out/stableedit-zsre-tiny-seed0")["status"] == "done"
+    assert "| no-ln (broke down) | 20 |" in capsys.readouterr().out
+
+
+def test_unknown_names_are_answered_with_the_list_and_the_nearest(work, model, capsys):
+    error = refusal(capsys, model, "--editor", "stabledit")
+    assert "unknown editor 'stabledit', did you mean 'stableedit'?" in error and all(name in error for name in EDITORS)
+    error = refusal(capsys, model, "--dataset", "zsree")
+    assert "unknown data set 'zsree', did you mean 'zsre'? known are: zsre, fever, wikibigedit" in error
+    error = refusal(capsys, model, "--warm-up", "middel")
+    assert "unknown warm-up position 'middel', did you mean 'middle'?" in error
+    error = refusal(capsys, model, "--set", "flor=0.3")
+    assert "editor stableedit: unknown field of its config 'flor', did you mean 'floor'?" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "missing.json"], "there is no file missing.json"),
+        (["--dataset", "fever"], "there is no directory data/fever"),
+        (["--warm-up-data", "none.json"], "there is no file none.json"),
+        (["--warm-up-size", 50], "holds 40 requests, fewer than the warm-up of 50"),
+        (["--step-size", -1], "editor stableedit: step_size must be greater than 0"),
+        (["--set", "floor"], "--set has 'floor'; expected FIELD=VALUE"),
+        (["--geometry", -1], "geometry must be a whole number, at least 0"),
+        (["--cumulative", 60], "too few for a stream of"),
+        (["--seed", "-1"], "seeds must be a whole number"),
+        (["--editor", "stableedit", "stableedit"], "two runs would be called stableedit-zsre-tiny-seed0"),
+        (["--matrix", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_bad_options(work, model, capsys, options, message):
+    assert message in refusal(capsys, model, *options)
+
+
+def test_bad_yaml(work, model, capsys):
+    for content, message in (
+        ("editors: [a\nb: ]", "matrix.yaml, line 2"),
+        ("- a", "must hold a mapping"),
+        ("editor: a", "unknown setting 'editor', did you mean 'editors'?"),
+        ("datasets: 3", "datasets must be a list"),
+        ("datasets: [zsre]\nedits: many", "edits must be a whole number"),
+    ):
+        Path("matrix.yaml").write_text(content)
+        assert main(["bench", "--matrix", "matrix.yaml", "--model", str(model), "--output", "out"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_field_missing_in_a_record_is_found_before_the_model_is_loaded(work, capsys):
+    records = [record(index) for index in range(30)]
+    del records[27]["ans"]
+    with gzip.open("data/zsre/zsre_edit.json.gz", "wt") as file:
+        json.dump(records, file)
+    Path("data/zsre/zsre_edit.json").unlink()
+    error = refusal(capsys, Path("no such model"))
+    assert "data/zsre/zsre_edit.json.gz, record 27: the record lacks the field 'ans' (target)" in error
+    assert "its fields are: src, rephrase, loc, loc_ans, subject" in error
+
+
+def test_a_directory_with_two_streams_is_refused(work, model, capsys):
+    Path("data/zsre/other.json").write_text("[]")
+    assert "must hold one file for the stream" in refusal(capsys, model)
+
+
+def test_help_shows_an_example_and_the_editors(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = capsys.readouterr().out
+    assert "stableedit bench ablations" in text and "frozen-statistics" in text
