@@ -80,7 +80,7 @@ class RunDirectory:
         """A process begins to work on it, from so many edits on."""
         self.check(settings)
         self.document["settings"] = dict(settings)
-        stint = {"started": now(), "from_edits": edits, "environment": environment()}
+        stint = {"started": now(), "from_edits": edits, **_git(), "environment": environment()}
         self.document["provenance"]["stints"].append(stint)
         self.path.mkdir(parents=True, exist_ok=True)
         self.save()
