@@ -83,7 +83,7 @@ def tokenize(
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of prompts, with the tokenizer's opening tokens but ready to be continued."""
     eos = tokenizer.eos_token
-    ids = tokenizer(list(prompts))["input_ids"]
+    ids = tokenizer(list(prompts), verbose=False)["input_ids"]  # not its warning about the length: callers check it
     for text, prompt in zip(prompts, ids, strict=True):
         # Some tokenizers close every text with the end-of-sequence token; the answer has to follow the prompt itself.
         if eos and len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id and not text.endswith(eos):

@@ -1,0 +1,78 @@
+"""The downstream tasks through EleutherAI's lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+__all__ = ["HARNESS_TASKS", "harness_scores"]
+
+# The harness has no task of the name nli; MNLI is its natural language inference beside RTE.
+HARNESS_TASKS = {"sst2": "sst2", "mrpc": "mrpc", "cola": "cola", "rte": "rte", "nli": "mnli", "mmlu": "mmlu"}
+
+
+def harness_scores(
+    model: torch.nn.Module,
+    tokenizer,
+    tasks: Mapping[str, str],
+    *,
+    few_shots: int,
+    limit: int | None,
+    include_path: str | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float | int | None]]:
+    """Score a model that is in memory on tasks of the harness, which loads their data itself.
+
+    Args:
+        tasks: our name of a task -> name in the harness.
+        include_path: directory with task files of one's own, e.g. over local JSON.
+
+    Returns:
+        for each of our names ``accuracy``, its ``standard_error``, ``f1``, ``mcc`` (None where the task does not report
+        it) and ``records``.
+
+    Raises:
+        ValueError: if lm-eval is not installed, or it cannot run a task (with its reason).
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ValueError("downstream lm-eval needs it: pip install 'stableedit-cpp[harness]'") from None
+    training = model.training
+    try:
+        report = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks.values()),
+            num_fewshot=few_shots,
+            limit=limit,
+            log_samples=False,
+            task_manager=TaskManager(include_path=include_path),
+        )
+    except Exception as error:  # data sets, hub, network: each has errors of its own
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"lm-eval cannot run {', '.join(tasks.values())}: {reason}") from None
+    finally:
+        model.train(training)
+    return {name: _scores(report, task) for name, task in tasks.items()}
+
+
+def _scores(report: dict, task: str) -> dict[str, float | int | None]:
+    # A group such as mmlu has its means in the same place as a single task.
+    found = {key.split(",")[0]: value for key, value in report["results"][task].items() if "," in key}
+    members = report.get("group_subtasks", {}).get(task) or [task]
+    samples = [report["n-samples"][name]["effective"] for name in members if name in report["n-samples"]]
+    return {
+        "accuracy": _number(found.get("acc")),
+        "standard_error": _number(found.get("acc_stderr")),
+        "f1": _number(found.get("f1")),
+        "mcc": _number(found.get("mcc")),
+        "records": sum(samples),
+    }
+
+
+def _number(value: object) -> float | None:
+    """The harness writes "N/A" for what it did not estimate."""
+    return float(value) if isinstance(value, (int, float)) else None

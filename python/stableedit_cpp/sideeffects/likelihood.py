@@ -1,0 +1,54 @@
+"""How likely a model finds texts and answers, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stableedit_cpp.forward import answer_logits, input_device, untouched
+from stableedit_cpp.prompts import TokenSequence, collate, pack
+
+__all__ = ["answer_log_probabilities"]
+
+
+def answer_log_probabilities(
+    model: torch.nn.Module,
+    sequences: Sequence[TokenSequence],
+    *,
+    max_tokens: int,
+    on_done: Callable[[int], object] | None = None,
+) -> list[torch.Tensor]:
+    """Natural logarithm of the probability of each answer token, given what comes before it.
+
+    Sequences that feed the same tokens, as the choices of one token each after one question do, share a forward pass.
+
+    Args:
+        max_tokens: tokens, padding included, in one forward pass.
+        on_done: called with the number of sequences after each forward pass.
+
+    Returns:
+        for each sequence ``[answer tokens]`` float64 on the CPU.
+    """
+    sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        sharing.setdefault((sequence.ids, len(sequence.answer)), []).append(index)
+    groups = list(sharing.values())
+    different = [sequences[group[0]] for group in groups]
+    found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+    device = input_device(model)
+    with untouched(model), torch.inference_mode():
+        for indices in pack(different, max_tokens):
+            chosen = [different[index] for index in indices]
+            logits = answer_logits(model, collate(chosen, device))
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            sizes = [len(sequence.answer) for sequence in chosen]
+            parts = zip(indices, logits.split(sizes), logits.logsumexp(-1).split(sizes), strict=True)
+            for index, rows, normalizers in parts:
+                for member in groups[index]:
+                    answer = torch.tensor(sequences[member].answer, device=rows.device)
+                    chosen_logits = rows.gather(-1, answer[:, None])[:, 0]
+                    found[member] = (chosen_logits.double() - normalizers.double()).cpu()
+            if on_done is not None:
+                on_done(sum(len(groups[index]) for index in indices))
+    return found

@@ -1,0 +1,166 @@
+"""One measurement of all side effects of a model, before its edits or after some of them."""
+
+from __future__ import annotations
+
+import math
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from stableedit_cpp.prompts import context_length
+from stableedit_cpp.sideeffects.downstream import TASKS, choose, downstream_scores, read_task
+from stableedit_cpp.sideeffects.harness import HARNESS_TASKS, harness_scores
+from stableedit_cpp.sideeffects.hidden_states import hidden_states, read_prompts
+from stableedit_cpp.sideeffects.maps import embed
+from stableedit_cpp.sideeffects.options import LM_EVAL, SideEffectOptions
+from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
+from stableedit_cpp.sideeffects.similarity import linear_cka, mmd, relative_shift
+
+__all__ = ["check", "measure"]
+
+_STATES = "hidden-{:08d}.npz"
+
+
+def check(options: Mapping[str, object]) -> None:
+    """Find out before a model is loaded what is wrong with the options of ``measure``.
+
+    Raises:
+        OSError, ValueError: see ``SideEffectOptions``.
+    """
+    SideEffectOptions.from_dict(options).check()
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer,
+    options: SideEffectOptions | Mapping[str, object],
+    *,
+    directory: str | Path | None = None,
+    edits: int = 0,
+    progress: bool | None = None,
+) -> dict[str, object]:
+    """Perplexity, downstream tasks and hidden states, as far as the options ask for them.
+
+    Args:
+        directory: where the hidden states of the unedited model are kept (``hidden-00000000.npz``): written when
+            ``edits`` is 0, compared with later.
+        edits: how many edits the model has; 0 for the unedited one.
+        progress: show a bar; None shows it on a terminal.
+
+    Returns:
+        ready for JSON, what is not finite as None: ``perplexity`` {name: see ``perplexity``}, ``downstream``
+        {task: see ``downstream_scores``}, ``hidden_states`` {``prompts``, ``layers``: {layer: ``relative_shift``,
+        ``cka``, ``mmd2``, ``p_value``, ``p_value_paired``, ``maps``}} (no layers when ``edits`` is 0), ``seconds`` of
+        each. What was not asked for is absent.
+
+    Raises:
+        OSError, ValueError: for bad options or files; hidden states to compare with that are missing or of other
+            prompts.
+    """
+    if not isinstance(options, SideEffectOptions):
+        options = SideEffectOptions.from_dict(options)
+    directory = None if directory is None else Path(directory)
+    parts = {
+        "perplexity": (_perplexity, bool(options.perplexity)),
+        "downstream": (_downstream, options.downstream is not None),
+        "hidden_states": (_hidden_states, options.prompts is not None),
+    }
+    found: dict[str, object] = {}
+    seconds = {}
+    bar = tqdm(desc="Side effects", unit="text", leave=False, disable=None if progress is None else not progress)
+    with bar:
+        for name, (part, wanted) in parts.items():
+            if wanted:
+                start = time.perf_counter()
+                found[name] = part(model, tokenizer, options, directory, edits, bar.update)
+                seconds[name] = time.perf_counter() - start
+    return _finite({**found, "seconds": seconds})
+
+
+def _perplexity(model, tokenizer, options: SideEffectOptions, directory, edits, on_done: Callable) -> dict:
+    window = min(options.window, context_length(model) or options.window)
+    amount = {"window": window, "tokens": options.perplexity_tokens}
+    passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
+    return {
+        name: perplexity(model, tokenizer, read_texts(path), **amount, **passes)
+        for name, path in options.perplexity.items()
+    }
+
+
+def _downstream(model, tokenizer, options: SideEffectOptions, directory, edits, on_done: Callable) -> dict:
+    if options.downstream == LM_EVAL:
+        names = {task: options.harness_tasks.get(task, HARNESS_TASKS[task]) for task in options.tasks}
+        amount = {"few_shots": options.few_shots, "limit": options.limit}
+        return harness_scores(model, tokenizer, names, **amount, include_path=options.harness_path)
+    found = {}
+    passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
+    for name in options.tasks:
+        examples, questions, answers = read_task(options.downstream, name, options.few_shots, options.limit)
+        prompts = [examples + question for question in questions]
+        found[name] = downstream_scores(choose(model, tokenizer, prompts, TASKS[name].choices, **passes), answers)
+    return found
+
+
+def _hidden_states(
+    model, tokenizer, options: SideEffectOptions, directory: Path | None, edits: int, on_done: Callable
+) -> dict:
+    prompts = read_prompts(options.prompts, options.prompt_count)
+    passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
+    after = hidden_states(model, tokenizer, prompts, options.layers, **passes)
+    result: dict[str, object] = {"prompts": len(prompts), "layers": {}}
+    if directory is None:
+        if edits:
+            raise ValueError("hidden states are compared with those of the unedited model; give their directory")
+        return result
+    path = directory / _STATES.format(0)
+    if edits == 0:
+        states = {f"layer_{layer}": values for layer, values in after.items()}
+        scratch = path.with_name(f".{path.name}")
+        np.savez_compressed(scratch, prompts=np.array(prompts), **states)
+        scratch.replace(path)
+        return result
+    before = _read_states(path, prompts, list(after))
+    result["layers"] = {str(layer): _compare(before[layer], after[layer], options) for layer in after}
+    return result
+
+
+def _read_states(path: Path, prompts: list[str], layers: list[int]) -> dict[int, np.ndarray]:
+    if not path.exists():
+        raise ValueError(f"there is no {path}; measure the unedited model first (edits = 0)")
+    try:
+        with np.load(path) as file:
+            states = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}; measure edits = 0 again") from None
+    names = {layer: f"layer_{layer}" for layer in layers}
+    if states["prompts"].tolist() != prompts or not states.keys() >= set(names.values()):
+        raise ValueError(f"{path} has the hidden states of other prompts or layers; measure edits = 0 again")
+    return {layer: states[name] for layer, name in names.items()}
+
+
+def _compare(before: np.ndarray, after: np.ndarray, options: SideEffectOptions) -> dict[str, object]:
+    """None throughout where the edited model's states are not finite."""
+    names = ("relative_shift", "cka", "mmd2", "bandwidth", "p_value", "p_value_paired")
+    if not np.isfinite(after).all():
+        return {**dict.fromkeys(names), "maps": {}}
+    mixed = mmd(before, after, paired=False, permutations=options.permutations, seed=options.seed)
+    paired = mmd(before, after, paired=True, permutations=options.permutations, seed=options.seed)
+    figures = (relative_shift(before, after), linear_cka(before, after), mixed.squared, mixed.bandwidth)
+    maps = {}
+    for method in options.maps:
+        places = embed(before, after, method, options.seed)
+        maps[method] = dict(zip(("before", "after"), (np.round(place, 4).tolist() for place in places), strict=True))
+    return {**dict(zip(names, (*figures, mixed.p_value, paired.p_value), strict=True)), "maps": maps}
+
+
+def _finite(value: object) -> object:
+    """JSON has no infinity and no NaN, which a model that has collapsed produces."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

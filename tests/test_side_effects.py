@@ -1,0 +1,422 @@
+"""Side effects: perplexity and tasks against plain loops, CKA and MMD against properties, and all of it together."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stableedit_cpp.cli import main
+from stableedit_cpp.prompts import TokenSequence
+from stableedit_cpp.sideeffects import SideEffectOptions, check, measure
+from stableedit_cpp.sideeffects.downstream import RESERVED, TASKS, choose, downstream_scores, read_task
+from stableedit_cpp.sideeffects.hidden_states import hidden_states, read_prompts
+from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
+from stableedit_cpp.sideeffects.maps import embed
+from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
+from stableedit_cpp.sideeffects.similarity import linear_cka, mmd, relative_shift
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "x", "Pack my box", "ab " * 60]
+
+pytest.importorskip("sklearn", reason="side effects need the extra 'sideeffects'")
+
+
+# --- perplexity ---
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_perplexity_equals_a_plain_loop(bos):
+    model, tokenizer = tiny_model("llama", torch.float64), tiny_tokenizer(bos=bos)
+    window, means, losses = 40, [], []
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        for begin in range(0, len(ids), window):
+            piece = torch.tensor(ids[begin : begin + window])
+            if len(piece) > 1:
+                with torch.no_grad():
+                    loss = torch.nn.functional.cross_entropy(model(piece[None]).logits[0, :-1], piece[1:])
+                means.append(math.exp(loss))
+                losses += [float(loss)] * (len(piece) - 1)
+    found = perplexity(model, tokenizer, TEXTS, window=window, max_tokens=100)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
+    assert found["mean_perplexity"] == pytest.approx(np.mean(means), rel=1e-9)
+    assert (found["tokens"], found["windows"]) == (len(losses), len(means))
+
+
+def test_standard_error_of_perplexity_is_that_of_the_jackknife(tokenizer):
+    model = tiny_model("gpt2")
+    texts = [f"{word} and {word[::-1]} {index}" for index, word in enumerate(["one", "seven", "twelve", "six"] * 20)]
+    found = perplexity(model, tokenizer, texts, window=64, max_tokens=500)
+    sequences = [TokenSequence(tuple(ids[:-1]), tuple(ids[1:])) for ids in tokenizer(texts)["input_ids"]]
+    values = [-p.numpy() for p in answer_log_probabilities(model, sequences, max_tokens=500)]
+    total, count = sum(v.sum() for v in values), sum(map(len, values))
+    left_out = np.array([math.exp((total - v.sum()) / (count - len(v))) for v in values])
+    jackknife = math.sqrt((len(values) - 1) * np.mean((left_out - left_out.mean()) ** 2))
+    assert found["standard_error"] == pytest.approx(jackknife, rel=0.05)
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tokenizer):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    found = perplexity(model, tokenizer, TEXTS, window=64, tokens=30, max_tokens=100)
+    assert found["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-5)
+    assert found["tokens"] == 30
+
+
+def test_texts_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one running\ntext")
+    (tmp_path / "b.json").write_text('[{"Text": "one"}, {"text": "two"}]')
+    assert read_texts(tmp_path / "a.txt") == ["one running\ntext"]
+    assert read_texts(tmp_path / "b.json") == ["one", "two"]
+    (tmp_path / "c.json").write_text('[{"Text": "one"}, {"body": "two"}]')
+    with pytest.raises(ValueError, match=r"c\.json, record 1: there is no field Text or text; its fields are body"):
+        read_texts(tmp_path / "c.json")
+    (tmp_path / "d.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"d\.txt has no text"):
+        read_texts(tmp_path / "d.txt")
+
+
+# --- downstream tasks ---
+
+
+def test_shared_forward_passes_give_what_single_ones_give():
+    model, tokenizer = tiny_model("mistral", torch.float64), tiny_tokenizer()
+    prompts, choices = ["a long question:", "q:", "a long question:"], ["No", "Yes", "Y"]
+    best = []
+    for prompt in prompts:
+        means = []
+        for choice in choices:
+            ids, answer = tokenizer(prompt)["input_ids"], tokenizer(" " + choice)["input_ids"]
+            with torch.no_grad():
+                table = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+            means.append(np.mean([float(table[len(ids) - 1 + i, token]) for i, token in enumerate(answer)]))
+        best.append(int(np.argmax(means)))
+    assert choose(model, tokenizer, prompts, choices, max_tokens=64) == best
+
+
+def test_choices_of_one_token_share_the_forward_pass(tokenizer):
+    model, runs = tiny_model("llama"), []
+    model.register_forward_pre_hook(lambda *_, **__: runs.append(1))
+    ids = tuple(tokenizer("question")["input_ids"])
+    sequences = [TokenSequence(ids, (token,)) for token in range(5, 9)]
+    found = answer_log_probabilities(model, sequences, max_tokens=64)
+    assert len(runs) == 1
+    assert len({float(values) for values in found}) == 4
+
+
+def test_a_long_question_loses_its_beginning(tokenizer):
+    model = tiny_model("llama")
+    tail = "z" * 60 + ":"
+    assert choose(model, tokenizer, ["begin " * 50 + tail], ["A", "B"], max_tokens=64) == choose(
+        model, tokenizer, ["other " * 40 + tail], ["A", "B"], max_tokens=64
+    )
+
+
+def record_of(name: str, answer: int, text: str) -> dict[str, object]:
+    task = TASKS[name]
+    fields = {"sentence": text, "sentence1": text, "sentence2": text, "question": text, "choices": list("wxyz")}
+    return fields | {task.label: task.labels[answer]}
+
+
+def write_tasks(directory: Path, count: int = 6) -> Path:
+    directory.mkdir()
+    for name, task in TASKS.items():
+        records = [record_of(name, index % len(task.choices), f"t{index}") for index in range(RESERVED + count)]
+        (directory / f"{name}.json").write_text(json.dumps(records))
+    return directory
+
+
+def test_few_shots_come_from_reserved_records(tmp_path):
+    examples, questions, answers = read_task(write_tasks(tmp_path / "d"), "rte", few_shots=2, limit=3)
+    assert examples == "t0\nquestion: t0 True or False?\nanswer: True\nt1\nquestion: t1 True or False?\nanswer: False\n"
+    assert questions[0] == "t10\nquestion: t10 True or False?\nanswer:"
+    assert (len(questions), answers) == (3, [0, 1, 0])
+
+
+def test_rte_is_labelled_as_in_glue():
+    """Label 0 is entailment; the published evaluation has it the other way round."""
+    assert TASKS["rte"].choices[TASKS["rte"].answer({"label": 0})] == "True"
+    assert TASKS["nli"].choices[TASKS["nli"].answer({"label": "not_entailment"})] == "False"
+
+
+def test_downstream_scores_by_hand():
+    found = downstream_scores([0, 0, 1, 1], [0, 1, 1, 1])
+    assert found["accuracy"] == 0.75
+    assert found["standard_error"] == pytest.approx(0.25)
+    assert found["f1"] == pytest.approx(0.25 * 2 / 3 + 0.75 * 0.8)
+    assert found["mcc"] == pytest.approx(2 / math.sqrt(12))
+    assert found["majority"] == 0.75
+
+
+def test_bad_tasks_are_named(tmp_path):
+    directory = write_tasks(tmp_path / "d")
+    (directory / "cola.json").write_text('[{"sentence": "x", "label": 7}]')
+    with pytest.raises(ValueError, match=r"cola\.json, record 0: label is 7; expected 0, 1"):
+        read_task(directory, "cola", 0, None)
+    (directory / "cola.json").write_text('[{"text": "x", "label": 0}]')
+    with pytest.raises(ValueError, match=r"cola\.json, record 0: its fields are text, label; expected those of cola"):
+        read_task(directory, "cola", 0, None)
+    (directory / "cola.json").unlink()
+    with pytest.raises(ValueError, match=r"has no cola\.json"):
+        read_task(directory, "cola", 0, None)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
+def test_the_published_subsets_are_read_whole():
+    sizes = {name: len(read_task(DATA / "downstream", name, 0, None)[1]) for name in TASKS}
+    assert sizes == {"sst2": 846, "mrpc": 248, "cola": 634, "rte": 252, "nli": 2479, "mmlu": 1506}
+
+
+# --- lm-eval ---
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra 'harness')")
+def test_the_harness_scores_a_task_over_local_json_as_we_do(tmp_path, tokenizer):
+    records = [record_of("sst2", index % 2, f"review {index}") for index in range(RESERVED + 12)]
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "sst2.json").write_text(json.dumps(records))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "scored.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[RESERVED:]))
+    (tasks / "sst2.yaml").write_text(
+        "task: own_sst2\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+        f"dataset_kwargs: {{data_files: {tasks / 'scored.jsonl'}}}\n"
+        'doc_to_text: "Review : {{sentence}}\\nSentiment :"\ndoc_to_target: label\n'
+        "doc_to_choice: [negative, positive]\nmetric_list: [{metric: acc}]\n"
+    )
+    model = tiny_model("llama")
+    # Answers of one length, so that our mean and the harness's sum over tokens choose alike.
+    common = {"tasks": ["sst2"], "limit": 12}
+    ours = measure(model, tokenizer, {"downstream": str(local), **common})["downstream"]["sst2"]
+    own = {"harness_tasks": {"sst2": "own_sst2"}, "harness_path": str(tasks)}
+    theirs = measure(model, tokenizer, {"downstream": "lm-eval", **common, **own})["downstream"]["sst2"]
+    assert theirs["records"] == ours["records"] == 12
+    assert theirs["accuracy"] == ours["accuracy"]
+    assert theirs["standard_error"] == pytest.approx(ours["standard_error"])
+    with pytest.raises(ValueError, match="lm-eval cannot run no_such_task"):
+        measure(model, tokenizer, {"downstream": "lm-eval", **common, **own, "harness_tasks": {"sst2": "no_such_task"}})
+
+
+# --- hidden states ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_are_those_of_each_prompt_alone(architecture, tokenizer):
+    model = tiny_model(architecture, torch.float64)
+    prompts = ["one", "a longer prompt", "x", "The capital of Peru is"]
+    found = hidden_states(model, tokenizer, prompts, [0, 2, -1], max_tokens=40)
+    assert list(found) == [0, 2, 3]
+    for index, prompt in enumerate(prompts):
+        with torch.no_grad():
+            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+            expected = model(ids, output_hidden_states=True).hidden_states
+        for layer, states in found.items():
+            np.testing.assert_allclose(states[index], expected[layer][0, -1].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_layers_and_prompts_are_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="layers has 7; this model has the layers 0 to 3"):
+        hidden_states(tiny_model("llama"), tokenizer, ["a", "b"], [7])
+    with pytest.raises(ValueError, match="has 80 tokens; expected 1 to 64"):
+        hidden_states(tiny_model("llama"), tokenizer, ["a", "b" * 80])
+    (tmp_path / "p.txt").write_text("one\n\ntwo\nthree\n")
+    assert read_prompts(tmp_path / "p.txt", 2) == ["one", "two"]
+    (tmp_path / "p.json").write_text('[{"prompt": "one"}]')
+    with pytest.raises(ValueError, match="has 1 prompts; hidden states are compared over at least 2"):
+        read_prompts(tmp_path / "p.json")
+
+
+def samples(seed: int, n: int = 40, d: int = 6) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, d))
+
+
+def test_cka_properties():
+    x, y = samples(0), samples(1)
+    rotation, _ = np.linalg.qr(samples(2, 6))
+    assert linear_cka(x, x) == pytest.approx(1)
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
+    assert linear_cka(x, y) == pytest.approx(linear_cka(y @ rotation, x))
+    assert 0 < linear_cka(x, y) < 0.5
+    assert linear_cka(x, x * np.arange(1, 7)) < 0.99  # not invariant to all linear maps
+    # Against the definition through the features (Kornblith et al. 2019, section 3).
+    a, b = x - x.mean(0), y - y.mean(0)
+    expected = np.linalg.norm(b.T @ a) ** 2 / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b))
+    assert linear_cka(x, y) == pytest.approx(expected)
+
+
+def test_mmd_equals_its_definition():
+    x, y = samples(0, 12), samples(1, 9) + 1
+    found = mmd(x, y, paired=False, permutations=50)
+    both = np.concatenate([x, y])
+    distances = [math.dist(a, b) for i, a in enumerate(both) for b in both[:i]]
+    assert found.bandwidth == pytest.approx(np.median(distances))
+
+    def k(a, b):
+        return math.exp(-(math.dist(a, b) ** 2) / (2 * found.bandwidth**2))
+
+    def mean(u, v, same):
+        return np.mean([k(a, b) for i, a in enumerate(u) for j, b in enumerate(v) if not (same and i == j)])
+
+    assert found.squared == pytest.approx(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False), abs=1e-9)
+    assert found.p_value == pytest.approx(1 / 51)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_mmd_p_values_are_uniform_without_a_difference(paired):
+    from scipy.stats import kstest
+
+    p_values = []
+    for seed in range(150):
+        common = samples(1000 + seed, 20, 3) if paired else 0
+        x, y = (common + samples(2 * seed + side, 20, 3) for side in (0, 1))
+        p_values.append(mmd(x, y, paired=paired, permutations=199, seed=seed).p_value)
+    assert kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_mmd_sees_a_shift_of_the_same_prompts_only_in_pairs():
+    x = samples(0, 60)
+    y = x + 0.05
+    assert mmd(x, y, paired=True, permutations=500).p_value < 0.01
+    assert mmd(x, y, paired=False, permutations=500).p_value > 0.5
+    assert mmd(x, x, paired=True, permutations=50).p_value == 1
+    assert relative_shift(x, x) == 0
+
+
+@pytest.mark.parametrize("method", ["pca", "umap"])
+def test_maps_show_two_clouds_as_two(method):
+    if method == "umap":
+        pytest.importorskip("umap", reason="umap-learn is not installed (extra 'sideeffects')")
+    x, y = samples(0, 30), samples(1, 30) + 20
+    before, after = embed(x, y, method, seed=3)
+    assert before.shape == after.shape == (30, 2)
+    spread = max(before.std(0).max(), after.std(0).max())
+    assert np.linalg.norm(before.mean(0) - after.mean(0)) > 3 * spread
+    again = embed(x, y, method, seed=3)
+    np.testing.assert_array_equal(again[0], before)
+
+
+# --- all of it ---
+
+
+@pytest.fixture
+def options(tmp_path) -> dict[str, object]:
+    (tmp_path / "wiki.txt").write_text("Some text that a model may read. " * 20)
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt number {index}\n" for index in range(20)))
+    return {
+        "perplexity": {"wiki": str(tmp_path / "wiki.txt")},
+        "downstream": str(write_tasks(tmp_path / "tasks")),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "maps": ["pca"],
+        "permutations": 50,
+    }
+
+
+def test_measure_before_and_after(tmp_path, options, tokenizer):
+    check(options)
+    model = tiny_model("llama")
+    before = measure(model, tokenizer, options, directory=tmp_path, edits=0)
+    assert before["hidden_states"] == {"prompts": 20, "layers": {}}
+    same = measure(model, tokenizer, options, directory=tmp_path, edits=1)
+    layer = same["hidden_states"]["layers"]["3"]
+    assert (layer["relative_shift"], layer["p_value"], layer["p_value_paired"]) == (0, 1, 1)
+    assert layer["cka"] == pytest.approx(1)
+    assert layer["maps"]["pca"]["before"] == layer["maps"]["pca"]["after"]
+    assert (same["perplexity"], same["downstream"]) == (before["perplexity"], before["downstream"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    changed = measure(model, tokenizer, options, directory=tmp_path, edits=2)
+    assert changed["hidden_states"]["layers"]["3"]["cka"] < 0.95
+    assert changed["hidden_states"]["layers"]["3"]["p_value_paired"] < 0.05
+    assert changed["perplexity"] != before["perplexity"]
+    assert set(changed["downstream"]) == set(TASKS)
+    json.dumps(changed, allow_nan=False)
+
+
+def test_a_model_that_has_collapsed_is_measured(tmp_path, options, tokenizer):
+    model = tiny_model("llama")
+    measure(model, tokenizer, options, directory=tmp_path, edits=0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    found = measure(model, tokenizer, options, directory=tmp_path, edits=1)
+    json.dumps(found, allow_nan=False)
+    assert found["perplexity"]["wiki"]["perplexity"] is None
+    assert found["hidden_states"]["layers"]["3"]["cka"] is None
+
+
+def test_states_to_compare_with_have_to_be_there_and_the_same(tmp_path, options, tokenizer):
+    model = tiny_model("llama")
+    options = {"prompts": options["prompts"], "maps": []}
+    with pytest.raises(ValueError, match="give their directory"):
+        measure(model, tokenizer, options, edits=5)
+    with pytest.raises(ValueError, match=r"hidden-00000000\.npz; measure the unedited model first"):
+        measure(model, tokenizer, options, directory=tmp_path, edits=5)
+    measure(model, tokenizer, options, directory=tmp_path)
+    with pytest.raises(ValueError, match="of other prompts or layers"):
+        measure(model, tokenizer, {**options, "layers": [1]}, directory=tmp_path, edits=5)
+    path = tmp_path / "hidden-00000000.npz"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="cannot be read"):
+        measure(model, tokenizer, options, directory=tmp_path, edits=5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ({"perplexty": {}}, "the options has 'perplexty', did you mean 'perplexity'"),
+        ({"perplexity": ["x.txt"]}, "perplexity must map names to texts"),
+        ({"downstream": "d", "tasks": ["sst"]}, "tasks has 'sst', did you mean 'sst2'"),
+        ({"downstream": "d", "tasks": "sst2"}, "tasks must be a list"),
+        ({"prompts": "p", "permutations": 0}, "permutations must be a whole number, at least 1, not 0"),
+        ({"prompts": "p", "layers": ["last"]}, "layers must be whole numbers"),
+        ({"prompts": "p", "at": "start"}, "at has 'start'"),
+        ({"downstream": "d", "few_shots": 11}, "a task keeps 10 records for examples"),
+        ({}, "nothing to measure"),
+    ],
+)
+def test_bad_options_get_a_sentence(bad, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SideEffectOptions.from_dict(bad)
+
+
+def test_missing_packages_are_named(monkeypatch, options):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("umap", "lm_eval") else find(name))
+    check(options)
+    with pytest.raises(ValueError, match=r"hidden states need umap: pip install 'stableedit-cpp\[sideeffects\]'"):
+        check({**options, "maps": ["umap"]})
+    with pytest.raises(ValueError, match=r"lm-eval needs lm_eval: pip install 'stableedit-cpp\[harness\]'"):
+        check({"downstream": "lm-eval"})
+
+
+def test_command(tmp_path, options, tokenizer, capsys):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "before")
+    tokenizer.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    model.save_pretrained(tmp_path / "after")
+    tokenizer.save_pretrained(tmp_path / "after")
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    arguments = ["side-effects", "--model", str(tmp_path / "after"), "--options", str(tmp_path / "options.json")]
+    arguments += ["--tasks", "cola", "mmlu", "--limit", "4"]
+    assert main(arguments) == 2
+    assert "say with --reference which that is" in capsys.readouterr().err
+    output = tmp_path / "out.json"
+    assert main([*arguments, "--reference", str(tmp_path / "before"), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads(output.read_text())
+    assert set(document["after"]["downstream"]) == {"cola", "mmlu"}
+    assert document["after"]["perplexity"] != document["before"]["perplexity"]
+    assert f"{document['after']['perplexity']['wiki']['perplexity']:.4g}" in printed
+    assert main([*arguments, "--perplexity", "wiki"]) == 2
+    assert "--perplexity wiki: expected NAME=FILE" in capsys.readouterr().err
