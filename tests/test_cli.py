@@ -25,7 +25,7 @@ from stableedit_cpp.editors import turn as turn_module
 from stableedit_cpp.lifelong.repair import repair
 from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
 
-COMMANDS = ["demo", "edit", "evaluate", "export", "datasets", "bench", "env"]
+COMMANDS = ["demo", "edit", "evaluate", "export", "datasets", "bench", "side-effects", "report", "env"]
 LAST = "model.layers.2.mlp.down_proj"
 REQUESTS = [
     fact

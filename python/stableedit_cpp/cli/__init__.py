@@ -14,7 +14,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted, 141 output not read)."""
     # Imported late, so that `stableedit --help` and a wrong torch version answer before torch is loaded.
     try:
-        from stableedit_cpp.cli import bench, datasets, demo, edit, env, evaluate, export, session, side_effects
+        from stableedit_cpp.cli import (
+            bench,
+            datasets,
+            demo,
+            edit,
+            env,
+            evaluate,
+            export,
+            report,
+            session,
+            side_effects,
+        )
         from stableedit_cpp.environment import cmake_prefix
     except ImportError as error:
         print(f"stableedit: error: {error}", file=sys.stderr)
@@ -33,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="print the CMAKE_PREFIX_PATH with which C++ projects find stableedit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, edit, evaluate, session, export, datasets, bench, side_effects, env):
+    for command in (demo, edit, session, evaluate, export, datasets, bench, side_effects, report, env):
         command.add_parser(commands).set_defaults(run=command.run)
     options = parser.parse_args(argv)
     try:
