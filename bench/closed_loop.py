@@ -31,11 +31,14 @@ class Setting:
     shares: tuple[float, ...] = ()
 
 
+CLOSED_LOOP = StableEditConfig.closed_loop()
+LARGER = dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4)
 SETTINGS = {
     "one-pass": Setting(),
-    "three-passes": Setting(StableEditConfig(max_passes=3, step_size=3e-4), 2),
-    "closed-loop": Setting(StableEditConfig.closed_loop(), 2),
-    "closed-loop-specificity": Setting(StableEditConfig.closed_loop("specificity"), 1, (0.95, 0.9, 0.85, 0.8)),
+    "closed-loop": Setting(CLOSED_LOOP, 1, (0.95, 0.9, 0.85, 0.8)),
+    "larger-steps": Setting(LARGER, 2),
+    "larger-steps-sketch-256": Setting(dataclasses.replace(LARGER, past_key_rank=256), 1),
+    "larger-steps-no-past-keys": Setting(dataclasses.replace(LARGER, past_key_weight=0.0), 1),
 }
 
 

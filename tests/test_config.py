@@ -225,14 +225,11 @@ def test_presets_need_a_step_size_and_take_changes(cls):
         cls.published(step_size=1e-6, ridge=-1)
 
 
-def test_closed_loop_presets():
-    efficacy, specificity = StableEditConfig.closed_loop(), StableEditConfig.closed_loop("specificity")
-    for config in (efficacy, specificity):
-        assert config.max_passes > 1 and config.past_key_weight > 0 and not config.retries_feed_statistics
-    assert specificity.step_size < efficacy.step_size
-    assert StableEditConfig.closed_loop(turn_size=7).turn_size == 7
-    with pytest.raises(ValueError, match="favour must be one of 'efficacy', 'specificity', not 'speed'"):
-        StableEditConfig.closed_loop("speed")
+def test_closed_loop_preset():
+    config = StableEditConfig.closed_loop()
+    assert config.max_passes > 1 and config.past_key_weight > 0 and not config.retries_feed_statistics
+    assert config.step_size < StableEditConfig().step_size
+    assert StableEditConfig.closed_loop(turn_size=7, max_passes=3).turn_size == 7
 
 
 def test_defaults():

@@ -172,22 +172,12 @@ class StableEditConfig(EditorConfig):
             raise ValueError(f"refresh must be a fraction between 0 and 1, not {self.refresh!r}")
 
     @classmethod
-    def closed_loop(cls, favour: Literal["efficacy", "specificity"] = "efficacy", **changes) -> StableEditConfig:
-        """Several passes a turn, a margin and past keys: nearly all edits take and hold, at several times the work; for
-        use with one or two rounds of ``lifelong.repair``. Found on SmolLM2-135M with ZsRE (docs/closed-loop.md).
-
-        Args:
-            favour: what matters more, that edits take or that other answers stay.
-            changes: to other fields.
-        """
-        presets = {
-            "efficacy": {"max_passes": 3, "step_size": 3e-4},
-            "specificity": {"max_passes": 5, "step_size": 2e-4},
-        }
-        if favour not in presets:
-            raise ValueError(f"favour must be one of {', '.join(map(repr, presets))}, not {favour!r}")
-        both = {"take_probability": 0.4, "retries_feed_statistics": False, "past_key_weight": 0.02}
-        return cls(**(both | presets[favour] | changes))
+    def closed_loop(cls, **changes) -> StableEditConfig:
+        """Up to five passes of a smaller step a turn, a margin and past keys: nearly all edits hold, at several times
+        the work; for a round of ``lifelong.repair`` afterwards, and ``editor.shrink`` where other answers
+        matter more. Found on SmolLM2-135M with ZsRE (docs/closed-loop.md)."""
+        preset = {"step_size": 2e-4, "max_passes": 5, "take_probability": 0.4, "past_key_weight": 0.02}
+        return cls(**(preset | {"retries_feed_statistics": False} | changes))
 
     @classmethod
     def published(cls, *, edit_modules: list[str] | None = None, step_size: float, **changes) -> StableEditConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 
 import torch
 
@@ -23,10 +22,7 @@ __all__ = [
 ]
 
 _CONFIGS = {cls.editor: cls for cls in (StableEditConfig, UltraEditConfig)}
-_PRESETS = {
-    "closed-loop": StableEditConfig.closed_loop,
-    "closed-loop-specificity": functools.partial(StableEditConfig.closed_loop, "specificity"),
-}
+_PRESETS = {"closed-loop": StableEditConfig.closed_loop}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,8 +65,7 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--preset",
         choices=list(_PRESETS),
-        help="instead of a config: several passes a turn with past keys, so that nearly all edits take "
-        "(closed-loop) or other answers stay (closed-loop-specificity)",
+        help="instead of a config; closed-loop: up to five passes a turn and past keys, so that nearly all edits hold",
     )
     parser.add_argument(
         "--edit-modules",
