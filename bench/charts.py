@@ -169,26 +169,27 @@ def evaluation(result: dict) -> plt.Figure:
 
 def closed_loop(result: dict) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True)
-    unedited = next(record for record in result["settings_done"] if record["setting"] == "unedited")["points"][0]
+    records = {record["setting"]: record["points"] for record in result["settings_done"]}
+    unedited = records.pop("unedited")[0]
     for axis, metric in zip(axes, ("specificity", "generalization"), strict=True):
-        for record in result["settings_done"]:
-            if record["setting"] != "unedited":
-                points = record["points"]
-                axis.plot(
-                    [point["efficacy"] for point in points],
-                    [point[metric] for point in points],
-                    "o-",
-                    markersize=4,
-                    label=record["setting"],
-                )
-        axis.axhline(unedited[metric], color=_LIMIT, linestyle=":", label="unedited")
+        for name, points in records.items():
+            solved = [point for point in points if not point["after"].startswith("share")]
+            (line,) = axis.plot(*along(solved, metric), "o-", markersize=4, label=name)
+            if len(solved) < len(points):
+                shrunk = [solved[-1], *points[len(solved) :]]
+                axis.plot(*along(shrunk, metric), "x:", markersize=5, color=line.get_color(), label=f"{name}, shrunk")
         axis.set_xlabel("efficacy")
         axis.set_ylabel(metric)
+    axes[0].axhline(unedited["specificity"], color=_LIMIT, linestyle="--", label="unedited")
     settings = result["settings"]
     axes[0].set_title(f"{settings['edits']} ZsRE edits after {settings['warm_up']} of warm-up", fontsize=10)
-    axes[1].set_title("along each line: after the stream, after each round of repairs", fontsize=10)
+    axes[1].set_title("dots: after the stream, each round of repairs; crosses: shares kept", fontsize=10)
     axes[0].legend(fontsize=7)
     return figure
+
+
+def along(points: list[dict], metric: str) -> tuple[list[float], list[float]]:
+    return [point["efficacy"] for point in points], [point[metric] for point in points]
 
 
 def lora_rank(result: dict) -> plt.Figure:

@@ -32,13 +32,12 @@ class Setting:
 
 
 CLOSED_LOOP = StableEditConfig.closed_loop()
-LARGER = dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4)
 SETTINGS = {
     "one-pass": Setting(),
     "closed-loop": Setting(CLOSED_LOOP, 1, (0.95, 0.9, 0.85, 0.8)),
-    "larger-steps": Setting(LARGER, 2),
-    "larger-steps-sketch-256": Setting(dataclasses.replace(LARGER, past_key_rank=256), 1),
-    "larger-steps-no-past-keys": Setting(dataclasses.replace(LARGER, past_key_weight=0.0), 1),
+    "larger-steps": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4), 2),
+    "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), 2),
+    "three-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=2.5e-4), 2),
 }
 
 
