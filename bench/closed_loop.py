@@ -35,8 +35,12 @@ CLOSED_LOOP = StableEditConfig.closed_loop()
 SETTINGS = {
     "one-pass": Setting(),
     "closed-loop": Setting(CLOSED_LOOP, 1, (0.95, 0.9, 0.85, 0.8)),
+    "small-steps": Setting(
+        dataclasses.replace(CLOSED_LOOP, max_passes=9, step_size=1.5e-4, take_probability=0.1),
+    ),
     "larger-steps": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4), 2),
-    "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), 2),
+    # For 5,000 edits:
+    "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), 1),
     "three-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=2.5e-4), 2),
 }
 
