@@ -30,7 +30,8 @@ inline std::string shown(std::string_view text) {
   constexpr size_t kMost = 100;  // bytes
   size_t end = std::min(text.size(), kMost);
   if (end < text.size()) {
-    while (end > 0 && (text[end] & 0xc0) == 0x80) --end;  // between two UTF-8 characters
+    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0U) == 0x80U)
+      --end;  // between two UTF-8 characters
   }
   std::string line(text.substr(0, end));
   for (char& c : line) {

@@ -17,7 +17,7 @@ namespace stableedit {
 namespace {
 
 // Counts enter the mathematics as float64, which has them exact up to here.
-constexpr int64_t kMaxCount = int64_t{1} << 53;
+constexpr int64_t kMaxCount = 9'007'199'254'740'992;  // 2^53
 
 // Sizes of parts that make up `total` rows.
 std::vector<int64_t> read_pieces(const at::Tensor& stored, int64_t total) {
@@ -45,7 +45,7 @@ StateDict RunningMoments::state_dict() const {
   return {{"count", integer_field(count_)},
           {"mean", mean_},
           {"m2", m2_},
-          {"unbiased_batches", integer_field(unbiased_batches_)}};
+          {"unbiased_batches", integer_field(unbiased_batches_ ? 1 : 0)}};
 }
 
 RunningMoments RunningMoments::from_state_dict(const StateDict& state) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "stableedit/state_dict.hpp"
 
@@ -21,7 +22,8 @@ void add_part(StateDict& state, const std::string& prefix, const StateDict& part
 class StateReader {
  public:
   /// \param owner what messages call the object, e.g. "LifelongNormalizer"
-  StateReader(const StateDict& state, std::string owner) : rest_(state), owner_(std::move(owner)) {}
+  StateReader(StateDict state, std::string owner)
+      : rest_(std::move(state)), owner_(std::move(owner)) {}
 
   /// A float32 or float64 tensor of `dims` dimensions, checked to be finite; a contiguous copy.
   at::Tensor tensor(const std::string& name, int64_t dims);
