@@ -221,6 +221,19 @@ def test_the_same_edits_after_others(data, tmp_path):
     assert set(document["checkpoints"][0]["cumulative"]) == {"before", "after", "after_warm_up"}
 
 
+def test_side_effects_before_the_first_edit_and_at_the_end(data, tmp_path):
+    (tmp_path / "text.txt").write_text("One, two, three. " * 20)
+    options = {"perplexity": {"text": str(tmp_path / "text.txt")}, "window": 32, "at": "end"}
+    document = bench(data, tmp_path / "out", side_effects=options)[0]
+    before, between, after = (entry["side_effects"] for entry in document["checkpoints"])
+    assert between is None and before["perplexity"].keys() == after["perplexity"].keys() == {"text"}
+    assert before["perplexity"] != after["perplexity"]
+    assert document["cost"]["side_effects_seconds"] > 0
+    with pytest.raises(ValueError, match="perplexity"):
+        bench(data, tmp_path / "other", side_effects={"perplexities": {}})
+    assert not (tmp_path / "other").exists()
+
+
 def test_samples_are_of_the_size_asked_for_and_grow_with_the_stream():
     small, large = set(sample_positions(0, 1000, 100, 3)), set(sample_positions(0, 1200, 100, 3))
     assert len(small) == len(large) == 100

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from stableedit_cpp import sideeffects
 from stableedit_cpp.experiments.editors import NamedEditor, named_editor
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import Source, find_source
@@ -200,8 +201,6 @@ def _check_warm_up(source: Source, warm_up: WarmUp) -> None:
 
 
 def _check_side_effects(options: object) -> None:
-    from stableedit_cpp import sideeffects
-
     if not isinstance(options, Mapping):
         raise ValueError(f"side_effects must be a mapping of options, not {options!r}")
     sideeffects.check(options)

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from tqdm.auto import tqdm
 
+from stableedit_cpp import sideeffects
 from stableedit_cpp.capture import NotFiniteError
 from stableedit_cpp.core import load_state, save_state
 from stableedit_cpp.digest import model_digest
@@ -235,8 +236,6 @@ class StreamRun:
         return options is not None and (at_end or options.get("at", "checkpoints") == "checkpoints")
 
     def _measure_side_effects(self) -> dict:
-        from stableedit_cpp import sideeffects
-
         place = self.directory.path / "side_effects"
         place.mkdir(parents=True, exist_ok=True)
         how = {"directory": place, "edits": self._cost.edits, "progress": self._progress}
