@@ -22,22 +22,24 @@ from workload import add_model_options, pretrained, zsre
 class Setting:
     """
     Attributes:
-        repairs: rounds of repair after the stream.
+        repairs: rounds of repair after the stream. repair_changes: to the config, from then on.
         shares: of the whole change, that are kept at last. Every round and every share is scored.
     """
 
     config: StableEditConfig = dataclasses.field(default_factory=StableEditConfig)
     repairs: int = 0
+    repair_changes: dict[str, object] = dataclasses.field(default_factory=dict)
     shares: tuple[float, ...] = ()
 
 
 CLOSED_LOOP = StableEditConfig.closed_loop()
 SETTINGS = {
     "one-pass": Setting(),
-    "closed-loop": Setting(CLOSED_LOOP, 1, (0.95, 0.9, 0.85, 0.8)),
+    "closed-loop": Setting(CLOSED_LOOP, 1, shares=(0.95, 0.9, 0.85, 0.8)),
     "small-steps": Setting(
         dataclasses.replace(CLOSED_LOOP, max_passes=9, step_size=1.5e-4, take_probability=0.1),
     ),
+    "gentle-repair": Setting(CLOSED_LOOP, 1, {"step_size": 1e-4, "max_passes": 4, "take_probability": 0.0}),
     "larger-steps": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4), 2),
     # For 5,000 edits:
     "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), 1),
@@ -96,6 +98,7 @@ def main() -> None:
                 editor = StableEdit(model, tokenizer, config)
                 points = run(editor, key, setting, warm_up, requests, trunk, score, state)
             record = {"key": key, "setting": name, "config": json.loads(config.to_json())}
+            record |= {"repair_changes": setting.repair_changes} if setting.repair_changes else {}
             done[key] = record | {"points": points, "seconds": time.perf_counter() - begin}
             if options.resume:
                 with options.resume.open("a", encoding="utf-8") as file:
@@ -142,6 +145,11 @@ def run(
         turns = -(-len(requests) // editor.config.turn_size)
         points.append({"after": "stream", "passes": done["passes"] / turns, "edit_seconds": done["seconds"], **score()})
         keep()
+    if setting.repair_changes:
+        before, config = editor, dataclasses.replace(editor.config, **setting.repair_changes)
+        editor = StableEdit(before.model, before.tokenizer, config)
+        editor.keep_original_weights(before.original_weights())
+        editor.load_state_dict(before.state_dict())
     for number in range(len(points), setting.repairs + 1):
         report = repair(editor, requests, trunk=trunk)
         solved = sum(part.edits for part in report.rounds)
