@@ -22,12 +22,13 @@ from workload import add_model_options, pretrained, zsre
 class Setting:
     """
     Attributes:
-        repairs: rounds of repair after the stream. repair_changes: to the config, from then on.
+        repairs: rounds of repair after the stream; for each how many requests at most are solved again, those nearest
+            to holding first, None for all that are forgotten. repair_changes: to the config, from then on.
         shares: of the whole change, that are kept at last. Every round and every share is scored.
     """
 
     config: StableEditConfig = dataclasses.field(default_factory=StableEditConfig)
-    repairs: int = 0
+    repairs: tuple[int | None, ...] = ()
     repair_changes: dict[str, object] = dataclasses.field(default_factory=dict)
     shares: tuple[float, ...] = ()
 
@@ -35,15 +36,15 @@ class Setting:
 CLOSED_LOOP = StableEditConfig.closed_loop()
 SETTINGS = {
     "one-pass": Setting(),
-    "closed-loop": Setting(CLOSED_LOOP, 1, shares=(0.95, 0.9, 0.85, 0.8)),
+    "closed-loop": Setting(CLOSED_LOOP, (None,), shares=(0.95, 0.9, 0.85, 0.8)),
     "small-steps": Setting(
         dataclasses.replace(CLOSED_LOOP, max_passes=9, step_size=1.5e-4, take_probability=0.1),
     ),
-    "gentle-repair": Setting(CLOSED_LOOP, 1, {"step_size": 1e-4, "max_passes": 4, "take_probability": 0.0}),
-    "larger-steps": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4), 2),
+    "gentle-repair": Setting(CLOSED_LOOP, (None,), {"step_size": 1e-4, "max_passes": 4, "take_probability": 0.0}),
+    "larger-steps": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4), (None, None)),
     # For 5,000 edits:
-    "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), 1),
-    "three-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=2.5e-4), 2),
+    "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), (None, 500)),
+    "three-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=2.5e-4), (None, None)),
 }
 
 
@@ -150,11 +151,13 @@ def run(
         editor = StableEdit(before.model, before.tokenizer, config)
         editor.keep_original_weights(before.original_weights())
         editor.load_state_dict(before.state_dict())
-    for number in range(len(points), setting.repairs + 1):
-        report = repair(editor, requests, trunk=trunk)
+    for number, budget in list(enumerate(setting.repairs, 1))[len(points) - 1 :]:
+        report = repair(editor, requests, budget=budget, trunk=trunk)
         solved = sum(part.edits for part in report.rounds)
         seconds = sum(part.seconds for part in report.rounds)
-        points.append({"after": f"repair {number}", "solved_again": solved, "edit_seconds": seconds, **score()})
+        points.append(
+            {"after": f"repair {number}", "budget": budget, "solved_again": solved, "edit_seconds": seconds, **score()}
+        )
         keep()
     kept = 1.0
     for share in setting.shares:
