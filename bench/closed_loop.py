@@ -34,13 +34,15 @@ class Setting:
 
 
 CLOSED_LOOP = StableEditConfig.closed_loop()
+GENTLE = {"step_size": 1e-4, "max_passes": 4, "take_probability": 0.0}
 SETTINGS = {
     "one-pass": Setting(),
     "closed-loop": Setting(CLOSED_LOOP, (None,), shares=(0.95, 0.9, 0.85, 0.8)),
     "small-steps": Setting(
         dataclasses.replace(CLOSED_LOOP, max_passes=9, step_size=1.5e-4, take_probability=0.1),
     ),
-    "gentle-repair": Setting(CLOSED_LOOP, (None,), {"step_size": 1e-4, "max_passes": 4, "take_probability": 0.0}),
+    "gentle-repair": Setting(CLOSED_LOOP, (None,), GENTLE),
+    **{f"gentle-repair-of-{budget}": Setting(CLOSED_LOOP, (budget,), GENTLE) for budget in (200, 280, 340)},
     "larger-steps": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=3, step_size=3e-4), (None, None)),
     # For 5,000 edits:
     "four-passes": Setting(dataclasses.replace(CLOSED_LOOP, max_passes=4, take_probability=0.5), (None, 500)),
