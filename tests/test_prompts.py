@@ -58,7 +58,7 @@ def test_tokens_do_not_merge_across_the_border():
 
         eos_token, eos_token_id = "</s>", EOS
 
-        def __call__(self, texts, add_special_tokens=True):
+        def __call__(self, texts, add_special_tokens=True, verbose=True):
             merged = {"ab": [4, 5], " cd": [7, 8], "ab cd": [4, 99, 8]}
             return {"input_ids": [[BOS] * add_special_tokens + merged[text] for text in texts]}
 
