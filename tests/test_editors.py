@@ -633,6 +633,6 @@ class _OneTokenAnswers:
         self.inner = tokenizer
         self.eos_token, self.eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
 
-    def __call__(self, texts, add_special_tokens=True):
+    def __call__(self, texts, add_special_tokens=True, verbose=True):
         ids = self.inner(texts, add_special_tokens=add_special_tokens)["input_ids"]
         return {"input_ids": ids if add_special_tokens else [answer[:1] for answer in ids]}
