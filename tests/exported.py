@@ -23,13 +23,6 @@ def edited(architecture: str = "llama", dtype: torch.dtype = torch.float32, modu
     return editor
 
 
-def saved(directory: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    """The same model, unedited, in a directory."""
-    tiny_model(architecture, dtype).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
-
-
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(3, 43).view(4, 10)).logits

@@ -23,7 +23,7 @@ from stableedit_cpp.cli import main
 from stableedit_cpp.config import load_config
 from stableedit_cpp.editors import turn as turn_module
 from stableedit_cpp.lifelong.repair import repair
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
 COMMANDS = ["demo", "edit", "evaluate", "export", "datasets", "bench", "side-effects", "report", "env"]
 LAST = "model.layers.2.mlp.down_proj"
@@ -37,9 +37,7 @@ REQUESTS = [
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("cli") / "model"
-    tiny_model("llama").save_pretrained(directory)
-    tiny_tokenizer(bos=True).save_pretrained(directory)
-    return directory
+    return save_tiny(directory, bos=True)
 
 
 @pytest.fixture

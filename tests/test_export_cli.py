@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stableedit_cpp as se
-from exported import TAKES, card_of, facts_of, logits, saved
+from exported import TAKES, card_of, facts_of, logits
 from stableedit_cpp import core
 from stableedit_cpp.cli import main
 from stableedit_cpp.digest import file_digest, model_digest
 from stableedit_cpp.export import apply_delta
 from test_cli import assert_one_error, tree
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
 peft = pytest.importorskip("peft")
 
@@ -27,7 +27,7 @@ peft = pytest.importorskip("peft")
 def place(tmp_path_factory) -> Path:
     """base/ (llama), edited/ (all facts, with report), facts.json; nothing in it is changed by a test."""
     place = tmp_path_factory.mktemp("export")
-    saved(place / "base")
+    save_tiny(place / "base")
     (place / "facts.json").write_text(json.dumps(FACTS))
     (place / "warm.json").write_text(json.dumps(FACTS[:4]))
     (place / "config.json").write_text(se.StableEditConfig(**TAKES).to_json())
@@ -198,7 +198,7 @@ def test_bad_input(export, place, tmp_path, capsys, case):
     tiny_model("llama", seed=1).save_pretrained("seed1")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "seed1" / name).write_bytes((place / "base" / name).read_bytes())
-    saved(tmp_path / "gpt2", "gpt2")
+    save_tiny(tmp_path / "gpt2", "gpt2")
     Path("damaged.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     before = tree(tmp_path)
     options = [str(place / "edited") if option == "EDITED" else option for option in options]

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import stableedit_cpp as se
-from exported import TAKES, edited, facts_of, load_as_the_card_says, logits, saved
+from exported import TAKES, edited, facts_of, load_as_the_card_says, logits
 from stableedit_cpp.core import LowRankUpdate, Patch, WeightChange
 from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import (
@@ -24,7 +24,7 @@ from stableedit_cpp.export import (
     export_lora,
     rank_for_efficacy,
 )
-from tiny import ARCHITECTURES, FACTS, tiny_model
+from tiny import ARCHITECTURES, FACTS, save_tiny, tiny_model
 
 peft = pytest.importorskip("peft")
 FULL = 16  # the rank of a [16, 24] matrix
@@ -166,7 +166,7 @@ def test_from_factors(tmp_path):
 
 
 def test_card(tmp_path, monkeypatch):
-    base = saved(tmp_path / "base")
+    base = save_tiny(tmp_path / "base")
     editor = edited()
     scores = {"efficacy": 0.5, "generalization": 0.25, "specificity": None}
     provenance = Provenance(base_model=str(base), scores={"edited": scores, "exported": scores})

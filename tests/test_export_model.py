@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 import stableedit_cpp as se
-from exported import edited, facts_of, load_as_the_card_says, logits, saved
+from exported import edited, facts_of, load_as_the_card_says, logits
 from stableedit_cpp import core, models
 from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import Provenance, change_from_patch, change_of, export_model, export_patch, read_provenance
 from stableedit_cpp.models import drop_gguf_marks
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -92,7 +92,7 @@ class TestPatch:
     @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_base_and_patch_are_the_edited_model(self, tmp_path, monkeypatch, architecture, dtype):
-        base = saved(tmp_path / "base", architecture, dtype)
+        base = save_tiny(tmp_path / "base", architecture, dtype)
         editor = edited(architecture, dtype)
         provenance = Provenance(base_model=str(base), config=editor.config, edits=13, requests="facts.json")
         report = export_patch(change_of(editor), tmp_path / "patch", provenance=provenance)

@@ -21,7 +21,7 @@ import torch
 from stableedit_cpp import core, generate, load_model
 from stableedit_cpp.cli import main
 from stableedit_cpp.modules import find_modules
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "cpp/examples/hot_edit_server"
@@ -61,9 +61,7 @@ def cached_export(request) -> Callable[[str, str], Path]:
 
 @pytest.fixture(scope="module")
 def exported(cached_export, tmp_path_factory) -> Path:
-    source = tmp_path_factory.mktemp("tiny")
-    tiny_model("llama").save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
+    source = save_tiny(tmp_path_factory.mktemp("tiny"))
     return cached_export("tiny", str(source))
 
 

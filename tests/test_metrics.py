@@ -18,7 +18,7 @@ from stableedit_cpp.evaluation.generation import Continuation, generate_continua
 from stableedit_cpp.evaluation.probes import PROBES
 from stableedit_cpp.prompts import TokenSequence, answer_positions, collate, tokenize
 from test_evaluation import Successor, readable
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -367,8 +367,7 @@ def test_reference_is_left_as_found_after_an_error(tokenizer):
 def saved(tmp_path, monkeypatch, capsys) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, seed in (("edited", 0), ("original", 1)):
-        tiny_model("llama", seed=seed).save_pretrained(name)
-        tiny_tokenizer(bos=True).save_pretrained(name)
+        save_tiny(name, seed=seed, bos=True)
     records = [{"q": request["prompt"], "a": request["target"], **request} for request in LOCAL]
     Path("facts.json").write_text(json.dumps(records))
     capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stableedit_cpp import load_model, models
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -19,9 +19,7 @@ def saved(tmp_path):
 
 
 def save(directory, dtype=torch.float32):
-    tiny_model("llama", dtype).save_pretrained(directory)
-    tiny_tokenizer(bos=True).save_pretrained(directory)
-    return directory
+    return save_tiny(directory, dtype=dtype, bos=True)
 
 
 @pytest.mark.parametrize("as_name", [str, lambda path: path])

@@ -13,7 +13,7 @@ import stableedit_cpp as se
 from stableedit_cpp import core
 from stableedit_cpp.cli import main
 from stableedit_cpp.digest import model_digest
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
 SHORT = [{"prompt": "One and two is", "target": "3"}, {"prompt": "Two and two is", "target": "4"}]
 RECOMPUTED = 2.0**-22  # of the largest weight: a few float32 roundings, one for each pass
@@ -122,8 +122,7 @@ def test_refuses_an_editor_that_has_edited():
 def edit(tmp_path, monkeypatch):
     """Runs `stableedit edit` on a tiny model in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer(bos=True).save_pretrained("model")
+    save_tiny("model", bos=True)
     Path("requests.json").write_text(json.dumps(FACTS))
 
     def run(*options: str) -> int:

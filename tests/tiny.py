@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -52,6 +54,20 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
             if parameter.ndim == 2:
                 parameter.mul_(5.0)
     return model.to(dtype).eval()
+
+
+def save_tiny(
+    directory: str | Path,
+    architecture: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    bos: bool = False,
+) -> Path:
+    """A tiny random model and its tokenizer, as saved by transformers."""
+    tiny_model(architecture, dtype, seed).save_pretrained(directory)
+    tiny_tokenizer(bos=bos).save_pretrained(directory)
+    return Path(directory)
 
 
 def pattern_of(architecture: str) -> str:

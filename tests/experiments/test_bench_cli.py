@@ -17,7 +17,7 @@ from streams import MODULES, lines, record, write_data
 from stableedit_cpp.capture import NotFiniteError
 from stableedit_cpp.cli import main
 from stableedit_cpp.experiments import EDITORS, StreamRun, read_run
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny
 
 SMALL = ["--edit-modules", *MODULES, "--turn-size", "10", "--step-size", "1e-2", "--device", "cpu"]
 SMALL += ["--warm-up-size", "20", "--checkpoints", "2"]
@@ -25,10 +25,7 @@ SMALL += ["--warm-up-size", "20", "--checkpoints", "2"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("bench") / "tiny"
-    tiny_model("llama").save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_tiny(tmp_path_factory.mktemp("bench") / "tiny")
 
 
 @pytest.fixture

@@ -13,17 +13,14 @@ from stableedit_cpp import load_model
 from stableedit_cpp.cli import main
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from test_cli import assert_one_error
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny
 
 ACTIONS = ["create", "edit", "status", "log", "verify", "audit", "evaluate", "repair", "rollback", "revert", "export"]
 
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("session-cli") / "model"
-    tiny_model("llama").save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_tiny(tmp_path_factory.mktemp("session-cli") / "model")
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
-from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
+from stableedit_cpp.cli.options import add_metrics_option, add_model_options, load, new_parser, positive
 from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.datasets import read_requests
 from stableedit_cpp.environment import environment
-from stableedit_cpp.evaluation import METRICS, evaluate
+from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.output import write_json
 
 _EXAMPLE = """\
@@ -26,15 +26,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also .gz; or hub:OWNER/NAME[:SPLIT]"
     )
     add_format_options(parser)
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=[metric.replace("_", "-") for metric in METRICS],
-        default=["accuracy"],
-        metavar="NAME",
-        help="beside token accuracy: exact-match, generation (free answers: contain the answer, and stop), "
-        "locality (against the unedited model's own output; needs --reference)",
-    )
+    add_metrics_option(parser, "against the unedited model's own output; needs --reference")
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N requests")

@@ -8,11 +8,13 @@ import dataclasses
 import torch
 
 from stableedit_cpp.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
+from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.models import SMOLLM2, load_model
 
 __all__ = [
     "DTYPES",
     "add_editor_options",
+    "add_metrics_option",
     "add_model_options",
     "default_device",
     "editor_config",
@@ -46,6 +48,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     )
     parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="load the weights as (default: as saved)")
+
+
+def add_metrics_option(parser: argparse.ArgumentParser, locality: str) -> None:
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=[metric.replace("_", "-") for metric in METRICS],
+        default=["accuracy"],
+        metavar="NAME",
+        help="beside token accuracy: exact-match, generation (free answers: contain the answer, and stop), "
+        f"locality ({locality})",
+    )
 
 
 def load(options: argparse.Namespace):

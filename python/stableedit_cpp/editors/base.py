@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from stableedit_cpp.capture import CapturedTurn
 from stableedit_cpp.config import EditorConfig
 from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight, ModuleEditor, PastKeys
 from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.checkpoint import Checkpoint
-from stableedit_cpp.editors.drift import DriftLimitReached
-from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
 from stableedit_cpp.editors.originals import OriginalWeights
 from stableedit_cpp.editors.report import EditReport, TurnReport
-from stableedit_cpp.editors.turn import Turn
+from stableedit_cpp.editors.stream import names_of, run_stream
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.prompts import TokenSequence, context_length, tokenize
@@ -31,10 +27,6 @@ if TYPE_CHECKING:
     from stableedit_cpp.lifelong.guard import LocalityGuard
 
 __all__ = ["Editor"]
-
-# With a progress bar, so many requests of each turn are checked after it: a few percent of the turn's time.
-_PROBE = 8
-_TITLES = {"edit": "Editing", "warm_up": "Warm-up", "repair": "Repairing"}
 
 
 class Editor(ABC):
@@ -177,7 +169,7 @@ class Editor(ABC):
 
     def original_weights(self) -> dict[str, torch.Tensor]:
         """Unedited weights by module name, in host memory and the layout and dtype of the module; not to be changed."""
-        self._attach_weights()
+        self.attach_weights()
         return {module.name: self._originals[module.name] for module in self.modules}
 
     def weight_changes(self) -> dict[str, torch.Tensor]:
@@ -188,7 +180,7 @@ class Editor(ABC):
         Raises:
             ValueError: within ``unedited()``.
         """
-        self._attach_weights()
+        self.attach_weights()
         masters = {name: weight.master for name, weight in self.weights.items()}
         return {name: master - self._originals[name].to(master) for name, master in masters.items()}
 
@@ -219,7 +211,7 @@ class Editor(ABC):
             ValueError: for a prompt or target without tokens, or longer than the model's context.
         """
         pairs = [(request.prompt, request.target) for request in requests]
-        return tokenize(self.tokenizer, pairs, context_length(self.model), _names(requests))
+        return tokenize(self.tokenizer, pairs, context_length(self.model), names_of(requests))
 
     def make_trunk_cache(self) -> TrunkCache | None:
         """A trunk cache for this editor's model and modules; None where nothing lies below them that could be kept."""
@@ -230,7 +222,7 @@ class Editor(ABC):
 
     def checkpoint(self) -> Checkpoint:
         """Weights and statistics as they are now, to go back to."""
-        self._attach_weights()
+        self.attach_weights()
         return Checkpoint(self.weights, self.statistics())
 
     def statistics(self) -> dict[str, LifelongNormalizer | PastKeys]:
@@ -245,7 +237,7 @@ class Editor(ABC):
         rounded), in the layout of the module; "normalizer/<group>" the running statistics and "past_keys/<module>" the
         past keys. They share memory with the editor: look, do not write.
         """
-        self._attach_weights()
+        self.attach_weights()
         statistics = {name: part.state_dict() for name, part in self.statistics().items()}
         return {"weights": {name: weight.master for name, weight in self.weights.items()}, **statistics}
 
@@ -280,7 +272,7 @@ class Editor(ABC):
 
         The result is the same, bit for bit, on the same machine with the same number of threads.
         """
-        self._attach_weights()
+        self.attach_weights()
         for number, applied in enumerate(turn.passes):
             self.compute_updates(turn.kind, number, applied.captured, TurnReport())
             for name, update in applied.updates.items():
@@ -293,7 +285,7 @@ class Editor(ABC):
         Raises:
             ValueError, LinAlgError: for an update that does not fit or is not finite; nothing is added then.
         """
-        self._attach_weights()
+        self.attach_weights()
         for name, update in updates.items():
             self.weights[name].check(update)
         for name, update in updates.items():
@@ -304,48 +296,9 @@ class Editor(ABC):
         if trunk is not None:
             self.trunk, self.trunk_is_lent = trunk, True
         try:
-            return self._run_turns(as_requests(requests), kind, progress)
+            return run_stream(self, as_requests(requests), kind, progress)
         finally:
             self.trunk, self.trunk_is_lent = own, False
-
-    def _run_turns(self, requests: Sequence[EditRequest], kind: str, progress: bool | None) -> EditReport:
-        names, sequences = _names(requests), self.tokenize(requests)
-        self._attach_weights()
-
-        report = EditReport(self.config.editor)
-        start = time.perf_counter()
-        size = self.config.turn_size
-        bar = tqdm(
-            total=len(sequences),
-            desc=_TITLES[kind],
-            unit="edit",
-            disable=None if progress is None else not progress,
-            leave=True,
-        )
-        with bar, InterruptGuard() as guard:
-            for begin in range(0, len(sequences), size):
-                end = min(begin + size, len(sequences))
-                whole = slice(begin, end)
-                try:
-                    turn = Turn(self, kind, requests[whole], sequences[whole], names[whole]).run(guard, bar)
-                except DriftLimitReached as stop:
-                    stop.report = report
-                    raise
-                report.turns.append(turn)
-                report.seconds = time.perf_counter() - start
-                if not bar.disable:
-                    probe = self.accuracy(sequences[begin:end][:_PROBE])
-                    turn.efficacy_after = float(probe.mean())
-                    bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
-                bar.update(end - begin)
-                if guard.requested:
-                    raise EditInterrupted(
-                        f"stopped after turn {len(report.turns)} of {-(-len(sequences) // size)}, which was finished "
-                        f"and applied: {end} of {len(sequences)} requests are edited",
-                        report,
-                    )
-        report.seconds = time.perf_counter() - start
-        return report
 
     def compute_updates(
         self, kind: str, number: int, captured: CapturedTurn, report: TurnReport, back_offs: int = 0
@@ -423,7 +376,7 @@ class Editor(ABC):
         key_dim, value_dim = module.shape
         return f"{key_dim} -> {value_dim}"
 
-    def _attach_weights(self) -> None:
+    def attach_weights(self) -> None:
         """Take hold of the weights; again where the caller has moved or changed them since the last call."""
         self._originals.refuse_if_shown("edit or export it")
         if not self._originals:
@@ -433,8 +386,3 @@ class Editor(ABC):
             same = held is not None and held.live.data_ptr() == live.data_ptr() and held.live.dtype == live.dtype
             if not (same and torch.equal(held.master.to(live.dtype), live)):
                 self.weights[module.name] = MasterWeight(live, module.layout, exact_revert=False)
-
-
-def _names(requests: Sequence[EditRequest]) -> list[str]:
-    """What to call each request in a message."""
-    return [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]

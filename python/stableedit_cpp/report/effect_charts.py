@@ -51,12 +51,12 @@ def perplexity_curves(group: Group) -> list[Picture]:
     texts = {text: None for run in group.runs for _, found in run.side_effects("perplexity") for text in found}
     pictures = []
     for text in texts:
-        lines = []
-        for index, run in enumerate(group.runs):
+
+        def points_of(run: Run, text=text) -> list[tuple]:
             points = [(edits, found.get(text)) for edits, found in run.side_effects("perplexity")]
-            points = [(edits, f["perplexity"]) for edits, f in points if f and f["perplexity"] is not None]
-            if points:
-                lines.append((index, run, points))
+            return [(edits, f["perplexity"]) for edits, f in points if f and f["perplexity"] is not None]
+
+        lines = group.lines(points_of)
         if not lines:
             continue
         said = ", ".join(f"{run.label} {points[0][1]:.3g} to {points[-1][1]:.3g}" for _, run, points in lines)

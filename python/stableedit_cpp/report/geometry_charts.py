@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from stableedit_cpp.report.pictures import GREY, Picture, draw, edits_axis, logarithmic, style
-from stableedit_cpp.report.results import Group, thinned
+from stableedit_cpp.report.results import Group, Run, thinned
 
 __all__ = ["theory_charts", "update_geometry"]
 
@@ -38,12 +38,12 @@ def update_geometry(group: Group) -> list[Picture]:
     ]
     pictures = []
     for name, title, value, steep in panels:
-        lines = []
-        for index, run in enumerate(group.runs):
+
+        def points_of(run: Run, value=value) -> list[tuple]:
             points = [(turn["position"], value(turn)) for turn in run.geometry]
-            points = thinned([(place, y) for place, y in points if y is not None and math.isfinite(y)])
-            if points:
-                lines.append((index, run, points))
+            return thinned([(place, y) for place, y in points if y is not None and math.isfinite(y)])
+
+        lines = group.lines(points_of)
         if not lines:
             continue
         said = ", ".join(f"{run.label} {fmean(y for _, y in points):.3g}" for _, run, points in lines)

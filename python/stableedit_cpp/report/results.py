@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,11 @@ class Group:
     @property
     def title(self) -> str:
         return f"{self.dataset}, {self.model}"
+
+    def lines(self, points_of: Callable[[Run], list[tuple]]) -> list[tuple[int, Run, list[tuple]]]:
+        """(place, run, points) of the runs that have points; the place among all runs decides how its line looks."""
+        found = ((index, run, points_of(run)) for index, run in enumerate(self.runs))
+        return [line for line in found if line[2]]
 
 
 @dataclass

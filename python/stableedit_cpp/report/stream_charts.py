@@ -35,12 +35,12 @@ def along_the_stream(group: Group) -> list[Picture]:
     """One panel a metric, one line a run, with a band of one standard error."""
     pictures = []
     for metric in metrics_of(group.runs):
-        lines = []
-        for index, run in enumerate(group.runs):
+
+        def points_of(run: Run, metric=metric) -> list[tuple]:
             points = [(c["edits"], c["scores"].get(metric)) for c in run.checkpoints]
-            points = [(edits, score) for edits, score in points if score and score["mean"] is not None]
-            if points:
-                lines.append((index, run, points))
+            return [(edits, score) for edits, score in points if score and score["mean"] is not None]
+
+        lines = group.lines(points_of)
         ends = ", ".join(f"{run.label} {points[-1][1]['mean']:.3f}" for _, run, points in lines)
         alt = f"Line chart, {group.title}: {metric_title(metric)} against the number of edits. At the end: {ends}."
 

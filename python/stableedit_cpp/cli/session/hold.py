@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.options import positive
+from stableedit_cpp.cli.options import add_metrics_option, positive
 from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
-from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.output import write_json
 
 _AUDIT = "  stableedit session audit edits/ --sample 500"
@@ -23,14 +22,7 @@ def add_parsers(actions) -> None:
 
     summary = "score the current edits: efficacy, generalization, specificity"
     parser = new_action(actions, "evaluate", summary, _EVALUATE, evaluate)
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=[metric.replace("_", "-") for metric in METRICS],
-        default=["accuracy"],
-        metavar="NAME",
-        help="beside token accuracy: exact-match, generation, locality (against the session's unedited model)",
-    )
+    add_metrics_option(parser, "against the session's unedited model")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_opening_options(parser)
 
