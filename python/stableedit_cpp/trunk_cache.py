@@ -18,9 +18,9 @@ from torch import nn
 
 from stableedit_cpp.linears import replaced_forward
 from stableedit_cpp.modules import EditModule
-from stableedit_cpp.prompts import Batch, TokenSequence
+from stableedit_cpp.prompts import Batch, TokenSequence, pack
 
-__all__ = ["TrunkCache"]
+__all__ = ["TrunkCache", "pack_apart"]
 
 
 class TrunkCache:
@@ -176,6 +176,21 @@ class TrunkCache:
                 bits = parameter.detach().contiguous().view(torch.uint8).view(-1)
                 digest.update(_sums(bits).cpu().numpy().tobytes())
         return digest.digest()
+
+
+def pack_apart(sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None) -> list[list[int]]:
+    """Batches of indices as ``pack`` makes them; what the trunk cache holds and what it does not are not mixed.
+
+    Raises:
+        ValueError: if the trunk's weights have changed.
+    """
+    if trunk is None:
+        return pack(sequences, max_tokens)
+    trunk.check()
+    batches = []
+    for group in trunk.split(sequences):
+        batches += [[group[i] for i in batch] for batch in pack([sequences[i] for i in group], max_tokens)]
+    return batches
 
 
 def _sums(bits: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from stableedit_cpp.experiments import Matrix, StreamRun, find_source, read_run,
 from stableedit_cpp.experiments.sampling import age_bins, sample_positions
 from tiny import tiny_model, tiny_tokenizer
 
-TIMES = ("seconds", "resident_bytes")
+TIMES = ("from_run", "seconds", "resident_bytes")
 
 
 def figures(document: dict) -> list[dict]:
@@ -114,6 +114,28 @@ def test_several_runs_share_a_model_and_leave_it_as_it_was(data, tmp_path):
     assert figures(alone) == figures(together[1])
     assert figures(together[0]) != figures(together[1])
     assert [document["settings"]["warm_up"]["size"] for document in together] == [20, 20, 0]
+
+
+def test_the_unedited_model_is_measured_once_for_all_editors_of_a_stream(data, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("ab\nba\ncd\ndc\n")
+    texts = {"side_effects": {"perplexity": {"own": str(prompts)}, "prompts": str(prompts), "maps": ["pca"]}}
+    editors = ["stableedit", "diagonal", "no-ln"]
+    together = bench(data, tmp_path / "together", editors=editors, **texts)
+    assert [document["checkpoints"][0].get("from_run") for document in together] == [None, *[together[0]["name"]] * 2]
+    for document in together[1:]:
+        assert document["checkpoints"][-1]["side_effects"]["hidden_states"]["layers"]
+        records = [
+            lines(tmp_path / "together" / d["name"] / "requests" / "00000000.jsonl") for d in (document, together[0])
+        ]
+        assert records[0] == records[1]
+    alone = bench(data, tmp_path / "alone", editors=["no-ln"], how={"trunk_bytes": 0}, **texts)[0]
+    for document in (alone, together[2]):
+        for entry in document["checkpoints"]:
+            del entry["side_effects"]["seconds"]
+    assert figures(alone) == figures(together[2])
+    other = bench(data, tmp_path / "together", editors=["per-module"], sample=7, **texts)[0]
+    assert "from_run" not in other["checkpoints"][0]
 
 
 class Killed(BaseException):

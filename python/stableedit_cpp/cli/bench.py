@@ -93,7 +93,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     measured.add_argument("--side-effects", metavar="FILE", help="YAML or JSON with options of their measurement")
     parser.add_argument(
-        "--trunk-cache", type=float, default=4.0, metavar="GIB", help="of memory, for scoring (default 4)"
+        "--trunk-cache",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="of memory, for scoring, and as much for editing where several editors have one stream (default 4)",
     )
     parser.add_argument(
         "--snapshot-every", type=float, default=60.0, metavar="SECONDS", help="a kill costs at most that"

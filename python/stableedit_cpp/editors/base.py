@@ -116,14 +116,18 @@ class Editor(ABC):
         return self._run(requests, "edit", progress, trunk)
 
     def warm_up(
-        self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
+        self,
+        requests: Iterable[EditRequest | Mapping[str, object]],
+        *,
+        trunk: TrunkCache | None = None,
+        progress: bool | None = None,
     ) -> EditReport:
         """Edit a training stream first, so that the statistics are settled when the real stream begins.
 
         The warm-up edits stay in the model; each turn is solved once, whatever ``max_passes`` says. Arguments, result
         and errors as ``edit``.
         """
-        return self._run(requests, "warm_up", progress)
+        return self._run(requests, "warm_up", progress, trunk)
 
     def repair(
         self,

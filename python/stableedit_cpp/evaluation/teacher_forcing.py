@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, pack
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.prompts import TokenSequence, collate
+from stableedit_cpp.trunk_cache import TrunkCache, pack_apart
 
 __all__ = ["AnswerScores", "answer_scores", "token_accuracy"]
 
@@ -85,7 +85,7 @@ def _for_answers(
     ``[n]``."""
     device = input_device(model)
     with untouched(model), torch.inference_mode():
-        for indices in _batches(sequences, max_tokens, trunk):
+        for indices in pack_apart(sequences, max_tokens, trunk):
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device)
             logits = answer_logits(model, batch, trunk, chosen)
@@ -97,14 +97,3 @@ def _for_answers(
 def _hits(logits: torch.Tensor, labels: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     hits = (logits.argmax(-1) == labels).double().cpu()
     return torch.stack([part.mean() for part in hits.split(sizes)])
-
-
-def _batches(sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None) -> list[list[int]]:
-    """Batches of indices; what the trunk cache holds and what it does not are not mixed."""
-    if trunk is None:
-        return pack(sequences, max_tokens)
-    trunk.check()
-    batches = []
-    for group in trunk.split(sequences):
-        batches += [[group[i] for i in batch] for batch in pack([sequences[i] for i in group], max_tokens)]
-    return batches

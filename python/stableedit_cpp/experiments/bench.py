@@ -13,7 +13,7 @@ from stableedit_cpp.experiments.runner import StreamRun
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.experiments.tables import comparison_table, run_table
 from stableedit_cpp.lifelong.lock import SessionLocked, WriterLock, writer
-from stableedit_cpp.modules import default_edit_modules, find_modules
+from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.output import write_text
 from stableedit_cpp.trunk_cache import TrunkCache
 
@@ -34,7 +34,8 @@ def run_matrix(
 
     Args:
         load: (model, tokenizer) by name.
-        trunk_bytes: limit of the trunk cache, which runs on one model share; 0 keeps none.
+        trunk_bytes: limit of the trunk cache for scoring, which runs on one model share, and of another for editing
+            where several runs have the same stream; 0 keeps none.
         how: ``snapshot_seconds``, ``keep_state`` and ``progress``, as for ``StreamRun``.
 
     Returns:
@@ -51,15 +52,22 @@ def run_matrix(
         if not todo:
             continue
         model, tokenizer = load(model_name)
-        trunks: dict[tuple[str, ...], TrunkCache | None] = {}
+        trunks = _Trunks(model, trunk_bytes)
         for run, directory in todo:
+            others = [(r, d) for r, d in zip(runs, directories, strict=True) if r is not run and r.source == run.source]
             modules = find_modules(model, run.editor.config.edit_modules or default_edit_modules(model))
-            key = tuple(module.name for module in modules)
-            if key not in trunks:
-                trunks[key] = TrunkCache.where_possible(model, modules, max_bytes=trunk_bytes) if trunk_bytes else None
             with _locked(directory.path):
                 current = RunDirectory(directory.path, run.name, directory.settings, command_line())
-                stream = StreamRun(run, current, model, tokenizer, trunk=trunks[key], **how)
+                stream = StreamRun(
+                    run,
+                    current,
+                    model,
+                    tokenizer,
+                    trunk=trunks.of(modules, "scoring"),
+                    editing_trunk=trunks.of(modules, "editing", run.turns) if others else None,
+                    siblings=[other.path for _, other in others],
+                    **how,
+                )
                 try:
                     stream.run()
                 finally:
@@ -69,6 +77,23 @@ def run_matrix(
     documents = [read_run(directory.path) for directory in directories]
     write_text(output / "table.md", comparison_table(documents))
     return documents
+
+
+class _Trunks:
+    """The trunk caches that runs on one model share, the latest for each purpose."""
+
+    def __init__(self, model: torch.nn.Module, max_bytes: int) -> None:
+        self._model, self._max_bytes = model, max_bytes
+        self._latest: dict[str, tuple[object, TrunkCache | None]] = {}
+
+    def of(self, modules: Sequence[EditModule], purpose: str, of_what: object = None) -> TrunkCache | None:
+        """The one for these modules and ``of_what``; None where nothing can be kept."""
+        key = ([module.name for module in modules], of_what)
+        if self._max_bytes and self._latest.get(purpose, (None,))[0] != key:
+            self._latest.pop(purpose, None)  # free it before the next one fills
+            trunk = TrunkCache.where_possible(self._model, modules, max_bytes=self._max_bytes)
+            self._latest[purpose] = (key, trunk)
+        return self._latest.get(purpose, (None, None))[1]
 
 
 @contextmanager

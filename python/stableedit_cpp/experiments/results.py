@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from stableedit_cpp.environment import environment
-from stableedit_cpp.experiments.settings import differences
+from stableedit_cpp.experiments.settings import baseline, differences
 from stableedit_cpp.output import write_json, write_text
+from stableedit_cpp.sideeffects.measurement import HIDDEN_STATES
 
 __all__ = ["FORMAT", "RunDirectory", "command_line", "now", "read_run"]
 
+_RECORDS = "requests/{:08d}.jsonl"
 FORMAT = {"format": "stableedit-bench-run", "version": 1}
 
 
@@ -107,9 +109,28 @@ class RunDirectory:
         self.document["cost"] = dict(cost)
         self.save()
 
+    def adopt_baseline(self, other: Path, cost: Mapping[str, object]) -> bool:
+        """Take over what another run has measured of the unedited model, if it would be the same here.
+
+        Its seconds are left out: this run does not spend them.
+        """
+        document = read_run(other) if (other / "run.json").exists() else {"checkpoints": []}
+        entry = next((entry for entry in document["checkpoints"] if entry["edits"] == 0), None)
+        own = baseline(self.document["settings"])
+        if entry is None or own is None or baseline(document["settings"]) != own:
+            return False
+        for name in (_RECORDS.format(0), f"side_effects/{HIDDEN_STATES.format(0)}"):
+            if (other / name).exists():
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(other / name, self.path / name)
+        self.document["checkpoints"] = [{**entry, "seconds": {}, "from_run": document["name"]}]
+        self.document["cost"] = dict(cost)
+        self.save()
+        return True
+
     def write_records(self, edits: int, records: Iterable[Mapping]) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_text(self.path / "requests" / f"{edits:08d}.jsonl", lines)
+        write_text(self.path / _RECORDS.format(edits), lines)
 
     def add_turn(self, line: Mapping[str, object]) -> None:
         with (self.path / "turns.jsonl").open("a", encoding="utf-8") as file:

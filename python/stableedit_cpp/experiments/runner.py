@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -37,7 +38,11 @@ class StreamRun:
 
     Args:
         model: unedited; it is unedited again after ``run``, also after an error.
-        trunk: of the model and the editor's modules; speeds up scoring.
+        trunk: of the model and the editor's modules; speeds up scoring and side effects.
+        editing_trunk: another one, for editors that edit the same turns one after the other. One of its own: what it
+            keeps was computed in the batches of these turns, so a run gives the bits that it gives alone.
+        siblings: directories of other runs of the same stream; what one of them has measured of the unedited model is
+            taken over.
         snapshot_seconds: a kill costs at most so much work, and one turn.
         keep_state: leave the state file in a directory that is done.
         progress: show bars; None shows them on a terminal.
@@ -51,13 +56,15 @@ class StreamRun:
         tokenizer,
         *,
         trunk: TrunkCache | None = None,
+        editing_trunk: TrunkCache | None = None,
+        siblings: Sequence[Path] = (),
         snapshot_seconds: float = 60.0,
         keep_state: bool = False,
         progress: bool | None = None,
     ) -> None:
         self.settings, self.directory = settings, directory
         self.editor = make_editor(model, tokenizer, settings.editor.config)
-        self.trunk = trunk
+        self.trunk, self._editing_trunk, self._siblings = trunk, editing_trunk, siblings
         self._model, self._tokenizer = model, tokenizer
         self._snapshot_seconds, self._keep_state, self._progress = snapshot_seconds, keep_state, progress
         self._turn_size = settings.editor.config.turn_size
@@ -105,7 +112,7 @@ class StreamRun:
 
     def _stream(self) -> None:
         settings, cost = self.settings, self._cost
-        if self.directory.checkpoint(0) is None:
+        if self.directory.checkpoint(0) is None and not self._adopt_baseline():
             self._checkpoint()
         total = settings.edits + settings.warm_up.size * bool(settings.warm_up)
         bar = tqdm(
@@ -166,7 +173,7 @@ class StreamRun:
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
         interrupted, cost = False, self._cost
         try:
-            report = call(requests, progress=False)
+            report = call(requests, trunk=self._editing_trunk, progress=False)
         except EditInterrupted as interrupt:
             report, interrupted = interrupt.report, True
         turn = asdict(report.turns[0])
@@ -230,6 +237,11 @@ class StreamRun:
         cost.add_checkpoint(entry)
         self.directory.add_checkpoint(entry, records, cost.to_dict())
 
+    def _adopt_baseline(self) -> bool:
+        """Take over the checkpoint before the first edit, which is the same for all editors of a stream."""
+        cost = self._cost.to_dict()
+        return any(self.directory.adopt_baseline(sibling, cost) for sibling in self._siblings)
+
     def _wants_side_effects(self) -> bool:
         options = self.settings.side_effects
         at_end = self._cost.edits in (0, self.settings.edits) or "collapsed" in self.directory.document
@@ -238,7 +250,7 @@ class StreamRun:
     def _measure_side_effects(self) -> dict:
         place = self.directory.path / "side_effects"
         place.mkdir(parents=True, exist_ok=True)
-        how = {"directory": place, "edits": self._cost.edits, "progress": self._progress}
+        how = {"directory": place, "edits": self._cost.edits, "trunk": self.trunk, "progress": self._progress}
         return sideeffects.measure(self._model, self._tokenizer, self.settings.side_effects, **how)
 
     def _cumulative_probe(self) -> CumulativeProbe | None:

@@ -14,7 +14,7 @@ from stableedit_cpp.experiments.editors import NamedEditor
 from stableedit_cpp.experiments.sources import Source
 from stableedit_cpp.nearest import with_nearest
 
-__all__ = ["RunSettings", "WarmUp", "differences"]
+__all__ = ["RunSettings", "WarmUp", "baseline", "differences"]
 
 Position = Literal["start", "q1", "middle", "q3", "end", "none"]
 _QUARTERS = {"start": 0, "q1": 1, "middle": 2, "q3": 3, "end": 4}
@@ -94,6 +94,12 @@ class RunSettings:
     def warm_up_place(self) -> int:
         return self.warm_up.place(self.edits, self.editor.config.turn_size)
 
+    @property
+    def turns(self) -> tuple[object, ...]:
+        """What the batches of the turns depend on, whatever the editor makes of them."""
+        config = self.editor.config
+        return self.source, config.turn_size, config.max_tokens_per_forward
+
     def to_dict(self, model_digest: str | None = None, edit_modules: list[str] | None = None) -> dict[str, object]:
         """Ready for JSON; what is known only once the model is loaded is None until it is given."""
         source, warm = self.source, self.warm_up
@@ -134,6 +140,19 @@ class RunSettings:
 _PLACES = ("data.source", "warm_up.source")
 # Not known before the model is loaded.
 _LATE = ("model_digest", "config.edit_modules")
+
+
+# What the figures of the unedited model depend on.
+_BASELINE = ("model_digest", "dtype", "data.digest", "data.source", "data.format", "data.edits", "seed", "shuffle")
+_BASELINE += ("sample", "metrics", "side_effects", "cumulative")
+
+
+def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:
+    """What of a ``to_dict`` the figures of the unedited model depend on; None where they are of this run only: the
+    cumulative effect is one of the editor."""
+    if settings["model_digest"] is None or settings["cumulative"]:
+        return None
+    return {key: settings[key] if key in settings else settings["data"][key.removeprefix("data.")] for key in _BASELINE}
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from stableedit_cpp.datasets.files import read_records
 from stableedit_cpp.prompts import TokenSequence, context_length, prompt_ids
 from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["RESERVED", "TASKS", "Task", "choose", "downstream_scores", "read_task"]
 
@@ -109,6 +110,7 @@ def choose(
     choices: Sequence[str],
     *,
     max_tokens: int,
+    trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[int]:
     """Index of the choice whose tokens are likeliest on (geometric) average, for each question.
@@ -117,6 +119,7 @@ def choose(
 
     Args:
         max_tokens: tokens, padding included, in one forward pass.
+        trunk: keeps and reuses the output of the layers that no edit changes.
         on_done: called with the number of choices that were scored, after each forward pass.
     """
     limit = context_length(model)
@@ -127,7 +130,7 @@ def choose(
         for answer in answers:
             ids = (prompt + answer[:-1])[-limit:] if limit else prompt + answer[:-1]
             sequences.append(TokenSequence(tuple(ids), tuple(answer)))
-    found = answer_log_probabilities(model, sequences, max_tokens=max_tokens, on_done=on_done)
+    found = answer_log_probabilities(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
     means = torch.stack([values.mean() for values in found]).reshape(len(questions), len(choices))
     return means.argmax(-1).tolist()
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, pack
+from stableedit_cpp.prompts import TokenSequence, collate
+from stableedit_cpp.trunk_cache import TrunkCache, pack_apart
 
 __all__ = ["answer_log_probabilities"]
 
@@ -17,6 +18,7 @@ def answer_log_probabilities(
     sequences: Sequence[TokenSequence],
     *,
     max_tokens: int,
+    trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[torch.Tensor]:
     """Natural logarithm of the probability of each answer token, given what comes before it.
@@ -25,6 +27,7 @@ def answer_log_probabilities(
 
     Args:
         max_tokens: tokens, padding included, in one forward pass.
+        trunk: keeps and reuses the output of the layers that no edit changes.
         on_done: called with the number of sequences after each forward pass.
 
     Returns:
@@ -38,9 +41,9 @@ def answer_log_probabilities(
     found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
     device = input_device(model)
     with untouched(model), torch.inference_mode():
-        for indices in pack(different, max_tokens):
+        for indices in pack_apart(different, max_tokens, trunk):
             chosen = [different[index] for index in indices]
-            logits = answer_logits(model, collate(chosen, device))
+            logits = answer_logits(model, collate(chosen, device), trunk, chosen)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             sizes = [len(sequence.answer) for sequence in chosen]
             parts = zip(indices, logits.split(sizes), logits.logsumexp(-1).split(sizes), strict=True)

@@ -21,10 +21,11 @@ from stableedit_cpp.sideeffects.maps import embed
 from stableedit_cpp.sideeffects.options import LM_EVAL, SideEffectOptions
 from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
 from stableedit_cpp.sideeffects.similarity import linear_cka, mmd, relative_shift
+from stableedit_cpp.trunk_cache import TrunkCache
 
-__all__ = ["check", "measure"]
+__all__ = ["HIDDEN_STATES", "check", "measure"]
 
-_STATES = "hidden-{:08d}.npz"
+HIDDEN_STATES = "hidden-{:08d}.npz"
 
 
 def check(options: Mapping[str, object]) -> None:
@@ -43,6 +44,7 @@ def measure(
     *,
     directory: str | Path | None = None,
     edits: int = 0,
+    trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> dict[str, object]:
     """Perplexity, downstream tasks and hidden states, as far as the options ask for them.
@@ -51,6 +53,7 @@ def measure(
         directory: where the hidden states of the unedited model are kept (``hidden-00000000.npz``): written when
             ``edits`` is 0, compared with later.
         edits: how many edits the model has; 0 for the unedited one.
+        trunk: of the model; texts and tasks that were measured before run only the layers that edits can change.
         progress: show a bar; None shows it on a terminal.
 
     Returns:
@@ -78,28 +81,28 @@ def measure(
         for name, (part, wanted) in parts.items():
             if wanted:
                 start = time.perf_counter()
-                found[name] = part(model, tokenizer, options, directory, edits, bar.update)
+                found[name] = part(model, tokenizer, options, directory, edits, trunk, bar.update)
                 seconds[name] = time.perf_counter() - start
     return _finite({**found, "seconds": seconds})
 
 
-def _perplexity(model, tokenizer, options: SideEffectOptions, directory, edits, on_done: Callable) -> dict:
+def _perplexity(model, tokenizer, options: SideEffectOptions, directory, edits, trunk, on_done: Callable) -> dict:
     window = min(options.window, context_length(model) or options.window)
     amount = {"window": window, "tokens": options.perplexity_tokens}
-    passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
+    passes = {"max_tokens": options.max_tokens_per_forward, "trunk": trunk, "on_done": on_done}
     return {
         name: perplexity(model, tokenizer, read_texts(path), **amount, **passes)
         for name, path in options.perplexity.items()
     }
 
 
-def _downstream(model, tokenizer, options: SideEffectOptions, directory, edits, on_done: Callable) -> dict:
+def _downstream(model, tokenizer, options: SideEffectOptions, directory, edits, trunk, on_done: Callable) -> dict:
     if options.downstream == LM_EVAL:
         names = {task: options.harness_tasks.get(task, HARNESS_TASKS[task]) for task in options.tasks}
         amount = {"few_shots": options.few_shots, "limit": options.limit}
         return harness_scores(model, tokenizer, names, **amount, include_path=options.harness_path)
     found = {}
-    passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
+    passes = {"max_tokens": options.max_tokens_per_forward, "trunk": trunk, "on_done": on_done}
     for name in options.tasks:
         examples, questions, answers = read_task(options.downstream, name, options.few_shots, options.limit)
         prompts = [examples + question for question in questions]
@@ -108,7 +111,7 @@ def _downstream(model, tokenizer, options: SideEffectOptions, directory, edits, 
 
 
 def _hidden_states(
-    model, tokenizer, options: SideEffectOptions, directory: Path | None, edits: int, on_done: Callable
+    model, tokenizer, options: SideEffectOptions, directory: Path | None, edits: int, trunk, on_done: Callable
 ) -> dict:
     prompts = read_prompts(options.prompts, options.prompt_count)
     passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
@@ -118,7 +121,7 @@ def _hidden_states(
         if edits:
             raise ValueError("hidden states are compared with those of the unedited model; give their directory")
         return result
-    path = directory / _STATES.format(0)
+    path = directory / HIDDEN_STATES.format(0)
     if edits == 0:
         states = {f"layer_{layer}": values for layer, values in after.items()}
         scratch = path.with_name(f".{path.name}")

@@ -11,6 +11,7 @@ import torch
 from stableedit_cpp.datasets.files import read_records
 from stableedit_cpp.prompts import TokenSequence, prompt_ids
 from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
+from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["perplexity", "read_texts"]
 
@@ -50,6 +51,7 @@ def perplexity(
     window: int,
     tokens: int | None = None,
     max_tokens: int,
+    trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> dict[str, float | int]:
     """exp of the mean negative log-likelihood of tokens, each given what comes before it in its window.
@@ -59,6 +61,7 @@ def perplexity(
         window: tokens of a window, at most the context of the model.
         tokens: stop after so many scored tokens; None scores all.
         max_tokens: tokens, padding included, in one forward pass.
+        trunk: keeps and reuses the output of the layers that no edit changes.
         on_done: called with the number of windows after each forward pass.
 
     Returns:
@@ -72,7 +75,7 @@ def perplexity(
     windows = _windows(tokenizer, texts, window, tokens)
     if not windows:
         raise ValueError("no text has two tokens, so none has a perplexity")
-    found = answer_log_probabilities(model, windows, max_tokens=max_tokens, on_done=on_done)
+    found = answer_log_probabilities(model, windows, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
     losses = torch.stack([-values.sum() for values in found])
     sizes = torch.tensor([len(values) for values in found], dtype=torch.float64)
     mean = losses.sum() / sizes.sum()
