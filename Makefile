@@ -25,7 +25,7 @@ CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/
 LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-cpp test-python lint format sanitize fuzz bench-cpp docs clean
+.PHONY: help build demo test test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp docs clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
@@ -33,6 +33,8 @@ help:
 	@echo "make build     install the package into $(VENV), editable"
 	@echo "make lint      clang-format and ruff, checking only; 'make format' applies them"
 	@echo "make sanitize  C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make tidy      clang-tidy on the C++"
+	@echo "make valgrind  C++ tests under valgrind (VALGRIND_TESTS=..., a GoogleTest filter)"
 	@echo "make fuzz      libFuzzer on the readers of files, for FUZZ_SECONDS=600"
 	@echo "make bench-cpp google-benchmark on the C++ core, one operation at a time (BENCH_ARGS='--benchmark_filter=Ridge')"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
@@ -78,6 +80,20 @@ sanitize-%: $(STAMPS)/tools $(STAMPS)/system
 	$(CMAKE_CHECKS) -B build/$* -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_SANITIZE=$*
 	cmake --build build/$*
 	STABLEEDIT_MUTATIONS=$(MUTATIONS) ctest --test-dir build/$* --output-on-failure
+
+# clang-tidy with .clang-tidy on the library, its bindings, tests and examples.
+tidy: $(STAMPS)/tools $(STAMPS)/system $(STAMPS)/lint
+	$(CMAKE_CHECKS) -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_EXAMPLES=ON -DSTABLEEDIT_PYTHON=ON
+	python -c 'import json; print(*sorted({e["file"] for e in json.load(open("build/tidy/compile_commands.json"))}), sep="\0", end="\0")' \
+	  | xargs -0 -n 1 -P $(JOBS) clang-tidy -p build/tidy --quiet --extra-arg=-Wno-unknown-warning-option
+
+# Memory errors in the readers and statistics, without the threads' and the numerics' tests, which would take hours there.
+valgrind: $(STAMPS)/tools $(STAMPS)/system
+	@.ci/system-packages valgrind
+	cmake -S . -B build/cmake -G Ninja -DSTABLEEDIT_TESTS=ON --log-level=WARNING
+	cmake --build build/cmake --target stableedit_tests
+	OMP_NUM_THREADS=1 STABLEEDIT_MUTATIONS=20 valgrind --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+	  --suppressions=cpp/tests/valgrind.supp build/cmake/cpp/tests/stableedit_tests --gtest_filter='$(VALGRIND_TESTS)'
 
 # What it finds is kept in build/fuzz/found, so the next run goes on from there; an input that breaks a reader is build/fuzz/crash-*.
 FUZZ_SECONDS ?= 600
@@ -142,6 +158,6 @@ $(STAMPS)/model: | $(STAMPS)/torch
 	@touch $@
 
 $(STAMPS)/lint: constraints.txt | $(STAMPS)/venv
-	@echo "==> ruff, clang-format"
-	@$(PIP) install -c constraints.txt ruff clang-format
+	@echo "==> ruff, clang-format, clang-tidy"
+	@$(PIP) install -c constraints.txt ruff clang-format clang-tidy
 	@touch $@

@@ -85,7 +85,7 @@ at::Tensor LifelongNormalizer::normalize_value_gradients(const at::Tensor& value
                                                          std::optional<WhiteningMode> mode) {
   check_rows(value_gradients, "value_gradients", value_dim());
   const at::ScalarType dtype = compute_dtype(value_gradients);
-  const at::Tensor rows = value_gradients.to(dtype);
+  at::Tensor rows = value_gradients.to(dtype);
   const WhiteningMode effective = effective_mode(mode);
   if (effective == WhiteningMode::kNone) return rows;
   if (effective == WhiteningMode::kDiagonal) {

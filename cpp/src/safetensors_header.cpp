@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <ranges>
 #include <set>
 #include <utility>
 
@@ -82,8 +83,7 @@ TensorEntry parse_entry(const std::string& name, const Json& value, const std::s
 
   TensorEntry entry{.name = name};
   const auto& dtype = value["dtype"].get_ref<const std::string&>();
-  const auto* known = std::find_if(std::begin(kDtypes), std::end(kDtypes),
-                                   [&](auto& d) { return d.second == dtype; });
+  const auto* known = std::ranges::find_if(kDtypes, [&](auto& d) { return d.second == dtype; });
   TORCH_CHECK_VALUE(known != std::end(kDtypes), where, " has dtype '", shown(dtype),
                     "', which is not supported");
   entry.dtype = known->first;
@@ -130,7 +130,7 @@ SafeTensorsHeader parse_header(std::string_view text, uint64_t data_size,
       header.metadata[key] = text_value.get<std::string>();
     }
   }
-  std::stable_sort(header.entries.begin(), header.entries.end(), [](auto& a, auto& b) {
+  std::ranges::stable_sort(header.entries, [](auto& a, auto& b) {
     return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
   });
   uint64_t end = 0;
@@ -146,11 +146,11 @@ SafeTensorsHeader parse_header(std::string_view text, uint64_t data_size,
 
 std::vector<TensorEntry> lay_out(const std::map<std::string, at::Tensor>& tensors) {
   std::vector<TensorEntry> entries;
-  for (auto dtype = std::rbegin(kDtypes); dtype != std::rend(kDtypes); ++dtype) {
+  for (const auto& [dtype, _] : std::views::reverse(kDtypes)) {
     for (const auto& [name, tensor] : tensors) {
-      if (tensor.scalar_type() != dtype->first) continue;
+      if (tensor.scalar_type() != dtype) continue;
       const uint64_t begin = entries.empty() ? 0 : entries.back().end;
-      entries.push_back({name, dtype->first, tensor.sizes().vec(), begin, begin + tensor.nbytes()});
+      entries.push_back({name, dtype, tensor.sizes().vec(), begin, begin + tensor.nbytes()});
     }
   }
   return entries;

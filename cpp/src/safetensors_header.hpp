@@ -30,7 +30,7 @@ constexpr uint64_t kMaxHeader = 100'000'000;  // bytes; the limit of the referen
 
 /// \param data_size how many bytes follow the header
 /// \throws ValueError that begins with `source`.
-SafeTensorsHeader parse_header(std::string_view json, uint64_t data_size,
+SafeTensorsHeader parse_header(std::string_view text, uint64_t data_size,
                                const std::string& source);
 
 /// Entries in the order in which the reference implementation lays them out, with their offsets.

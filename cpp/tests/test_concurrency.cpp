@@ -71,6 +71,7 @@ TEST(Concurrency, AnUpdateIsSharedByThreads) {
 
   together([&](unsigned) {
     for (unsigned round = 0; round < kRounds; ++round) {
+      // That copies are shared, too, is the point. NOLINTNEXTLINE(performance-unnecessary-copy*)
       const LowRankUpdate copy = update;
       at::Tensor mine = weight();
       copy.add_to(mine);

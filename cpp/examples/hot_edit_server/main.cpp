@@ -93,6 +93,7 @@ Options parse(int argc, char** argv) {
                           {}};
   Options options;
   opterr = 0;
+  // No other thread has begun. NOLINTBEGIN(concurrency-mt-unsafe)
   for (int index = 0, flag; (flag = getopt_long(argc, argv, "", known, &index)) != -1;) {
     const auto count = [&](size_t smallest, size_t largest) {
       return number(known[index].name, optarg, smallest, largest);
@@ -139,6 +140,7 @@ Options parse(int argc, char** argv) {
                                     " is unknown or lacks its value; see --help");
     }
   }
+  // NOLINTEND(concurrency-mt-unsafe)
   if (optind < argc)
     throw std::invalid_argument(std::string(argv[optind]) + " is unexpected; see --help");
   if (options.model.empty() || options.patches.empty() || options.state.empty())
@@ -200,7 +202,8 @@ void serve(Options options) {
     throw std::runtime_error("cannot listen on " + options.host + " port " +
                              std::to_string(options.port) + "; is it in use?");
   std::cout << model.name() << " on http://" << options.host << ":" << port << ", "
-            << weights.current()->patches.size() << " patches" << std::endl;
+            << weights.current()->patches.size() << " patches\n"
+            << std::flush;
 
   std::thread waiter([&server] {
     const sigset_t ends = ending_signals();
@@ -209,7 +212,9 @@ void serve(Options options) {
     server.stop();
   });
   server.listen_after_bind();  // requests that have begun are answered before it returns
-  pthread_kill(waiter.native_handle(), SIGTERM);  // where something else ended the listening
+  // Where something else ended the listening; the thread waits for the signal, which ends nothing.
+  // NOLINTNEXTLINE(bugprone-bad-signal-to-kill-thread)
+  pthread_kill(waiter.native_handle(), SIGTERM);
   waiter.join();
 }
 
@@ -229,6 +234,6 @@ int main(int argc, char** argv) {
   } catch (const std::exception& error) {
     reason = error.what();
   }
-  std::cerr << "hot_edit_server: error: " << reason << std::endl;
+  std::cerr << "hot_edit_server: error: " << reason << "\n";
   return 2;
 }

@@ -28,7 +28,7 @@ Histogram::Histogram(std::vector<double> bounds)
 
 void Histogram::observe(double seconds) {
   const std::lock_guard lock(mutex_);
-  ++counts_[std::lower_bound(bounds_.begin(), bounds_.end(), seconds) - bounds_.begin()];
+  ++counts_[std::ranges::lower_bound(bounds_, seconds) - bounds_.begin()];
   sum_ += seconds;
 }
 

@@ -76,7 +76,7 @@ Answer Model::generate(const std::vector<at::Tensor>& weights, std::vector<int64
   Answer answer;
   while (answer.tokens.size() < max_tokens && tokens.size() < max_length_) {
     const int64_t token = next_token(weights, tokens);
-    if (std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end()) {
+    if (std::ranges::find(stop_tokens_, token) != stop_tokens_.end()) {
       answer.stopped = true;
       break;
     }

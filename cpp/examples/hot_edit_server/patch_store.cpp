@@ -9,6 +9,7 @@
 #include <stableedit/serialization.hpp>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 namespace hot_edit {
 namespace fs = std::filesystem;
@@ -28,7 +29,7 @@ int64_t number_of(const std::string& name) {
 
 }  // namespace
 
-PatchStore::PatchStore(const fs::path& directory) : directory_(directory) {
+PatchStore::PatchStore(fs::path directory) : directory_(std::move(directory)) {
   fs::create_directories(directory_);
   descriptor_ = open(directory_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor_ < 0) fail("cannot open the state directory", directory_);
@@ -59,7 +60,7 @@ PatchStore::~PatchStore() { close(descriptor_); }
 std::vector<stableedit::Patch> PatchStore::load() const {
   std::vector<std::pair<int64_t, std::string>> order;
   for (const auto& [id, path] : files_) order.emplace_back(number_of(path.filename()), id);
-  std::sort(order.begin(), order.end());
+  std::ranges::sort(order);
   std::vector<stableedit::Patch> patches;
   for (const auto& [number, id] : order) {
     patches.push_back(stableedit::load_patch(files_.at(id)));

@@ -17,7 +17,7 @@ namespace hot_edit {
 class PatchStore {
  public:
   /// Makes the directory where there is none. \throws std::runtime_error if another server has it.
-  explicit PatchStore(const std::filesystem::path& directory);
+  explicit PatchStore(std::filesystem::path directory);
   ~PatchStore();
   PatchStore(const PatchStore&) = delete;
   PatchStore& operator=(const PatchStore&) = delete;

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stableedit/serialization.hpp>
 #include <string_view>
+#include <system_error>
 
 #include "refusal.hpp"
 
@@ -65,7 +66,7 @@ std::shared_ptr<stableedit::Patch> parse(const std::string& bytes, const std::st
     return patch;
   } catch (const c10::Error& error) {
     std::string sentence = error.msg();
-    std::replace(sentence.begin(), sentence.end(), '\0', ' ');
+    std::ranges::replace(sentence, '\0', ' ');
     throw Refusal(422, sentence);
   }
 }
@@ -86,7 +87,8 @@ Patches::Patches(LiveWeights& weights, const std::filesystem::path& allowed,
   }
   allowed_descriptor_ = open(allowed.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (allowed_descriptor_ < 0)
-    throw std::runtime_error("--patches " + allowed.string() + ": " + std::strerror(errno));
+    throw std::runtime_error("--patches " + allowed.string() + ": " +
+                             std::generic_category().message(errno));
 }
 
 Patches::~Patches() { close(allowed_descriptor_); }
@@ -140,7 +142,7 @@ std::string Patches::read_allowed(const std::string& file) const {
     if (errno == ENOENT) throw Refusal(404, "the directory for patches has no file " + file);
     if (errno == ELOOP)
       throw Refusal(403, file + " is a symbolic link; copy the file itself there");
-    throw Refusal(403, file + " cannot be opened: " + std::strerror(errno));
+    throw Refusal(403, file + " cannot be opened: " + std::generic_category().message(errno));
   }
   struct stat status{};
   if (fstat(opened, &status) != 0 || !S_ISREG(status.st_mode))

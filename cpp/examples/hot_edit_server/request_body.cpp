@@ -23,7 +23,7 @@ RequestBody::RequestBody(const std::string& text, std::initializer_list<const ch
     throw Refusal(400, std::string("the body must be a JSON object with ") + known +
                            ", but it is " + json_.type_name());
   for (const auto& [name, value] : json_.items()) {
-    if (std::none_of(members.begin(), members.end(), [&](const char* m) { return name == m; }))
+    if (std::ranges::none_of(members, [&](const char* m) { return name == m; }))
       throw Refusal(400, "the body has a member " +
                              nlohmann::json(name.substr(0, 40))
                                  .dump(-1, ' ', true, nlohmann::json::error_handler_t::replace) +

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -163,8 +164,8 @@ void Tokenizer::read_added_tokens(const Json& tokens) {
     bytes_[id] = token.at("special") ? "" : content;
     if (!content.empty()) added_.emplace_back(content, id);
   }
-  std::stable_sort(added_.begin(), added_.end(),
-                   [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
+  std::ranges::stable_sort(
+      added_, [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
 }
 
 void Tokenizer::read_pre_tokenizer(const Json& step) {
@@ -196,7 +197,7 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text) const {
   std::vector<int64_t> ids = opening_;
   size_t begin = 0;  // of the text that is not encoded yet
   for (size_t at = 0; at < text.size(); ++at) {
-    const auto token = std::find_if(added_.begin(), added_.end(), [&](const auto& candidate) {
+    const auto token = std::ranges::find_if(added_, [&](const auto& candidate) {
       return text.substr(at).starts_with(candidate.first);
     });
     if (token == added_.end()) continue;
@@ -238,13 +239,12 @@ void Tokenizer::encode_word(std::string_view word, std::vector<int64_t>& ids) co
   std::vector<Merge> merges;  // of each symbol with the next
   for (size_t at = 0; at < symbols.size(); ++at) merges.push_back(merge_at(at));
   while (!symbols.empty()) {
-    const auto best =
-        std::min_element(merges.begin(), merges.end(),
-                         [](const Merge& a, const Merge& b) { return a.rank < b.rank; });
+    const auto best = std::ranges::min_element(
+        merges, [](const Merge& a, const Merge& b) { return a.rank < b.rank; });
     if (best->merged < 0) break;
-    const size_t at = best - merges.begin();
+    const auto at = static_cast<size_t>(best - merges.begin());
     symbols[at] = best->merged;
-    symbols.erase(symbols.begin() + at + 1);
+    symbols.erase(std::next(symbols.begin(), best - merges.begin() + 1));
     merges.erase(best + 1);
     merges[at] = merge_at(at);
     if (at > 0) merges[at - 1] = merge_at(at - 1);
