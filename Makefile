@@ -87,12 +87,13 @@ tidy: $(STAMPS)/tools $(STAMPS)/system $(STAMPS)/lint
 	python -c 'import json; print(*sorted({e["file"] for e in json.load(open("build/tidy/compile_commands.json"))}), sep="\0", end="\0")' \
 	  | xargs -0 -n 1 -P $(JOBS) clang-tidy -p build/tidy --quiet --extra-arg=-Wno-unknown-warning-option
 
-# Memory errors in the readers and statistics, without the threads' and the numerics' tests, which would take hours there.
+# All C++ tests of one thread; STABLEEDIT_MUTATIONS as few as the test can judge by.
+VALGRIND_TESTS ?= *
 valgrind: $(STAMPS)/tools $(STAMPS)/system
 	@.ci/system-packages valgrind
 	cmake -S . -B build/cmake -G Ninja -DSTABLEEDIT_TESTS=ON --log-level=WARNING
 	cmake --build build/cmake --target stableedit_tests
-	OMP_NUM_THREADS=1 STABLEEDIT_MUTATIONS=20 valgrind --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+	OMP_NUM_THREADS=1 STABLEEDIT_MUTATIONS=1000 valgrind --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
 	  --suppressions=cpp/tests/valgrind.supp build/cmake/cpp/tests/stableedit_tests --gtest_filter='$(VALGRIND_TESTS)'
 
 # What it finds is kept in build/fuzz/found, so the next run goes on from there; an input that breaks a reader is build/fuzz/crash-*.
