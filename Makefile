@@ -83,7 +83,8 @@ sanitize-%: $(STAMPS)/tools $(STAMPS)/system
 
 # clang-tidy with .clang-tidy on the library, its bindings, tests and examples.
 tidy: $(STAMPS)/tools $(STAMPS)/system $(STAMPS)/lint
-	$(CMAKE_CHECKS) -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_EXAMPLES=ON -DSTABLEEDIT_PYTHON=ON
+	cmake -S . -B build/tidy -G Ninja --log-level=WARNING -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_EXAMPLES=ON \
+	  -DSTABLEEDIT_PYTHON=ON -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
 	python -c 'import json; print(*sorted({e["file"] for e in json.load(open("build/tidy/compile_commands.json"))}), sep="\0", end="\0")' \
 	  | xargs -0 -n 1 -P $(JOBS) clang-tidy -p build/tidy --quiet --extra-arg=-Wno-unknown-warning-option
 
@@ -93,7 +94,7 @@ valgrind: $(STAMPS)/tools $(STAMPS)/system
 	@.ci/system-packages valgrind
 	cmake -S . -B build/cmake -G Ninja -DSTABLEEDIT_TESTS=ON --log-level=WARNING
 	cmake --build build/cmake --target stableedit_tests
-	OMP_NUM_THREADS=1 STABLEEDIT_MUTATIONS=1000 valgrind --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+	OMP_NUM_THREADS=1 STABLEEDIT_MUTATIONS=1000 valgrind --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
 	  --suppressions=cpp/tests/valgrind.supp build/cmake/cpp/tests/stableedit_tests --gtest_filter='$(VALGRIND_TESTS)'
 
 # What it finds is kept in build/fuzz/found, so the next run goes on from there; an input that breaks a reader is build/fuzz/crash-*.

@@ -86,6 +86,7 @@ def style(index: int) -> Style:
 
 def edits_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
+    axes.locator_params(axis="x", nbins=5)  # five numbers like 20,000 have room; more of them overlap
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
