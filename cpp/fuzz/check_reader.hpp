@@ -29,7 +29,7 @@ inline std::string not_a_sentence(const std::string& message, const std::string&
   }
   if (message.size() > 1000) return "takes " + std::to_string(message.size()) + " bytes";
   const auto control = [](unsigned char c) { return c < 0x20 || c == 0x7f; };
-  if (std::any_of(message.begin(), message.end(), control)) return "contains control characters";
+  if (std::ranges::any_of(message, control)) return "contains control characters";
   return "";
 }
 

@@ -97,7 +97,7 @@ Whitener Whitener::full(at::Tensor covariance, double floor, FloorMode floor_mod
 at::Tensor Whitener::transform(const at::Tensor& centred) const {
   check_matrix(centred, "centred");
   const at::ScalarType dtype = compute_dtype(centred);
-  const at::Tensor rows = centred.to(dtype);
+  at::Tensor rows = centred.to(dtype);
   if (mode_ == WhiteningMode::kNone) return rows;
   if (mode_ == WhiteningMode::kDiagonal) {
     check_rows(centred, "centred", stddev_.size(0));

@@ -29,7 +29,7 @@ std::vector<std::string> read_corpus() {
   for (const auto& entry : std::filesystem::directory_iterator(STABLEEDIT_CORPUS)) {
     paths.push_back(entry.path());
   }
-  std::sort(paths.begin(), paths.end());
+  std::ranges::sort(paths);
   std::vector<std::string> corpus;
   for (const auto& path : paths) {
     std::ifstream file(path, std::ios::binary);
@@ -53,7 +53,7 @@ class Mutator {
   uint64_t below(uint64_t end) { return random_() % end; }
 
   template <typename Container>
-  const typename Container::value_type& pick(const Container& from) {
+  const Container::value_type& pick(const Container& from) {
     return from[below(std::size(from))];
   }
 
@@ -179,6 +179,7 @@ const std::vector<std::string> Mutator::kTokens = {"0",
 TEST(Mutations, AreReadOrRefusedWithASentence) {
   const std::vector<std::string> corpus = read_corpus();
   ASSERT_FALSE(corpus.empty());
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): the test has one thread
   const char* wanted = std::getenv("STABLEEDIT_MUTATIONS");
   const uint64_t count = wanted != nullptr ? std::strtoull(wanted, nullptr, 10) : 5000;
   uint64_t refused = 0;

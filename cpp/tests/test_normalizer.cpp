@@ -59,8 +59,7 @@ std::vector<at::Tensor> state(const LifelongNormalizer& n) {
 bool unchanged(const LifelongNormalizer& normalizer, const std::vector<at::Tensor>& before,
                int64_t count) {
   const auto now = state(normalizer);
-  return normalizer.count() == count &&
-         std::equal(now.begin(), now.end(), before.begin(), before.end(), oracle::same_bits);
+  return normalizer.count() == count && std::ranges::equal(now, before, oracle::same_bits);
 }
 
 void expect_close(const LifelongNormalizer& actual, const LifelongNormalizer& expected) {

@@ -12,8 +12,8 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted, 141 output not read)."""
-    # oneDNN keeps a compiled kernel for every shape of a batch, a thousand of them in two caches: 300 MiB along a stream
-    # whose batches hardly ever have the same shape twice. It reads this when it compiles the first.
+    # oneDNN keeps a compiled kernel for every shape of a batch, a thousand of them in two caches: 300 MiB along a
+    # stream whose batches hardly ever have the same shape twice. It reads this when it compiles the first.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
     # Imported late, so that `stableedit --help` and a wrong torch version answer before torch is loaded.
