@@ -304,6 +304,18 @@ def test_maps_show_two_clouds_as_two(method):
     np.testing.assert_array_equal(again[0], before)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_maps_leave_torch_its_threads(threads):
+    pytest.importorskip("umap", reason="umap-learn is not installed (extra 'sideeffects')")
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        embed(samples(0, 30), samples(1, 30), "umap")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(own)
+
+
 # --- all of it ---
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import torch
 
 __all__ = ["MAPS", "embed"]
 
@@ -28,9 +29,13 @@ def embed(
 
         found = PCA(n_components=2, random_state=seed).fit_transform(both)
     else:
-        from umap import UMAP
+        threads = torch.get_num_threads()
+        try:
+            from umap import UMAP
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a seed rules out threads, and that few points are few
-            found = UMAP(n_neighbors=min(15, len(both) - 1), random_state=seed, n_jobs=1).fit_transform(both)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a seed rules out threads, and that few points are few
+                found = UMAP(n_neighbors=min(15, len(both) - 1), random_state=seed, n_jobs=1).fit_transform(both)
+        finally:
+            torch.set_num_threads(threads)  # numba shares OpenMP with torch, and sets it to all cores
     return found[: len(before)], found[len(before) :]
