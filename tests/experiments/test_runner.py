@@ -11,6 +11,7 @@ from streams import MODULES, OPTIONS, bench, lines, load, matrix, write_data
 import stableedit_cpp as se
 from stableedit_cpp.experiments import Matrix, StreamRun, find_source, read_run, run_matrix
 from stableedit_cpp.experiments.sampling import age_bins, sample_positions
+from stableedit_cpp.experiments.scoring import Scorer
 from tiny import tiny_model, tiny_tokenizer
 
 TIMES = ("from_run", "seconds", "resident_bytes")
@@ -172,6 +173,24 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(data, tmp_path, monkeypatch,
         assert path.read_bytes() == (directory / "requests" / path.name).read_bytes()
     starts = [stint["from_edits"] for stint in resumed["provenance"]["stints"]]
     assert starts == [0, 10 * max(0, at - 1 - warm_up_turns)]
+
+
+@pytest.mark.parametrize("at", [20, 40])
+def test_a_checkpoint_that_was_cut_off_is_taken_by_the_next_process(data, tmp_path, monkeypatch, at):
+    whole = bench(data, tmp_path / "whole")[0]
+    score = Scorer.edited
+
+    def killed(scorer, edits):
+        if edits == at:
+            raise Killed
+        return score(scorer, edits)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Scorer, "edited", killed)
+        bench(data, tmp_path / "out")
+    resumed = bench(data, tmp_path / "out")[0]
+    assert [entry["edits"] for entry in resumed["checkpoints"]] == [0, 20, 40]
+    assert figures(resumed) == figures(whole)
 
 
 def test_a_run_that_is_done_is_left_alone(data, tmp_path):

@@ -114,6 +114,8 @@ class StreamRun:
         settings, cost = self.settings, self._cost
         if self.directory.checkpoint(0) is None and not self._adopt_baseline():
             self._checkpoint()
+        if self._due():  # an earlier process was stopped while it took this checkpoint
+            self._checkpoint()
         total = settings.edits + settings.warm_up.size * bool(settings.warm_up)
         bar = tqdm(
             total=total,
