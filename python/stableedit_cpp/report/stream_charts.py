@@ -119,6 +119,7 @@ def final_bars(group: Group) -> list[Picture]:
             axes.set_yticks(range(len(rows)), [run.label for _, run, _ in rows])
             axes.set_ylim(len(rows) + 0.25, -0.6)
             axes.margins(x=0.18)
+            axes.locator_params(axis="x", nbins=5)  # more numbers of three places overlap
             axes.grid(axis="y", visible=False)
 
         height = 0.9 + 0.34 * len(rows)
