@@ -1,10 +1,21 @@
-"""Fixtures that several test files share."""
+"""The surroundings of every test, and fixtures that several test files share."""
 
 from __future__ import annotations
 
+import os
+
+# Before torch is loaded. On tiny models a second OpenMP thread only waits, and where the cores have other work
+# (the other workers of pytest-xdist, for a start) it waits at each barrier for a core: fifteen times as long in all.
+# Tests about threads set their own count. Commands that tests start inherit both.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is not on this machine is missing; without this, each attempt to fetch it is retried for most of a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 
-from tiny import tiny_tokenizer
+pytest.register_assert_rewrite("support")
+
+from support.tiny import tiny_tokenizer  # noqa: E402  loads torch
 
 
 @pytest.fixture(scope="session")

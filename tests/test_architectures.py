@@ -10,8 +10,8 @@ from stableedit_cpp.capture import capture
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.modules import find_modules
 from stableedit_cpp.prompts import TokenSequence
-from test_capture import MICRO_BATCH, plain_reference, sequences_of
-from tiny import ARCHITECTURES, FACTS, LAYERS, pattern_of, tiny_model
+from support.captures import MICRO_BATCH, plain_reference, sequences_of
+from support.tiny import ARCHITECTURES, FACTS, LAYERS, pattern_of, tiny_model
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

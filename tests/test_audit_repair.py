@@ -11,9 +11,9 @@ import stableedit_cpp as se
 from stableedit_cpp.lifelong.audit import audit, current
 from stableedit_cpp.lifelong.repair import repair
 from stableedit_cpp.prompts import collate
-from test_capture import sequences_of
-from test_editors import MODULES, assert_same_bits, make, state_of
-from tiny import FACTS, tiny_model
+from support.captures import sequences_of
+from support.editors import MODULES, assert_same_bits, make, state_of
+from support.tiny import FACTS, tiny_model
 
 CLOSED = {"step_size": 1e-3, "whitening": "diagonal", "max_passes": 4, "past_key_weight": 0.02}
 

@@ -8,53 +8,15 @@ import torch
 from stableedit_cpp.capture import CapturedTurn, capture
 from stableedit_cpp.modules import find_modules
 from stableedit_cpp.prompts import longest_first, tokenize
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from support.captures import MICRO_BATCH, flags_of, plain_reference, sequences_of
+from support.tiny import pattern_of, tiny_model, tiny_tokenizer
 
-MICRO_BATCH = 5
 LAST_TWO = "model.layers.[12].mlp.down_proj"
-
-
-def sequences_of(tokenizer, facts=FACTS):
-    return tokenize(tokenizer, [(fact["prompt"], fact["target"]) for fact in facts], 64, [""] * len(facts))
 
 
 def capture_of(model, sequences, *, modules=LAST_TWO, max_tokens=100_000, names=None) -> CapturedTurn:
     found = find_modules(model, modules)
     return capture(model, found, sequences, micro_batch=MICRO_BATCH, max_tokens=max_tokens, names=names)
-
-
-def plain_reference(model, sequences, modules: list[str]):
-    """Micro-batch by micro-batch: mean cross-entropy over its answer tokens, one request at a time, whole backward.
-
-    Returns keys and value gradients by module, request and position of each row.
-    """
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
-    keys = {name: [] for name in modules}
-    gradients = {name: [] for name in modules}
-    for begin in range(0, len(order), MICRO_BATCH):
-        members = order[begin : begin + MICRO_BATCH]
-        tokens = sum(len(sequences[index].answer) for index in members)
-        for index in members:
-            ids, answer = sequences[index].ids, sequences[index].answer
-            seen = {}
-
-            def hook(module, inputs, output, seen=seen):
-                output.retain_grad()
-                seen[module] = (inputs[0], output)
-
-            handles = [model.get_submodule(name).register_forward_hook(hook) for name in modules]
-            logits = model(input_ids=torch.tensor([ids])).logits[0, len(ids) - len(answer) :]
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum") / tokens
-            loss.backward()
-            for handle in handles:
-                handle.remove()
-            for name in modules:
-                h, out = seen[model.get_submodule(name)]
-                keys[name].append(h.reshape(len(ids), -1)[-len(answer) :].detach())
-                gradients[name].append(out.grad.reshape(len(ids), -1)[-len(answer) :])
-    model.zero_grad()
-    join = {name: torch.cat(rows) for name, rows in keys.items()}
-    return join, {name: torch.cat(rows) for name, rows in gradients.items()}
 
 
 def assert_same(one: CapturedTurn, other: CapturedTurn, rtol: float = 1e-9) -> None:
@@ -65,10 +27,6 @@ def assert_same(one: CapturedTurn, other: CapturedTurn, rtol: float = 1e-9) -> N
     for name in one.keys:
         for mine, theirs in ((one.keys, other.keys), (one.value_gradients, other.value_gradients)):
             torch.testing.assert_close(mine[name], theirs[name], rtol=rtol, atol=rtol * theirs[name].abs().max().item())
-
-
-def flags_of(model) -> list[bool]:
-    return [module.training for module in model.modules()] + [p.requires_grad for p in model.parameters()]
 
 
 # GPT-2 and not Llama where 1e-9 is asked: Llama's RMSNorm computes in float32 whatever the model's dtype.

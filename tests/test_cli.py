@@ -23,7 +23,8 @@ from stableedit_cpp.cli import main
 from stableedit_cpp.config import load_config
 from stableedit_cpp.editors import turn as turn_module
 from stableedit_cpp.lifelong.repair import repair
-from tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
+from support.commands import assert_one_error, tree
+from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
 COMMANDS = ["demo", "edit", "evaluate", "export", "datasets", "bench", "side-effects", "report", "env"]
 LAST = "model.layers.2.mlp.down_proj"
@@ -59,10 +60,6 @@ def edit(model_directory, work):
     return run
 
 
-def tree(directory: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
-
-
 def report_of(directory: str = "out") -> dict:
     return json.loads(Path(directory, "stableedit_report.json").read_text(encoding="utf-8"))
 
@@ -86,16 +83,6 @@ def edited_by_hand(config: se.EditorConfig, requests=REQUESTS, warm_up=()) -> di
         editor.warm_up(warm_up, progress=False)
     editor.edit(requests, progress=False)
     return model.state_dict()
-
-
-def assert_one_error(err: str) -> str:
-    """One line for a person and no traceback; bars of the model's loading may come before it."""
-    assert "Traceback" not in err
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("stableedit: error: ")
-    assert not re.search(r"Exception raised from|\bC\+\+\b", lines[0])
-    return lines[0]
 
 
 # --- help, env, python -m ---

@@ -7,9 +7,9 @@ import torch
 
 from stableedit_cpp.editors import turn as turns
 from stableedit_cpp.evaluation.teacher_forcing import AnswerScores
-from test_capture import sequences_of
-from test_editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
-from tiny import FACTS, tiny_model
+from support.captures import sequences_of
+from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
+from support.tiny import FACTS, tiny_model
 
 CLOSED = {"max_passes": 3, "past_key_weight": 0.05}
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from stableedit_cpp.digest import file_digest, model_digest, tensor_digest
-from tiny import ARCHITECTURES, tiny_model
+from support.tiny import ARCHITECTURES, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -7,11 +7,11 @@ import safetensors.torch
 import torch
 from huggingface_hub import ModelCard
 
-from exported import card_of, edited, facts_of, load_as_the_card_says
 from stableedit_cpp import core
 from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import Provenance, apply_delta, change_between, change_of, export_delta
-from tiny import pattern_of, save_tiny, tiny_model
+from support.exports import card_of, edited, facts_of, load_as_the_card_says
+from support.tiny import pattern_of, save_tiny, tiny_model
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NAMES = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import ModelCard
 
 import stableedit_cpp as se
-from exported import TAKES, edited, facts_of, load_as_the_card_says, logits
 from stableedit_cpp.core import LowRankUpdate, Patch, WeightChange
 from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import (
@@ -24,7 +23,8 @@ from stableedit_cpp.export import (
     export_lora,
     rank_for_efficacy,
 )
-from tiny import ARCHITECTURES, FACTS, save_tiny, tiny_model
+from support.exports import TAKES, edited, facts_of, load_as_the_card_says, logits
+from support.tiny import ARCHITECTURES, FACTS, save_tiny, tiny_model
 
 peft = pytest.importorskip("peft")
 FULL = 16  # the rank of a [16, 24] matrix

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from exported import logits
 from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import Provenance, apply_delta, change_of, export_delta, export_lora
+from support.exports import logits
 
 peft = pytest.importorskip("peft")
 

@@ -7,8 +7,8 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.lifelong.guard import LocalityGuard
-from test_editors import MODULES, TURN, assert_same_bits, make, state_of, weight_of
-from tiny import FACTS, VOCABULARY, tiny_model
+from support.editors import MODULES, TURN, assert_same_bits, make, state_of, weight_of
+from support.tiny import FACTS, VOCABULARY, tiny_model
 
 PROMPTS = ["Ice is", "The first month of the year is", "Two", "Cats chase"]
 NO_LIMIT = 1e9

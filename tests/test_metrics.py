@@ -17,8 +17,8 @@ from stableedit_cpp.datasets import iter_requests, read_requests
 from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, judge
 from stableedit_cpp.evaluation.probes import PROBES
 from stableedit_cpp.prompts import TokenSequence, answer_positions, collate, tokenize
-from test_evaluation import Successor, readable
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.answers import Successor, readable
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")

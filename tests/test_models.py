@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stableedit_cpp import load_model, models
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture

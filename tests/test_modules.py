@@ -11,7 +11,7 @@ from torch import nn
 
 import stableedit_cpp as se
 from stableedit_cpp.modules import default_edit_modules, describe_linear_maps, find_modules
-from tiny import ARCHITECTURES, LAYERS, pattern_of, tiny_model, tiny_tokenizer
+from support.tiny import ARCHITECTURES, LAYERS, pattern_of, tiny_model, tiny_tokenizer
 
 
 def names(model, patterns) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stableedit_cpp.core import MasterWeight
-from test_editors import MODULES, assert_same_bits, make, state_of, weight_of
-from tiny import FACTS, tiny_model
+from support.editors import MODULES, assert_same_bits, make, state_of, weight_of
+from support.tiny import FACTS, tiny_model
 
 
 def recorded(editor, requests, call="edit") -> list:

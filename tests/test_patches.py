@@ -13,7 +13,7 @@ import stableedit_cpp as se
 from stableedit_cpp import core
 from stableedit_cpp.cli import main
 from stableedit_cpp.digest import model_digest
-from tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
+from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
 SHORT = [{"prompt": "One and two is", "target": "3"}, {"prompt": "Two and two is", "target": "4"}]
 RECOMPUTED = 2.0**-22  # of the largest weight: a few float32 roundings, one for each pass

@@ -16,7 +16,7 @@ from stableedit_cpp.prompts import (
     prompt_ids,
     tokenize,
 )
-from tiny import tiny_model, tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2

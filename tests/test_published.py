@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 # Two modules of one shape (24 -> 16, pooled) and one of another (16 -> 16).
 MODULES = {

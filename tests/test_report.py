@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from results import write_run, write_theory
 from stableedit_cpp.cli import main
 from stableedit_cpp.report import read_results, write_report
 from stableedit_cpp.report.pictures import PALETTE
 from stableedit_cpp.report.results import thinned
+from support.results import write_run, write_theory
 
 pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
 

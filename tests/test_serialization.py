@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import stableedit_cpp as se
 from stableedit_cpp import core
-from tiny import FACTS, pattern_of, tiny_model
+from support.tiny import FACTS, pattern_of, tiny_model
 
 DTYPES = [
     torch.bool,
@@ -294,18 +294,18 @@ def editor(mode: str = "full", refresh: float = 0.3, dtype: torch.dtype = torch.
     return made
 
 
-SETTINGS = [
-    {"mode": "full", "refresh": 0.0},
-    {"mode": "full", "refresh": 0.3},
-    {"mode": "full", "refresh": 1.0, "prior": core.NiwPrior(kappa=0.3, psi=1e-3, nu=2.0)},
-    {"mode": "full", "refresh": 0.3, "dtype": torch.float64},
-    {"mode": "diagonal", "unbiased_batches": True},
-    {"mode": "none"},
-    {"mode": "full", "turns": 0},
-]
+SETTINGS = {
+    "refresh 0": {"mode": "full", "refresh": 0.0},
+    "refresh 0.3": {"mode": "full", "refresh": 0.3},
+    "refresh 1, prior": {"mode": "full", "refresh": 1.0, "prior": core.NiwPrior(kappa=0.3, psi=1e-3, nu=2.0)},
+    "float64": {"mode": "full", "refresh": 0.3, "dtype": torch.float64},
+    "diagonal": {"mode": "diagonal", "unbiased_batches": True},
+    "none": {"mode": "none"},
+    "no turns": {"mode": "full", "turns": 0},
+}
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("through", ["memory", "our file", "python's file"])
 def test_goes_on_bit_for_bit(tmp_path, options, through):
     original = editor(**options)

@@ -17,7 +17,7 @@ from stableedit_cpp.sideeffects import SideEffectOptions, check, measure
 from stableedit_cpp.sideeffects.downstream import RESERVED, TASKS, choose, downstream_scores, read_task
 from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
 from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
-from tiny import tiny_model, tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "x", "Pack my box", "ab " * 60]

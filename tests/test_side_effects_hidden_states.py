@@ -11,7 +11,7 @@ import torch
 from stableedit_cpp.sideeffects.hidden_states import hidden_states, read_prompts
 from stableedit_cpp.sideeffects.maps import embed
 from stableedit_cpp.sideeffects.similarity import linear_cka, mmd, relative_shift
-from tiny import ARCHITECTURES, tiny_model
+from support.tiny import ARCHITECTURES, tiny_model
 
 pytest.importorskip("sklearn", reason="side effects need the extra 'sideeffects'")
 

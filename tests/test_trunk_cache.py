@@ -10,7 +10,7 @@ from stableedit_cpp.capture import capture
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.forward import answer_logits
 from stableedit_cpp.prompts import collate, tokenize
-from tiny import ARCHITECTURES, FACTS, pattern_of, tiny_model
+from support.tiny import ARCHITECTURES, FACTS, pattern_of, tiny_model
 
 RECORDS = [
     fact | {"rephrase": "Say: " + fact["prompt"], "locality_prompt": "Ice is", "locality_target": "cold"}

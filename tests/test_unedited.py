@@ -10,8 +10,8 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.digest import model_digest
-from test_editors import MODULES, assert_same_bits, make, state_of
-from tiny import FACTS, pattern_of, tiny_model
+from support.editors import MODULES, assert_same_bits, make, state_of
+from support.tiny import FACTS, pattern_of, tiny_model
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INSIDE = r"the model shows its unedited weights here; leave `with editor\.unedited\(\):` to edit or export it"

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from core_reference import MODES, LinAlgError, assert_same_bits, normalizer, rows, state
 
 from stableedit_cpp.core import (
     LifelongNormalizer,
@@ -21,6 +20,7 @@ from stableedit_cpp.core import (
     ridge_update,
     solve_ridge,
 )
+from support.core import MODES, LinAlgError, assert_same_bits, normalizer, rows, state
 
 M = torch.zeros
 UPDATE = LowRankUpdate(M(3, 2), M(2, 4))

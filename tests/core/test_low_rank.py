@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_reference import LAYOUTS, dims, dtypes, relaxed, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stableedit_cpp.core import (
     LowRankUpdate,
 )
+from support.core import LAYOUTS, dims, dtypes, relaxed, seeds
 
 
 def whole(rank: int, v: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> LowRankUpdate:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_reference import DTYPES, LAYOUTS, LinAlgError, dims, rows, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from stableedit_cpp.core import (
     LowRankUpdate,
     MasterWeight,
 )
+from support.core import DTYPES, LAYOUTS, LinAlgError, dims, rows, seeds
 
 
 def small(v: int, k: int, seed: int, dtype: torch.dtype) -> LowRankUpdate:

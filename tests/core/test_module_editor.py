@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_reference import MODES, assert_same_bits, close, dims, inverse_root, normalizer, relaxed, rows, seeds, state
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from stableedit_cpp.core import (
     WhiteningOptions,
     solve_ridge,
 )
+from support.core import MODES, assert_same_bits, close, dims, inverse_root, normalizer, relaxed, rows, seeds, state
 
 
 def reference_update(history, keys, gradients, mode, step_size, ridge, floor, floor_mode) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_reference import close, counts, dims, relaxed, rows, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from stableedit_cpp.core import (
     ridge_update,
     solve_ridge,
 )
+from support.core import close, counts, dims, relaxed, rows, seeds
 
 
 @relaxed

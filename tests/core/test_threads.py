@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
-from core_reference import rows, tracker_of
 
 from stableedit_cpp.core import (
     NormalInverseWishart,
     Whitener,
     solve_ridge,
 )
+from support.core import rows, tracker_of
 
 
 @pytest.mark.parametrize(

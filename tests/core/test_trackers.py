@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core_reference import DTYPES, close, counts, dims, dtypes, moments_of, relaxed, rows, seeds, stack, tracker_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from stableedit_cpp.core import (
     WhiteningOptions,
     solve_ridge,
 )
+from support.core import DTYPES, close, counts, dims, dtypes, moments_of, relaxed, rows, seeds, stack, tracker_of
 
 
 @relaxed

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_reference import DTYPES, close, counts, dims, inverse_root, relaxed, rows, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stableedit_cpp.core import (
     Whitener,
 )
+from support.core import DTYPES, close, counts, dims, inverse_root, relaxed, rows, seeds
 
 
 @relaxed

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from streams import MODULES, lines, record, write_data
 
 from stableedit_cpp.capture import NotFiniteError
 from stableedit_cpp.cli import main
 from stableedit_cpp.experiments import EDITORS, StreamRun, read_run
-from tiny import save_tiny
+from support.streams import MODULES, lines, record, write_data
+from support.tiny import save_tiny
 
 SMALL = ["--edit-modules", *MODULES, "--turn-size", "10", "--step-size", "1e-2", "--device", "cpu"]
 SMALL += ["--warm-up-size", "20", "--checkpoints", "2"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from streams import MODULES, OPTIONS, load, write_data
 
 import stableedit_cpp as se
 from stableedit_cpp.experiments import find_source
 from stableedit_cpp.experiments.convergence import fit_rate
 from stableedit_cpp.experiments.geometry import Geometry
+from support.streams import MODULES, OPTIONS, load, write_data
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -11,20 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from common import assert_same_bits, create, reopen, state_of, stream
 from stableedit_cpp.lifelong import SessionView, SessionWriteError, verify
+from support.sessions import assert_same_bits, create, files_no_larger_than, reopen, state_of, stream
 
 SIZE = 2_000_000
-
-
-@contextlib.contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

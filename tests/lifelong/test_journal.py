@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
-from mutations import KINDS, mutate
 
 from stableedit_cpp.lifelong.journal import Journal, JournalDamaged
+from support.damage import KINDS, mutate
 
 
 def content_of(number: int) -> dict:

@@ -7,15 +7,22 @@ import signal
 
 import pytest
 import torch
-from test_disk import files_no_larger_than
-from test_session import without_closing
 
 import stableedit_cpp as se
-from common import assert_same_bits, config_of, create, reopen, state_of, stream
 from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.lifelong import SessionWriteError
 from stableedit_cpp.lifelong.snapshots import state_digests
-from tiny import tiny_model
+from support.sessions import (
+    assert_same_bits,
+    config_of,
+    create,
+    files_no_larger_than,
+    reopen,
+    state_of,
+    stream,
+    without_closing,
+)
+from support.tiny import tiny_model
 
 
 def answers_of(model, tokenizer, requests: list[dict]) -> list[str]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from common import FACTS, assert_same_bits, config_of, create, reopen, state_of, stream
 from stableedit_cpp.lifelong import LifelongSession, SessionLocked, SessionView
-from tiny import tiny_model, tiny_tokenizer
+from support.sessions import FACTS, assert_same_bits, config_of, create, reopen, state_of, stream, without_closing
+from support.tiny import tiny_model, tiny_tokenizer
 
 DETAILS = ["factors", "requests"]
 
@@ -18,12 +18,6 @@ def uninterrupted(tokenizer, warm_up, edits, dtype=torch.float32, config=None):
     editor.warm_up(warm_up)
     editor.edit(edits)
     return editor
-
-
-def without_closing(session: LifelongSession) -> None:
-    """What the end of a process does: the lock is gone, and nothing else happens."""
-    session._lock.release()
-    session._lock = None
 
 
 @pytest.mark.parametrize("detail", DETAILS)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import MODULES, assert_same_bits, stream
 from stableedit_cpp import load_model
 from stableedit_cpp.cli import main
 from stableedit_cpp.lifelong import LifelongSession, SessionView
-from test_cli import assert_one_error
-from tiny import save_tiny
+from support.commands import assert_one_error
+from support.sessions import MODULES, assert_same_bits, stream
+from support.tiny import save_tiny
 
 ACTIONS = ["create", "edit", "status", "log", "verify", "audit", "evaluate", "repair", "rollback", "revert", "export"]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from mutations import KINDS, mutate
-from test_session import without_closing
 
-from common import assert_same_bits, create, reopen, state_of, stream
 from stableedit_cpp.datasets import read_requests
 from stableedit_cpp.lifelong import JournalDamaged, SessionLocked, SessionView, verify
 from stableedit_cpp.lifelong.journal import Journal
+from support.damage import KINDS, mutate
+from support.sessions import assert_same_bits, create, reopen, state_of, stream, without_closing
 
 
 @pytest.fixture

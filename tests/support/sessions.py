@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.lifelong import LifelongSession
-from test_editors import MODULES, assert_same_bits, state_of
-from tiny import FACTS, tiny_model
+from support.editors import MODULES, assert_same_bits, state_of
+from support.tiny import FACTS, tiny_model
 
 __all__ = ["FACTS", "MODULES", "assert_same_bits", "config_of", "create", "reopen", "state_of", "stream"]
 
@@ -37,3 +40,19 @@ def stream(count: int, begin: int = 0) -> list[dict[str, str]]:
         fact = FACTS[number % len(FACTS)]
         facts.append({"id": f"f{number}", "prompt": f"{number}. {fact['prompt']}", "target": fact["target"]})
     return facts
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def without_closing(session: LifelongSession) -> None:
+    """What the end of a process does: the lock is gone, and nothing else happens."""
+    session._lock.release()
+    session._lock = None

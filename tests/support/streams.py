@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from stableedit_cpp.experiments import Matrix, run_matrix
-from tiny import tiny_model, tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 
 MODULES = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
 OPTIONS = {"edit_modules": MODULES, "turn_size": 10, "step_size": 1e-2}

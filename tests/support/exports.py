@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import stableedit_cpp as se
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from support.tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
 
 # Settings with which a tiny model learns the facts.
 TAKES = {"step_size": 0.02, "ridge": 1.0, "turn_size": 13, "max_passes": 5}
