@@ -16,10 +16,8 @@ from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lifelong"))
-from mutations import KINDS, mutate
-
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from support.damage import KINDS, mutate
+from support.tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from stableedit_cpp.lifelong.snapshots import state_digests
 from workload import zsre
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
+from support.tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
 
 # A new process is started for every run, as after a crash. It is forked from one that has imported everything but
 # computed nothing yet, which saves the imports.
