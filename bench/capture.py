@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from common import finish, milliseconds, new_parser, peak_memory, start, timed
 from published import published_batches, published_capture, require_gradients
-from stableedit_cpp.capture import capture
-from stableedit_cpp.forward import untouched
-from stableedit_cpp.modules import EditModule
-from stableedit_cpp.prompts import Batch, TokenSequence, collate, pack
+from stableedit_cpp.model.capture import capture
+from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.running import untouched
+from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
 from workload import (
     CONFIGS,
     add_model_options,

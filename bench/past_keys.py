@@ -7,8 +7,8 @@ import statistics
 import torch
 
 from common import finish, memory_now, new_parser, start, timed
-from stableedit_cpp.capture import capture
 from stableedit_cpp.core import LowRankUpdate, PastKeys, ridge_update
+from stableedit_cpp.model.capture import capture
 from synthetic import SHAPES, Source
 from workload import add_model_options, pretrained, token_sequences, zsre
 

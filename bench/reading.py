@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from common import finish, memory_now, new_parser, peak_memory, start, timed
-from stableedit_cpp.datasets import iter_requests
+from stableedit_cpp.data import iter_requests
 from ultraeditbench import write
 
 

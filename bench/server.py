@@ -17,9 +17,9 @@ import torch
 
 from common import finish, new_parser, start
 from stableedit_cpp import StableEdit, StableEditConfig, core, load_model
-from stableedit_cpp.digest import model_digest
-from stableedit_cpp.patches import PatchRecorder
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.export.patch_recorder import PatchRecorder
+from stableedit_cpp.files.digest import model_digest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpp/examples/hot_edit_server"))
 from client import Server

@@ -13,7 +13,7 @@ import torch
 from common import finish, new_parser, start
 from stableedit_cpp import StableEditConfig
 from stableedit_cpp.lifelong import LifelongSession
-from stableedit_cpp.lifelong.journal import Journal
+from stableedit_cpp.lifelong.journal.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.damage import KINDS, mutate

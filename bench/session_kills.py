@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from common import finish, new_parser, start
 from stableedit_cpp import EditRequest, StableEdit, StableEditConfig, load_model
-from stableedit_cpp.digest import tensor_digests
+from stableedit_cpp.files.digest import tensor_digests
 from stableedit_cpp.lifelong import LifelongSession, SessionView
-from stableedit_cpp.lifelong.snapshots import state_digests
+from stableedit_cpp.lifelong.journal.snapshots import state_digests
 from workload import zsre
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

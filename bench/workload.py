@@ -12,8 +12,8 @@ import transformers
 
 from common import data_file
 from stableedit_cpp import StableEditConfig, load_model, read_requests
-from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
-from stableedit_cpp.prompts import TokenSequence, context_length, tokenize
+from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 
 # Random-weight models by name; --config also takes a file with such a dictionary.
 _LLAMA = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.capture import capture
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
-from stableedit_cpp.modules import find_modules
-from stableedit_cpp.prompts import TokenSequence
+from stableedit_cpp.model.capture import capture
+from stableedit_cpp.model.modules import find_modules
+from stableedit_cpp.model.tokens import TokenSequence
 from support.captures import MICRO_BATCH, plain_reference, sequences_of
 from support.tiny import ARCHITECTURES, FACTS, LAYERS, pattern_of, tiny_model
 

@@ -10,7 +10,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.lifelong.audit import audit, current
 from stableedit_cpp.lifelong.repair import repair
-from stableedit_cpp.prompts import collate
+from stableedit_cpp.model.tokens import collate
 from support.captures import sequences_of
 from support.editors import MODULES, assert_same_bits, make, state_of
 from support.tiny import FACTS, tiny_model
@@ -101,7 +101,7 @@ class TestAudit:
 
     def test_superseded_requests_are_left_out(self, tokenizer):
         requests = [*FACTS, FACTS[3] | {"target": "Volga"}, FACTS[3] | {"target": "Don"}]
-        assert current(se.requests.as_requests(requests)) == [0, 1, 2, *range(4, 13), 14]
+        assert current(se.data.request.as_requests(requests)) == [0, 1, 2, *range(4, 13), 14]
         report = audit(make(tokenizer), requests)
         assert report.superseded == 2 and report.requests == 13
         assert "2 superseded" in str(report)

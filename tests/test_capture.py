@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stableedit_cpp.capture import CapturedTurn, capture
-from stableedit_cpp.modules import find_modules
-from stableedit_cpp.prompts import longest_first, tokenize
+from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.modules import find_modules
+from stableedit_cpp.model.tokens import longest_first, tokenize
 from support.captures import MICRO_BATCH, flags_of, plain_reference, sequences_of
 from support.tiny import pattern_of, tiny_model, tiny_tokenizer
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
-from stableedit_cpp.config import load_config
 from stableedit_cpp.editors import turn as turn_module
+from stableedit_cpp.editors.config import load_config
 from stableedit_cpp.lifelong.repair import repair
 from support.commands import assert_one_error, tree
 from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stableedit_cpp import StableEditConfig, UltraEditConfig
-from stableedit_cpp.config import load_config
+from stableedit_cpp.editors.config import load_config
 
 BOTH = [StableEditConfig, UltraEditConfig]
 MODULES = ["model.layers.1.mlp.down_proj"]

@@ -12,7 +12,7 @@ import pytest
 
 from stableedit_cpp import EditRequest
 from stableedit_cpp.cli import main
-from stableedit_cpp.datasets import (
+from stableedit_cpp.data import (
     FORMATS,
     choose_format,
     describe,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from stableedit_cpp.digest import file_digest, model_digest, tensor_digest
+from stableedit_cpp.files.digest import file_digest, model_digest, tensor_digest
 from support.tiny import ARCHITECTURES, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import stableedit_cpp as se
 from stableedit_cpp import core
 from stableedit_cpp.cli import main
-from stableedit_cpp.digest import file_digest, model_digest
 from stableedit_cpp.export import apply_delta
+from stableedit_cpp.files.digest import file_digest, model_digest
 from support.commands import assert_one_error, tree
 from support.exports import TAKES, card_of, facts_of, logits
 from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer

@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from stableedit_cpp import core
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import Provenance, apply_delta, change_between, change_of, export_delta
+from stableedit_cpp.files.digest import model_digest
 from support.exports import card_of, edited, facts_of, load_as_the_card_says
 from support.tiny import pattern_of, save_tiny, tiny_model
 

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard
 
 import stableedit_cpp as se
 from stableedit_cpp.core import LowRankUpdate, Patch, WeightChange
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import (
     Provenance,
     change_between,
@@ -23,6 +22,7 @@ from stableedit_cpp.export import (
     export_lora,
     rank_for_efficacy,
 )
+from stableedit_cpp.files.digest import model_digest
 from support.exports import TAKES, edited, facts_of, load_as_the_card_says, logits
 from support.tiny import ARCHITECTURES, FACTS, save_tiny, tiny_model
 

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 import stableedit_cpp as se
-from stableedit_cpp import core, models
-from stableedit_cpp.digest import model_digest
+from stableedit_cpp import core
 from stableedit_cpp.export import Provenance, change_from_patch, change_of, export_model, export_patch, read_provenance
-from stableedit_cpp.models import drop_gguf_marks
+from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.model import load as models
+from stableedit_cpp.model.load import drop_gguf_marks
 from support.exports import edited, facts_of, load_as_the_card_says, logits
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export import Provenance, apply_delta, change_of, export_delta, export_lora
+from stableedit_cpp.files.digest import model_digest
 from support.exports import logits
 
 peft = pytest.importorskip("peft")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.lifelong.guard import LocalityGuard
+from stableedit_cpp.editors.guard import LocalityGuard
 from support.editors import MODULES, TURN, assert_same_bits, make, state_of, weight_of
 from support.tiny import FACTS, VOCABULARY, tiny_model
 

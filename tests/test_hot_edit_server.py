@@ -20,7 +20,7 @@ import torch
 
 from stableedit_cpp import core, generate, load_model
 from stableedit_cpp.cli import main
-from stableedit_cpp.modules import find_modules
+from stableedit_cpp.model.modules import find_modules
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stableedit_cpp.linears import Linears
-from stableedit_cpp.prompts import TokenSequence, collate
+from stableedit_cpp.model.linears import Linears
+from stableedit_cpp.model.tokens import TokenSequence, collate
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_other_dtypes_are_pytorchs_own(dtype: torch.dtype) -> None:
 
 
 def test_the_same_without_onednn(linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stableedit_cpp.linears._onednn", lambda: False)
+    monkeypatch.setattr("stableedit_cpp.model.linears._onednn", lambda: False)
     hidden = torch.randn(5, 37)
     expected = linear(hidden)
     with Linears().replaced(linear):

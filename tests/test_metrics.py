@@ -13,10 +13,10 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
-from stableedit_cpp.datasets import iter_requests, read_requests
+from stableedit_cpp.data import iter_requests, read_requests
 from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, judge
 from stableedit_cpp.evaluation.probes import PROBES
-from stableedit_cpp.prompts import TokenSequence, answer_positions, collate, tokenize
+from stableedit_cpp.model.tokens import TokenSequence, answer_positions, collate, tokenize
 from support.answers import Successor, readable
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -116,7 +116,7 @@ def synthetic(name: str, count: int = 200) -> list[dict[str, object]]:
     return records
 
 
-@pytest.mark.parametrize("name", [format_.name for format_ in se.datasets.FORMATS])
+@pytest.mark.parametrize("name", [format_.name for format_ in se.data.FORMATS])
 def test_200_requests_of_each_format_equal_a_plain_loop(name, tmp_path):
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(synthetic(name)))

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from stableedit_cpp import load_model, models
+from stableedit_cpp import load_model
+from stableedit_cpp.model import load as models
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 

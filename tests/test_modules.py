@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import stableedit_cpp as se
-from stableedit_cpp.modules import default_edit_modules, describe_linear_maps, find_modules
+from stableedit_cpp.model.modules import default_edit_modules, describe_linear_maps, find_modules
 from support.tiny import ARCHITECTURES, LAYERS, pattern_of, tiny_model, tiny_tokenizer
 
 

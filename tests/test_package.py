@@ -15,7 +15,7 @@ import torch
 
 from stableedit_cpp import __version__, _build_info, core
 from stableedit_cpp.cli import main
-from stableedit_cpp.environment import cmake_prefix
+from stableedit_cpp.files.environment import cmake_prefix
 
 REPOSITORY = Path(__file__).parent.parent
 CONSUMER = REPOSITORY / "cpp/examples/consumer"

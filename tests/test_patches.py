@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import stableedit_cpp as se
 from stableedit_cpp import core
 from stableedit_cpp.cli import main
-from stableedit_cpp.digest import model_digest
+from stableedit_cpp.files.digest import model_digest
 from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
 SHORT = [{"prompt": "One and two is", "target": "3"}, {"prompt": "Two and two is", "target": "4"}]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stableedit_cpp.prompts import (
+from stableedit_cpp.model.tokens import (
     TokenSequence,
     collate,
     context_length,

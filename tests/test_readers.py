@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stableedit_cpp import EditRequest, read_requests
-from stableedit_cpp.datasets import read_records
+from stableedit_cpp.data import read_records
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FIELDS = tuple(field.name for field in dataclasses.fields(EditRequest))

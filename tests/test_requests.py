@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from stableedit_cpp.datasets import FORMATS
-from stableedit_cpp.requests import EditRequest, as_requests
+from stableedit_cpp.data import FORMATS
+from stableedit_cpp.data.request import EditRequest, as_requests
 
 FULL = {
     "prompt": "The capital of Australia is",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stableedit_cpp.cli import main
-from stableedit_cpp.prompts import TokenSequence
+from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.sideeffects import SideEffectOptions, check, measure
 from stableedit_cpp.sideeffects.downstream import RESERVED, TASKS, choose, downstream_scores, read_task
 from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities

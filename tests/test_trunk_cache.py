@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.capture import capture
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
-from stableedit_cpp.forward import answer_logits
-from stableedit_cpp.prompts import collate, tokenize
+from stableedit_cpp.model.capture import capture
+from stableedit_cpp.model.running import answer_logits
+from stableedit_cpp.model.tokens import collate, tokenize
 from support.tiny import ARCHITECTURES, FACTS, pattern_of, tiny_model
 
 RECORDS = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.digest import model_digest
+from stableedit_cpp.files.digest import model_digest
 from support.editors import MODULES, assert_same_bits, make, state_of
 from support.tiny import FACTS, pattern_of, tiny_model
 

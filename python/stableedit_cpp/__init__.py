@@ -13,8 +13,8 @@ check_torch()
 
 from stableedit_cpp import core, export  # noqa: E402
 from stableedit_cpp._build_info import version as __version__  # noqa: E402
-from stableedit_cpp.config import EditorConfig, StableEditConfig, UltraEditConfig  # noqa: E402
-from stableedit_cpp.datasets import iter_requests, read_requests  # noqa: E402
+from stableedit_cpp.data import iter_requests, read_requests  # noqa: E402
+from stableedit_cpp.data.request import EditRequest  # noqa: E402
 from stableedit_cpp.editors import (  # noqa: E402
     DriftLimitReached,
     EditInterrupted,
@@ -24,13 +24,13 @@ from stableedit_cpp.editors import (  # noqa: E402
     TurnReport,
     UltraEdit,
 )
+from stableedit_cpp.editors.config import EditorConfig, StableEditConfig, UltraEditConfig  # noqa: E402
 from stableedit_cpp.evaluation import Scores, evaluate, generate  # noqa: E402
+from stableedit_cpp.export.patch_recorder import PatchRecorder  # noqa: E402
 from stableedit_cpp.lifelong import LifelongSession  # noqa: E402
-from stableedit_cpp.models import load_model  # noqa: E402
-from stableedit_cpp.modules import default_edit_modules, find_modules  # noqa: E402
-from stableedit_cpp.patches import PatchRecorder  # noqa: E402
-from stableedit_cpp.requests import EditRequest  # noqa: E402
-from stableedit_cpp.trunk_cache import TrunkCache  # noqa: E402
+from stableedit_cpp.model.load import load_model  # noqa: E402
+from stableedit_cpp.model.modules import default_edit_modules, find_modules  # noqa: E402
+from stableedit_cpp.model.trunk import TrunkCache  # noqa: E402
 
 __all__ = [
     "DriftLimitReached",

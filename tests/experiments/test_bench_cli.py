@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from stableedit_cpp.capture import NotFiniteError
 from stableedit_cpp.cli import main
 from stableedit_cpp.experiments import EDITORS, StreamRun, read_run
+from stableedit_cpp.model.capture import NotFiniteError
 from support.streams import MODULES, lines, record, write_data
 from support.tiny import save_tiny
 

@@ -10,7 +10,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.experiments import Matrix, StreamRun, find_source, read_run, run_matrix
 from stableedit_cpp.experiments.sampling import age_bins, sample_positions
-from stableedit_cpp.experiments.scoring import Scorer
+from stableedit_cpp.experiments.scorer import Scorer
 from support.streams import MODULES, OPTIONS, bench, lines, load, matrix, write_data
 from support.tiny import tiny_model, tiny_tokenizer
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stableedit_cpp.capture import CapturedTurn
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.editors import AppliedPass
 from stableedit_cpp.lifelong.contribution import contribution
+from stableedit_cpp.model.capture import CapturedTurn
 
 V, K, N, RIDGE = 5, 12, 9, 0.3
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from stableedit_cpp.lifelong.journal import Journal, JournalDamaged
+from stableedit_cpp.lifelong.journal.journal import Journal, JournalDamaged
 from support.damage import KINDS, mutate
 
 
@@ -182,7 +182,7 @@ def test_killed_in_the_middle_of_appending(journal):
     """A child that appends as fast as it can is killed: all it was told is done is there."""
     code = (
         "import sys, pathlib, torch\n"
-        "from stableedit_cpp.lifelong.journal import Journal\n"
+        "from stableedit_cpp.lifelong.journal.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]))\n"
         "while True:\n"
         "    journal.append({'kind': 'note'}, {'x': torch.zeros(20000)})\n"

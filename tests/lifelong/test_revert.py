@@ -11,7 +11,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.lifelong import SessionWriteError
-from stableedit_cpp.lifelong.snapshots import state_digests
+from stableedit_cpp.lifelong.journal.snapshots import state_digests
 from support.sessions import (
     assert_same_bits,
     config_of,
@@ -161,7 +161,8 @@ def test_a_full_disk_changes_nothing(session):
 def test_ctrl_c_while_it_is_recorded(session, monkeypatch):
     """Too late: record, history and weights belong together."""
     session.edit(stream(3))
-    monkeypatch.setattr("stableedit_cpp.lifelong.recorder.now", lambda: signal.raise_signal(signal.SIGINT) or "now")
+    interrupt = lambda: signal.raise_signal(signal.SIGINT) or "now"  # noqa: E731
+    monkeypatch.setattr("stableedit_cpp.lifelong.journal.writer.now", interrupt)
     session.revert("f0")
     assert session.history.entries["f0"].state == "reverted in turn 2"
     assert session.history.states[2] == state_digests(session.editor.state_dict())

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from stableedit_cpp.datasets import read_requests
+from stableedit_cpp.data import read_requests
 from stableedit_cpp.lifelong import JournalDamaged, SessionLocked, SessionView, verify
-from stableedit_cpp.lifelong.journal import Journal
+from stableedit_cpp.lifelong.journal.journal import Journal
 from support.damage import KINDS, mutate
 from support.sessions import assert_same_bits, create, reopen, state_of, stream, without_closing
 

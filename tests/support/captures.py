@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stableedit_cpp.prompts import tokenize
+from stableedit_cpp.model.tokens import tokenize
 from support.tiny import FACTS
 
 MICRO_BATCH = 5

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stableedit_cpp import load_model
-from stableedit_cpp.digest import model_digest
-from stableedit_cpp.linears import Linears
-from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
-from stableedit_cpp.output import new_directory, write_json
-from stableedit_cpp.prompts import context_length
+from stableedit_cpp.files.atomic import new_directory, write_json
+from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.model.linears import Linears
+from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.tokens import context_length
 
 FORMAT_VERSION = 1
 

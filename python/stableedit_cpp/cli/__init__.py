@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             session,
             side_effects,
         )
-        from stableedit_cpp.environment import cmake_prefix
+        from stableedit_cpp.files.environment import cmake_prefix
     except ImportError as error:
         print(f"stableedit: error: {error}", file=sys.stderr)
         return 2

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 from stableedit_cpp.cli.options import DTYPES, default_device, new_parser, positive
-from stableedit_cpp.datasets import parse_fields
+from stableedit_cpp.data import parse_fields
 from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.experiments import ABLATIONS, EDITORS, Matrix, read_yaml, run_matrix, theory_of, theory_table
 from stableedit_cpp.experiments.tables import comparison_table
-from stableedit_cpp.models import load_model
-from stableedit_cpp.output import write_json, write_text
+from stableedit_cpp.files.atomic import write_json, write_text
+from stableedit_cpp.model.load import load_model
 
 __all__ = ["add_parser", "run"]
 

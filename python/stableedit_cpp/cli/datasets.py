@@ -6,7 +6,7 @@ import argparse
 import json
 
 from stableedit_cpp.cli.options import new_parser, positive
-from stableedit_cpp.datasets import FORMATS, Format, describe, parse_fields
+from stableedit_cpp.data import FORMATS, Format, describe, parse_fields
 
 __all__ = ["add_format_options", "add_parser", "format_of", "run"]
 

@@ -8,12 +8,12 @@ import time
 from importlib import resources
 
 from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
-from stableedit_cpp.config import StableEditConfig
-from stableedit_cpp.datasets import read_requests
+from stableedit_cpp.data import read_requests
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import StableEdit
+from stableedit_cpp.editors.config import StableEditConfig
 from stableedit_cpp.evaluation import Scores, evaluate, generate
-from stableedit_cpp.models import SMOLLM2
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.model.load import SMOLLM2
 
 _EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json --warm-up zsre_train.json"
 # So few facts allow several passes each; the strong ridge keeps the updates, and what they do to other answers, small.

@@ -18,16 +18,16 @@ from stableedit_cpp.cli.options import (
 )
 from stableedit_cpp.cli.output import check_new_directory, check_writable_file
 from stableedit_cpp.core import save_patch
-from stableedit_cpp.datasets import read_requests
-from stableedit_cpp.digest import file_digest, model_digest
+from stableedit_cpp.data import read_requests
 from stableedit_cpp.editors import EditInterrupted, make_editor
-from stableedit_cpp.environment import environment
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
+from stableedit_cpp.export.patch_recorder import PatchRecorder
 from stableedit_cpp.export.provenance import CONFIG_FILE, REPORT_FILE, read_provenance
+from stableedit_cpp.files.atomic import new_directory, write_json
+from stableedit_cpp.files.digest import file_digest, model_digest
+from stableedit_cpp.files.environment import environment
 from stableedit_cpp.lifelong.repair import repair
-from stableedit_cpp.output import new_directory, write_json
-from stableedit_cpp.patches import PatchRecorder
 
 _EXAMPLE = """\
   stableedit edit --model smollm2-135m --requests edits.jsonl --warm-up training.json --output edited/

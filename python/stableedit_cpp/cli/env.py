@@ -6,7 +6,7 @@ import argparse
 import json
 
 from stableedit_cpp.cli.options import new_parser
-from stableedit_cpp.environment import cmake_prefix, environment
+from stableedit_cpp.files.environment import cmake_prefix, environment
 
 _EXAMPLE = "  stableedit env --json > environment.json"
 

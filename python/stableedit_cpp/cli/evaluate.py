@@ -7,10 +7,10 @@ import argparse
 from stableedit_cpp.cli.datasets import add_format_options, format_of
 from stableedit_cpp.cli.options import add_metrics_option, add_model_options, load, new_parser, positive
 from stableedit_cpp.cli.output import check_writable_file
-from stableedit_cpp.datasets import read_requests
-from stableedit_cpp.environment import environment
+from stableedit_cpp.data import read_requests
 from stableedit_cpp.evaluation import evaluate
-from stableedit_cpp.output import write_json
+from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.files.environment import environment
 
 _EXAMPLE = """\
   stableedit evaluate --model edited/ --requests edits.jsonl --output scores.json

@@ -7,9 +7,9 @@ import dataclasses
 
 import torch
 
-from stableedit_cpp.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
+from stableedit_cpp.editors.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
 from stableedit_cpp.evaluation import METRICS
-from stableedit_cpp.models import SMOLLM2, load_model
+from stableedit_cpp.model.load import SMOLLM2, load_model
 
 __all__ = [
     "DTYPES",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from stableedit_cpp.cli.options import add_model_options, load, new_parser
 from stableedit_cpp.cli.output import check_writable_file
-from stableedit_cpp.environment import environment
-from stableedit_cpp.output import write_json
+from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.files.environment import environment
 from stableedit_cpp.sideeffects import SideEffectOptions, measure
 from stableedit_cpp.sideeffects.downstream import TASKS
 from stableedit_cpp.sideeffects.maps import MAPS

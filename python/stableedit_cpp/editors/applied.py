@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from stableedit_cpp.capture import CapturedTurn
 from stableedit_cpp.core import LowRankUpdate
-from stableedit_cpp.editors.report import TurnReport
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.editors.edit_report import TurnReport
+from stableedit_cpp.model.capture import CapturedTurn
 
 __all__ = ["AppliedPass", "AppliedTurn"]
 

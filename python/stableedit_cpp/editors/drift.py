@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stableedit_cpp.editors.report import EditReport
+from stableedit_cpp.editors.edit_report import EditReport
 
 __all__ = ["DriftLimitReached"]
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stableedit_cpp.editors.report import EditReport
+from stableedit_cpp.editors.edit_report import EditReport
 
 __all__ = ["EditInterrupted", "InterruptGuard"]
 

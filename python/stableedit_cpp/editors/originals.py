@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from stableedit_cpp.editors.swap import swapped
-from stableedit_cpp.modules import EditModule
+from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["OriginalWeights"]
 

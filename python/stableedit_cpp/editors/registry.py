@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from stableedit_cpp.config import EditorConfig
-from stableedit_cpp.editors.base import Editor
+from stableedit_cpp.editors.config import EditorConfig
+from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.stableedit import StableEdit
 from stableedit_cpp.editors.ultraedit import UltraEdit
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stableedit_cpp.config import StableEditConfig
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
-from stableedit_cpp.editors.base import Editor
+from stableedit_cpp.editors.config import StableEditConfig
+from stableedit_cpp.editors.editor import Editor
 
 __all__ = ["StableEdit"]
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.drift import DriftLimitReached
+from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
-from stableedit_cpp.editors.report import EditReport
 from stableedit_cpp.editors.turn import Turn
-from stableedit_cpp.requests import EditRequest
 
 if TYPE_CHECKING:
-    from stableedit_cpp.editors.base import Editor
+    from stableedit_cpp.editors.editor import Editor
 
 __all__ = ["names_of", "run_stream"]
 

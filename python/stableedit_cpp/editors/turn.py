@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.capture import CapturedTurn, capture
 from stableedit_cpp.core import LowRankUpdate
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.checkpoint import Checkpoint
 from stableedit_cpp.editors.drift import DriftLimitReached
+from stableedit_cpp.editors.edit_report import TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard
-from stableedit_cpp.editors.report import TurnReport
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores
-from stableedit_cpp.prompts import TokenSequence
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.tokens import TokenSequence
 
 if TYPE_CHECKING:
-    from stableedit_cpp.editors.base import Editor
+    from stableedit_cpp.editors.editor import Editor
 
 __all__ = ["Turn"]
 

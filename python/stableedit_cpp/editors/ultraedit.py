@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from stableedit_cpp.capture import CapturedTurn
-from stableedit_cpp.config import UltraEditConfig
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
-from stableedit_cpp.editors.base import Editor
-from stableedit_cpp.modules import EditModule
+from stableedit_cpp.editors.config import UltraEditConfig
+from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.model.capture import CapturedTurn
+from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["UltraEdit"]
 

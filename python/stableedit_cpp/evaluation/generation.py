@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from stableedit_cpp.forward import input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, pack, prompt_ids
+from stableedit_cpp.model.running import input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate, pack, prompt_ids
 
 __all__ = ["Continuation", "generate", "generate_continuations", "judge"]
 

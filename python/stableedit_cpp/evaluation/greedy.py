@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, pack
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate, pack
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["greedy_answers"]
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, pack
+from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate, pack
 
 __all__ = ["Reference", "locality"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.request import EditRequest
 
 __all__ = ["PROBES", "probes_of"]
 

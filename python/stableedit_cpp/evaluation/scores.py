@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
+from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.evaluation.generation import generate_continuations, judge
 from stableedit_cpp.evaluation.locality import Reference, locality
 from stableedit_cpp.evaluation.probes import PROBES, probes_of
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
-from stableedit_cpp.nearest import with_nearest
-from stableedit_cpp.prompts import context_length, tokenize
-from stableedit_cpp.requests import EditRequest, as_requests
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.files.words import with_nearest
+from stableedit_cpp.model.tokens import context_length, tokenize
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["METRICS", "Scores", "check_metrics", "evaluate", "mean_and_error"]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate
-from stableedit_cpp.trunk_cache import TrunkCache, pack_apart
+from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate
+from stableedit_cpp.model.trunk import TrunkCache, pack_apart
 
 __all__ = ["AnswerScores", "answer_scores", "token_accuracy"]
 

@@ -1,12 +1,12 @@
 """Experiments on streams of edits: the benchmark, ablations, and what the theory predicts."""
 
-from stableedit_cpp.experiments.bench import run_matrix
-from stableedit_cpp.experiments.editors import ABLATIONS, EDITORS, NamedEditor, named_editor
+from stableedit_cpp.editors.presets import ABLATIONS, EDITORS, NamedEditor, named_editor
 from stableedit_cpp.experiments.matrix import Matrix, read_yaml
 from stableedit_cpp.experiments.results import RunDirectory, read_run
-from stableedit_cpp.experiments.runner import StreamRun
+from stableedit_cpp.experiments.run_matrix import run_matrix
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import DATASETS, Source, find_source
+from stableedit_cpp.experiments.stream_run import StreamRun
 from stableedit_cpp.experiments.theory import theory_of, theory_table
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import Editor
-from stableedit_cpp.experiments.scoring import summary
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.experiments.scorer import summary
 
 __all__ = ["CumulativeProbe"]
 

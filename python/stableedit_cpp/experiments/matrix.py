@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 
 from stableedit_cpp import sideeffects
-from stableedit_cpp.experiments.editors import NamedEditor, named_editor
+from stableedit_cpp.editors.presets import NamedEditor, named_editor
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import Source, find_source
-from stableedit_cpp.nearest import with_nearest
+from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["Matrix", "read_yaml"]
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from stableedit_cpp.environment import environment
 from stableedit_cpp.experiments.settings import baseline, differences
-from stableedit_cpp.output import write_json, write_text
+from stableedit_cpp.files.atomic import write_json, write_text
+from stableedit_cpp.files.environment import environment
 from stableedit_cpp.sideeffects.measurement import HIDDEN_STATES
 
 __all__ = ["FORMAT", "RunDirectory", "command_line", "now", "read_run"]

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stableedit_cpp.datasets.hub import HUB_PREFIX
-from stableedit_cpp.digest import file_digest
+from stableedit_cpp.data.hub import HUB_PREFIX
+from stableedit_cpp.editors.presets import NamedEditor
 from stableedit_cpp.evaluation.scores import check_metrics
-from stableedit_cpp.experiments.editors import NamedEditor
 from stableedit_cpp.experiments.sources import Source
-from stableedit_cpp.nearest import with_nearest
+from stableedit_cpp.files.digest import file_digest
+from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["RunSettings", "WarmUp", "baseline", "differences"]
 

@@ -10,11 +10,11 @@ from random import Random
 
 from tqdm.auto import tqdm
 
-from stableedit_cpp.datasets import iter_requests
-from stableedit_cpp.datasets.files import SUFFIXES
-from stableedit_cpp.datasets.hub import HUB_PREFIX
-from stableedit_cpp.nearest import with_nearest
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data import iter_requests
+from stableedit_cpp.data.file_types import SUFFIXES
+from stableedit_cpp.data.hub import HUB_PREFIX
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["DATASETS", "Source", "find_source"]
 

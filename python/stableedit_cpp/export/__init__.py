@@ -6,11 +6,11 @@ report = se.export.export_lora(change, "adapter/", keep=0.95)
 
 from stableedit_cpp.export.change import ModelChange, change_between, change_from_patch, change_of
 from stableedit_cpp.export.delta import apply_delta, change_from_delta, export_delta
+from stableedit_cpp.export.kept import evaluate_change, rank_for_efficacy
 from stableedit_cpp.export.lora import export_lora
 from stableedit_cpp.export.model import export_model
 from stableedit_cpp.export.patch import export_patch
 from stableedit_cpp.export.provenance import Provenance, read_provenance
-from stableedit_cpp.export.scores import evaluate_change, rank_for_efficacy
 from stableedit_cpp.export.truncation import LowRankReport
 
 __all__ = [

@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from stableedit_cpp.export.provenance import Provenance
-from stableedit_cpp.models import SMOLLM2
-from stableedit_cpp.output import write_json
+from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.model.load import SMOLLM2
 
 __all__ = ["EXPORT_FILE", "Card", "loading_the_base", "write_card"]
 

@@ -11,10 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stableedit_cpp.core import Patch, WeightChange
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.editors import Editor
 from stableedit_cpp.export.truncation import Spectrum, decompose
-from stableedit_cpp.modules import EditModule
+from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["ModelChange", "change_between", "change_from_patch", "change_of", "change_to"]
 

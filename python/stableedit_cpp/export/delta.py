@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp import core
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export.card import Card, loading_the_base, write_card
 from stableedit_cpp.export.change import ModelChange, change_to
 from stableedit_cpp.export.provenance import Provenance
-from stableedit_cpp.output import new_directory
+from stableedit_cpp.files.atomic import new_directory
+from stableedit_cpp.files.digest import model_digest
 
 __all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.export.card import Card, write_card
 from stableedit_cpp.export.provenance import Provenance
-from stableedit_cpp.models import drop_gguf_marks
-from stableedit_cpp.output import new_directory
+from stableedit_cpp.files.atomic import new_directory
+from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.model.load import drop_gguf_marks
 
 __all__ = ["export_model", "write_model"]
 

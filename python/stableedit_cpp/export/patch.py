@@ -12,7 +12,7 @@ from stableedit_cpp.export.card import Card, loading_the_base, write_card
 from stableedit_cpp.export.change import ModelChange
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.export.truncation import LowRankReport, truncate
-from stableedit_cpp.output import new_directory
+from stableedit_cpp.files.atomic import new_directory
 
 __all__ = ["PATCH_FILE", "export_patch"]
 

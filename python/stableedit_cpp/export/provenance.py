@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stableedit_cpp.config import EditorConfig, load_config
-from stableedit_cpp.environment import environment
+from stableedit_cpp.editors.config import EditorConfig, load_config
+from stableedit_cpp.files.environment import environment
 
 __all__ = ["CONFIG_FILE", "REPORT_FILE", "Provenance", "read_provenance"]
 

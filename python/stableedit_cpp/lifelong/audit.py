@@ -10,10 +10,10 @@ from statistics import fmean
 
 from tqdm.auto import tqdm
 
-from stableedit_cpp.editors.base import Editor
+from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores
-from stableedit_cpp.requests import EditRequest, as_requests
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["AuditEntry", "AuditReport", "audit", "current"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
-from stableedit_cpp.lifelong.record import Record
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.lifelong.journal.record import Record
 
 __all__ = ["History", "RequestEntry", "Step"]
 

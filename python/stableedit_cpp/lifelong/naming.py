@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Container, Iterable, Sequence
 from hashlib import blake2b
 
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.request import EditRequest
 
 __all__ = ["cut_at_contradictions", "with_ids"]
 

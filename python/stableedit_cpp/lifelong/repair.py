@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from stableedit_cpp.editors.base import Editor
-from stableedit_cpp.editors.report import EditReport
+from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.editors.edit_report import EditReport
+from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.lifelong.audit import AuditReport, audit
-from stableedit_cpp.requests import EditRequest, as_requests
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["RepairReport", "repair"]
 

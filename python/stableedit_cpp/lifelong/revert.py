@@ -15,17 +15,17 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.capture import CapturedTurn, capture
 from stableedit_cpp.core import LowRankUpdate, ModuleEditor, PastKeys
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.lifelong.contribution import contribution
 from stableedit_cpp.lifelong.history import RequestEntry
-from stableedit_cpp.lifelong.rebuild import applied_turn
+from stableedit_cpp.lifelong.journal.rebuild import applied_turn
 from stableedit_cpp.lifelong.view import SessionView
-from stableedit_cpp.prompts import TokenSequence
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["RevertReport", "RevertedRequest", "revert"]
 

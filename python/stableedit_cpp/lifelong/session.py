@@ -12,21 +12,21 @@ from typing import Literal
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.config import EditorConfig, StableEditConfig
+from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors import DriftLimitReached, EditInterrupted, Editor, EditReport, make_editor
+from stableedit_cpp.editors.config import EditorConfig, StableEditConfig
 from stableedit_cpp.evaluation import Scores, evaluate
+from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.lifelong.audit import AuditReport, audit
-from stableedit_cpp.lifelong.lock import WriterLock
+from stableedit_cpp.lifelong.journal.codec import encode_updates
+from stableedit_cpp.lifelong.journal.opening import begin, recover, restore
+from stableedit_cpp.lifelong.journal.rebuild import rebuild
+from stableedit_cpp.lifelong.journal.writer import Recorder, append
 from stableedit_cpp.lifelong.naming import cut_at_contradictions, with_ids
-from stableedit_cpp.lifelong.opening import begin, recover, restore
-from stableedit_cpp.lifelong.rebuild import rebuild
-from stableedit_cpp.lifelong.recorder import Recorder, append
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertReport, revert
-from stableedit_cpp.lifelong.turns import encode_updates
 from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
-from stableedit_cpp.requests import EditRequest, as_requests
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["LifelongSession"]
 

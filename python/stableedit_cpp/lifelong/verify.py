@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.lifelong.history import STEPS
-from stableedit_cpp.lifelong.journal import Damage
-from stableedit_cpp.lifelong.lock import WriterLock
-from stableedit_cpp.lifelong.recorder import append
-from stableedit_cpp.lifelong.snapshots import SnapshotDamaged
+from stableedit_cpp.lifelong.journal.journal import Damage
+from stableedit_cpp.lifelong.journal.snapshots import SnapshotDamaged
+from stableedit_cpp.lifelong.journal.writer import append
 from stableedit_cpp.lifelong.view import SessionView, check_directory
 
 __all__ = ["VerifyReport", "verify"]

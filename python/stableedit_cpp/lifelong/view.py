@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.files.lock import writer
 from stableedit_cpp.lifelong.history import STEPS, History
-from stableedit_cpp.lifelong.journal import Journal, JournalDamaged
-from stableedit_cpp.lifelong.lock import writer
+from stableedit_cpp.lifelong.journal.journal import Journal, JournalDamaged
+from stableedit_cpp.lifelong.journal.record import Record
+from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.naming import with_ids
-from stableedit_cpp.lifelong.record import Record
-from stableedit_cpp.lifelong.snapshots import Snapshots
-from stableedit_cpp.requests import EditRequest
 
 __all__ = ["FORMAT", "LogEntry", "SessionStatus", "SessionView"]
 

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from stableedit_cpp import _build_info
-from stableedit_cpp.output import new_directory
+from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.report import tables
 from stableedit_cpp.report.effect_charts import hidden_state_maps, memory, perplexity_curves, time_by_part
 from stableedit_cpp.report.geometry_charts import theory_charts, update_geometry

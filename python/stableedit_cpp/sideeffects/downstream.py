@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from stableedit_cpp.datasets.files import read_records
-from stableedit_cpp.prompts import TokenSequence, context_length, prompt_ids
+from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
+from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
-from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["RESERVED", "TASKS", "Task", "choose", "downstream_scores", "read_task"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stableedit_cpp.datasets.files import read_records
-from stableedit_cpp.forward import input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, context_length, pack, prompt_ids
+from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.model.running import input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 
 __all__ = ["hidden_states", "layer_indices", "read_prompts"]
 

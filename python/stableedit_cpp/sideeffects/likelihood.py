@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate
-from stableedit_cpp.trunk_cache import TrunkCache, pack_apart
+from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate
+from stableedit_cpp.model.trunk import TrunkCache, pack_apart
 
 __all__ = ["answer_log_probabilities"]
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.prompts import context_length
+from stableedit_cpp.model.tokens import context_length
+from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.sideeffects.downstream import TASKS, choose, downstream_scores, read_task
 from stableedit_cpp.sideeffects.harness import HARNESS_TASKS, harness_scores
 from stableedit_cpp.sideeffects.hidden_states import hidden_states, read_prompts
@@ -21,7 +22,6 @@ from stableedit_cpp.sideeffects.maps import embed
 from stableedit_cpp.sideeffects.options import LM_EVAL, SideEffectOptions
 from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
 from stableedit_cpp.sideeffects.similarity import linear_cka, mmd, relative_shift
-from stableedit_cpp.trunk_cache import TrunkCache
 
 __all__ = ["HIDDEN_STATES", "check", "measure"]
 

@@ -9,10 +9,10 @@ from stableedit_cpp.cli.datasets import add_format_options, format_of
 from stableedit_cpp.cli.options import add_editor_options, add_model_options, editor_config, load, positive
 from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
-from stableedit_cpp.datasets import read_requests
+from stableedit_cpp.data import read_requests
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.view import check_new_directory
-from stableedit_cpp.requests import EditRequest
 
 _CREATE = "  stableedit session create edits/ --model smollm2-135m --warm-up training.json --warm-up-limit 500"
 _EDIT = """\

@@ -14,7 +14,7 @@ import torch
 
 from stableedit_cpp.cli.options import default_device, new_parser
 from stableedit_cpp.lifelong import LifelongSession, SessionView
-from stableedit_cpp.models import load_model
+from stableedit_cpp.model.load import load_model
 
 __all__ = ["add_opening_options", "new_action", "opened", "print_json"]
 

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from stableedit_cpp.linears import Linears
-from stableedit_cpp.prompts import Batch, TokenSequence
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.linears import Linears
+from stableedit_cpp.model.tokens import Batch, TokenSequence
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["answer_logits", "input_device", "untouched"]
 

@@ -59,7 +59,7 @@ class EditRequest:
         Raises:
             ValueError: if the record fits no known format (the message lists its fields and the formats).
         """
-        from stableedit_cpp.datasets.formats import detect  # which needs this class itself
+        from stableedit_cpp.data.formats import detect  # which needs this class itself
 
         return detect(record).request(record)
 

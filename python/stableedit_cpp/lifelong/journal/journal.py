@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import torch
 
-from stableedit_cpp.lifelong.record import (
+from stableedit_cpp.lifelong.journal.record import (
     START,
     Record,
     UnreadableRecord,

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp.experiments.results import RunDirectory, command_line, read_run
-from stableedit_cpp.experiments.runner import StreamRun
 from stableedit_cpp.experiments.settings import RunSettings
+from stableedit_cpp.experiments.stream_run import StreamRun
 from stableedit_cpp.experiments.tables import comparison_table, run_table
-from stableedit_cpp.lifelong.lock import SessionLocked, WriterLock, writer
-from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
-from stableedit_cpp.output import write_text
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.files.atomic import write_text
+from stableedit_cpp.files.lock import SessionLocked, WriterLock, writer
+from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["run_matrix"]
 

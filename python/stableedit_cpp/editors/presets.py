@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stableedit_cpp.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
-from stableedit_cpp.nearest import with_nearest
+from stableedit_cpp.editors.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
+from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["ABLATIONS", "EDITORS", "NamedEditor", "named_editor"]
 

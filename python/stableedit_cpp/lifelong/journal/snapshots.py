@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp.core import load_state, save_state
-from stableedit_cpp.digest import tensor_digests
+from stableedit_cpp.files.digest import tensor_digests
 
 __all__ = ["SnapshotDamaged", "Snapshots", "State", "state_digests"]
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.lifelong.history import Step
-from stableedit_cpp.lifelong.snapshots import SnapshotDamaged, state_digests
-from stableedit_cpp.lifelong.turns import decode_turn, decode_updates
+from stableedit_cpp.lifelong.journal.codec import decode_turn, decode_updates
+from stableedit_cpp.lifelong.journal.snapshots import SnapshotDamaged, state_digests
 from stableedit_cpp.lifelong.view import SessionView
-from stableedit_cpp.requests import EditRequest
 
 __all__ = ["OtherBits", "applied_turn", "rebuild"]
 

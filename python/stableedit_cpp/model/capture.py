@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.modules import EditModule
-from stableedit_cpp.prompts import Batch, TokenSequence, collate, longest_first, pack
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first, pack
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["CapturedTurn", "NotFiniteError", "capture"]
 

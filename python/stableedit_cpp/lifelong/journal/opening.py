@@ -8,16 +8,16 @@ import time
 import warnings
 from pathlib import Path
 
-from stableedit_cpp.config import parse_config
 from stableedit_cpp.editors import Editor, make_editor
-from stableedit_cpp.environment import environment
-from stableedit_cpp.lifelong.identity import check_identity, edited_weights, identity
-from stableedit_cpp.lifelong.journal import Journal, JournalDamaged
-from stableedit_cpp.lifelong.rebuild import rebuild
-from stableedit_cpp.lifelong.recorder import SessionWriteError, append
-from stableedit_cpp.lifelong.snapshots import Snapshots, state_digests
+from stableedit_cpp.editors.config import parse_config
+from stableedit_cpp.files.atomic import new_directory
+from stableedit_cpp.files.environment import environment
+from stableedit_cpp.lifelong.journal.identity import check_identity, edited_weights, identity
+from stableedit_cpp.lifelong.journal.journal import Journal, JournalDamaged
+from stableedit_cpp.lifelong.journal.rebuild import rebuild
+from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_digests
+from stableedit_cpp.lifelong.journal.writer import SessionWriteError, append
 from stableedit_cpp.lifelong.view import FORMAT, SessionView, now
-from stableedit_cpp.output import new_directory
 
 __all__ = ["begin", "recover", "restore"]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from stableedit_cpp.datasets.files import read_records
-from stableedit_cpp.datasets.formats import Format, choose_format, detect
-from stableedit_cpp.datasets.hub import HUB_PREFIX, read_hub_records
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.data.formats import Format, choose_format, detect
+from stableedit_cpp.data.hub import HUB_PREFIX, read_hub_records
+from stableedit_cpp.data.request import EditRequest
 
 __all__ = ["iter_requests", "read_requests", "source_records"]
 

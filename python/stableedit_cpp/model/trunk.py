@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stableedit_cpp.linears import replaced_forward
-from stableedit_cpp.modules import EditModule
-from stableedit_cpp.prompts import Batch, TokenSequence, pack
+from stableedit_cpp.model.linears import replaced_forward
+from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.tokens import Batch, TokenSequence, pack
 
 __all__ = ["TrunkCache", "pack_apart"]
 

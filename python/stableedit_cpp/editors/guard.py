@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.forward import answer_logits, input_device, untouched
-from stableedit_cpp.prompts import TokenSequence, collate, context_length, pack, prompt_ids
+from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 
 if TYPE_CHECKING:
-    from stableedit_cpp.editors.base import Editor
+    from stableedit_cpp.editors.editor import Editor
 
 __all__ = ["Drift", "LocalityGuard"]
 

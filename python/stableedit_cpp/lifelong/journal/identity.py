@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stableedit_cpp.digest import model_digest, tensor_digests, tokenizer_digest
 from stableedit_cpp.editors import Editor
+from stableedit_cpp.files.digest import model_digest, tensor_digests, tokenizer_digest
 
 __all__ = ["check_identity", "edited_weights", "identity"]
 

@@ -10,9 +10,9 @@ import torch
 
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.editors.interrupt import InterruptGuard
-from stableedit_cpp.lifelong.record import Record
-from stableedit_cpp.lifelong.snapshots import state_digests
-from stableedit_cpp.lifelong.turns import encode_turn
+from stableedit_cpp.lifelong.journal.codec import encode_turn
+from stableedit_cpp.lifelong.journal.record import Record
+from stableedit_cpp.lifelong.journal.snapshots import state_digests
 from stableedit_cpp.lifelong.view import SessionView, now
 
 __all__ = ["Recorder", "SessionWriteError", "append"]

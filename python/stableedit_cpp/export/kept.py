@@ -8,12 +8,12 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.core import WeightChange
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.swap import swapped
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.export.change import ModelChange
-from stableedit_cpp.modules import find_modules
-from stableedit_cpp.requests import EditRequest
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.modules import find_modules
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["evaluate_change", "rank_for_efficacy"]
 

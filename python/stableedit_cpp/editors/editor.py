@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stableedit_cpp.capture import CapturedTurn
-from stableedit_cpp.config import EditorConfig
 from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight, ModuleEditor, PastKeys
+from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.checkpoint import Checkpoint
+from stableedit_cpp.editors.config import EditorConfig
+from stableedit_cpp.editors.edit_report import EditReport, TurnReport
 from stableedit_cpp.editors.originals import OriginalWeights
-from stableedit_cpp.editors.report import EditReport, TurnReport
 from stableedit_cpp.editors.stream import names_of, run_stream
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
-from stableedit_cpp.modules import EditModule, default_edit_modules, find_modules
-from stableedit_cpp.prompts import TokenSequence, context_length, tokenize
-from stableedit_cpp.requests import EditRequest, as_requests
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.capture import CapturedTurn
+from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
+from stableedit_cpp.model.trunk import TrunkCache
 
 if TYPE_CHECKING:
-    from stableedit_cpp.lifelong.guard import LocalityGuard
+    from stableedit_cpp.editors.guard import LocalityGuard
 
 __all__ = ["Editor"]
 

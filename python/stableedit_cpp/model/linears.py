@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stableedit_cpp.prompts import Batch
+from stableedit_cpp.model.tokens import Batch
 
 __all__ = ["Linears", "replaced_forward"]
 

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.evaluation.locality import Reference
 from stableedit_cpp.evaluation.scores import mean_and_error
 from stableedit_cpp.experiments.sampling import age_bins, sample_positions
 from stableedit_cpp.experiments.sources import Source
-from stableedit_cpp.requests import EditRequest
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["Scorer", "summary"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from stableedit_cpp.datasets.formats import Format, choose_format, detect
-from stableedit_cpp.datasets.reading import source_records
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.formats import Format, choose_format, detect
+from stableedit_cpp.data.reading import source_records
+from stableedit_cpp.data.request import EditRequest
 
 __all__ = ["Description", "describe"]
 

@@ -13,20 +13,20 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp import sideeffects
-from stableedit_cpp.capture import NotFiniteError
 from stableedit_cpp.core import load_state, save_state
-from stableedit_cpp.digest import model_digest
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditInterrupted, make_editor
 from stableedit_cpp.experiments.convergence import Convergence
 from stableedit_cpp.experiments.cost import Cost
 from stableedit_cpp.experiments.cumulative import CumulativeProbe
 from stableedit_cpp.experiments.geometry import Geometry
 from stableedit_cpp.experiments.results import RunDirectory
-from stableedit_cpp.experiments.scoring import Scorer
+from stableedit_cpp.experiments.scorer import Scorer
 from stableedit_cpp.experiments.settings import RunSettings
-from stableedit_cpp.memory import resident_bytes
-from stableedit_cpp.requests import EditRequest
-from stableedit_cpp.trunk_cache import TrunkCache
+from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.files.memory import resident_bytes
+from stableedit_cpp.model.capture import NotFiniteError
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["StreamRun"]
 

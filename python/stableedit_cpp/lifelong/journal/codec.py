@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import torch
 
-from stableedit_cpp.capture import CapturedTurn
 from stableedit_cpp.core import LowRankUpdate
+from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedPass, AppliedTurn, TurnReport
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.model.capture import CapturedTurn
 
 __all__ = ["decode_turn", "decode_updates", "encode_turn", "encode_updates"]
 

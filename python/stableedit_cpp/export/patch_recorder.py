@@ -9,8 +9,8 @@ from collections import Counter
 import torch
 
 from stableedit_cpp.core import LowRankUpdate, Patch, WeightChange
-from stableedit_cpp.digest import model_digest
 from stableedit_cpp.editors import AppliedTurn, Editor
+from stableedit_cpp.files.digest import model_digest
 
 __all__ = ["PatchRecorder"]
 

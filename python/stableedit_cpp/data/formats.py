@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from stableedit_cpp.nearest import with_nearest
-from stableedit_cpp.requests import EditRequest
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["FORMATS", "Format", "choose_format", "detect", "parse_fields"]
 

@@ -1,0 +1,1 @@
+"""The language model that is edited: loading it, its linear maps, its tokens, running it and reading it."""
