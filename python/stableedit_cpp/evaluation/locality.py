@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
 from stableedit_cpp.model.running import answer_logits, input_device, untouched
 from stableedit_cpp.model.tokens import TokenSequence, collate, pack
 
@@ -53,9 +54,7 @@ def locality(
             )
         before = before.to(after.device)
         same = (before.argmax(-1) == after.argmax(-1)).double().cpu()
-        # A token that the unedited model rules out contributes nothing, whatever the edited one thinks of it.
-        terms = before.exp() * (before - after)
-        kl = torch.where(before == -torch.inf, 0.0, terms).sum(-1).double().cpu()
+        kl = kl_divergence(before, after)
         sizes = [len(sequence.answer) for sequence in chosen]
         agreement[indices] = torch.stack([part.mean() for part in same.split(sizes)])
         divergence[indices] = torch.stack([part.mean() for part in kl.split(sizes)])
@@ -67,5 +66,4 @@ def locality(
 def _log_probabilities(model: nn.Module, sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """``[n, vocabulary]``, in float32 or better."""
     with untouched(model), torch.inference_mode():
-        logits = answer_logits(model, collate(sequences, input_device(model)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_probabilities(answer_logits(model, collate(sequences, input_device(model))))
