@@ -15,10 +15,8 @@ from typing import TypeVar
 
 import torch
 
-from stableedit_cpp.cli.output import check_writable_file
-from stableedit_cpp.files.atomic import write_json
-from stableedit_cpp.files.environment import environment
-from stableedit_cpp.files.memory import resident_bytes
+from stableedit_cpp.files.atomic import check_writable_file, write_json
+from stableedit_cpp.files.environment import environment, resident_bytes
 
 _Result = TypeVar("_Result")
 

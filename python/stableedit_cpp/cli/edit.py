@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
@@ -16,7 +15,6 @@ from stableedit_cpp.cli.options import (
     new_parser,
     positive,
 )
-from stableedit_cpp.cli.output import check_new_directory, check_writable_file
 from stableedit_cpp.core import save_patch
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.editors import EditInterrupted, make_editor
@@ -24,9 +22,10 @@ from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
 from stableedit_cpp.export.patch_recorder import PatchRecorder
 from stableedit_cpp.export.provenance import CONFIG_FILE, REPORT_FILE, read_provenance
-from stableedit_cpp.files.atomic import new_directory, write_json
+from stableedit_cpp.files.atomic import check_new_directory, check_writable_file, new_directory, write_json
 from stableedit_cpp.files.digest import file_digest, model_digest
 from stableedit_cpp.files.environment import environment
+from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.repair import repair
 
 _EXAMPLE = """\
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         "base_digest": base_digest,
         "requests": options.requests,
         "requests_digest": _digest(options.requests),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": now(),
         "edit_modules": [module.name for module in editor.modules],
         "environment": environment(),
     }

@@ -6,10 +6,9 @@ import argparse
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
 from stableedit_cpp.cli.options import add_metrics_option, add_model_options, load, new_parser, positive
-from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.evaluation import evaluate
-from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 
 _EXAMPLE = """\

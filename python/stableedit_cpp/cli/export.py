@@ -10,7 +10,6 @@ import torch
 
 from stableedit_cpp import core
 from stableedit_cpp.cli.options import DTYPES, default_device, new_parser, positive
-from stableedit_cpp.cli.output import check_new_directory
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -33,6 +32,7 @@ from stableedit_cpp.export import (
 from stableedit_cpp.export.delta import DELTA_FILE
 from stableedit_cpp.export.patch import PATCH_FILE
 from stableedit_cpp.export.truncation import truncate
+from stableedit_cpp.files.atomic import check_new_directory
 from stableedit_cpp.model.load import load_model
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.options import new_parser
-from stableedit_cpp.cli.output import check_new_directory
+from stableedit_cpp.files.atomic import check_new_directory
 from stableedit_cpp.report import write_report
 
 _EXAMPLE = """\

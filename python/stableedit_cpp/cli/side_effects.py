@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 
 from stableedit_cpp.cli.options import add_model_options, load, new_parser
-from stableedit_cpp.cli.output import check_writable_file
-from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.sideeffects import SideEffectOptions, measure
 from stableedit_cpp.sideeffects.downstream import TASKS

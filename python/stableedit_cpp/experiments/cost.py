@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from stableedit_cpp.files.memory import reserved_peak_bytes, resident_bytes
+from stableedit_cpp.files.environment import reserved_peak_bytes, resident_bytes
 
 __all__ = ["Cost"]
 

@@ -24,7 +24,7 @@ from stableedit_cpp.experiments.results import RunDirectory
 from stableedit_cpp.experiments.scorer import Scorer
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.files.digest import model_digest
-from stableedit_cpp.files.memory import resident_bytes
+from stableedit_cpp.files.environment import resident_bytes
 from stableedit_cpp.model.capture import NotFiniteError
 from stableedit_cpp.model.trunk import TrunkCache
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from stableedit_cpp.export.change import ModelChange
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.export.truncation import LowRankReport, truncate
 from stableedit_cpp.files.atomic import new_directory
+from stableedit_cpp.files.words import now
 
 __all__ = ["PATCH_FILE", "export_patch"]
 
@@ -50,7 +50,7 @@ def export_patch(
     patch = core.Patch(
         modules,
         id=provenance.edited or "",
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        created=now(),
         base_model=provenance.base_model or "",
         base_digest=change.base_digest,
         config=provenance.config.to_json() if provenance.config else "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from stableedit_cpp.core import LowRankUpdate, Patch, WeightChange
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.files.words import now
 
 __all__ = ["PatchRecorder"]
 
@@ -90,7 +90,7 @@ class PatchRecorder:
         return Patch(
             changes,
             id=id,
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            created=now(),
             base_model=self._base_model,
             base_digest=self._base_digest,
             config=self._editor.config.to_json(),

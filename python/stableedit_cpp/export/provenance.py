@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stableedit_cpp.editors.config import EditorConfig, load_config
 from stableedit_cpp.files.environment import environment
+from stableedit_cpp.files.words import now
 
 __all__ = ["CONFIG_FILE", "REPORT_FILE", "Provenance", "read_provenance"]
 
@@ -52,7 +52,7 @@ class Provenance:
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON, with the time and the environment of this moment as those of the export."""
         fields = {**vars(self), "config": json.loads(self.config.to_json()) if self.config else None}
-        return {**fields, "exported": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "export_environment": environment()}
+        return {**fields, "exported": now(), "export_environment": environment()}
 
 
 def read_provenance(directory: str | Path) -> Provenance:

@@ -1,4 +1,4 @@
-"""Writes results so that they are there whole or not at all."""
+"""Writes results so that they are there whole or not at all, and finds out beforehand whether they can be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_directory", "write_json", "write_text"]
+__all__ = ["check_new_directory", "check_writable_file", "new_directory", "new_file", "write_json", "write_text"]
 
 
 @contextmanager
@@ -32,33 +32,85 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         scratch.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-            path.rename(old / path.name)
-            scratch.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                path.rename(old / path.name)
+                try:
+                    scratch.rename(path)
+                except BaseException:
+                    (old / path.name).rename(path)
+                    raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A scratch file beside ``path``, there already and empty, that takes its place when the block ends without an
+    error; it is on the disk then. Parents are made.
+
+    Raises:
+        OSError: if it cannot be written; ``path`` is as it was.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(number)
+    try:
+        yield Path(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
 def write_json(path: str | Path, document: object) -> None:
-    """Write JSON under a temporary name, then rename."""
+    """Write JSON, whole or not at all."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name, then rename."""
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A file name that is not UTF-8 reaches the report as surrogates; a backslash escape of one is valid JSON.
-    scratch = {"dir": path.parent, "prefix": f".{path.name}-", "delete": False}
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", **scratch) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    """Write UTF-8 text, whole or not at all."""
+    with new_file(path) as scratch:
+        # A file name that is not UTF-8 reaches the report as surrogates; a backslash escape of one is valid JSON.
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_new_directory(path: str | Path, *, overwrite: bool) -> None:
+    """Find out before hours of work that the result cannot be saved.
+
+    Raises:
+        ValueError: if ``path`` is a file, a directory with content and ``overwrite`` is off, or cannot be written to.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output {path} is a file; expected a directory that does not exist yet")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"--output {path} exists and is not empty; choose another or add --overwrite")
+    _check_parent(path)
+
+
+def check_writable_file(path: str | Path, option: str = "--output") -> None:
+    """The same for a single file; messages name the ``option`` that it was given with."""
+    if Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a directory; expected a file name")
+    _check_parent(Path(path), option)
+
+
+def _check_parent(path: Path, option: str = "--output") -> None:
+    # Parents are made when there is something to save, so that a run that fails leaves nothing behind.
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        # Asking for permission is not enough: root is allowed everything, also on a read-only file system.
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".stableedit-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be made in {parent}: {error.strerror}") from None
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise ValueError(f"{option} {path} is read-only; choose another directory")

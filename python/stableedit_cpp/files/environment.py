@@ -1,17 +1,18 @@
-"""Where a result comes from: versions, build and hardware."""
+"""What a program runs on: versions, build, hardware, and the memory in use."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import resource
 from pathlib import Path
 
 import torch
 
 from stableedit_cpp import _build_info, _core
 
-__all__ = ["cmake_prefix", "environment"]
+__all__ = ["cmake_prefix", "environment", "reserved_peak_bytes", "resident_bytes"]
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "tqdm", "gguf", "peft")
 
@@ -41,6 +42,20 @@ def cmake_prefix() -> Path:
     It lies beside the extension module, which in an editable install is not where the Python files are.
     """
     return Path(_core.__file__).parent
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; where the system does not say it (not Linux), its peak so far."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def reserved_peak_bytes(device: torch.device) -> int | None:
+    """Most memory that tensors had on an accelerator so far; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _processor() -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
 from stableedit_cpp.cli.options import add_editor_options, add_model_options, editor_config, load, positive
-from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.files.atomic import check_writable_file
 from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.view import check_new_directory
 

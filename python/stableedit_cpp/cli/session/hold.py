@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.options import add_metrics_option, positive
-from stableedit_cpp.cli.output import check_writable_file
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
-from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.files.atomic import check_writable_file, write_json
 
 _AUDIT = "  stableedit session audit edits/ --sample 500"
 _EVALUATE = "  stableedit session evaluate edits/ --metrics locality --output scores.json"
