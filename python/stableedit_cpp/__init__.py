@@ -16,7 +16,6 @@ from stableedit_cpp._build_info import version as __version__  # noqa: E402
 from stableedit_cpp.data import iter_requests, read_requests  # noqa: E402
 from stableedit_cpp.data.request import EditRequest  # noqa: E402
 from stableedit_cpp.editors import (  # noqa: E402
-    DriftLimitReached,
     EditInterrupted,
     Editor,
     EditReport,
@@ -25,6 +24,17 @@ from stableedit_cpp.editors import (  # noqa: E402
     UltraEdit,
 )
 from stableedit_cpp.editors.config import EditorConfig, StableEditConfig, UltraEditConfig  # noqa: E402
+from stableedit_cpp.errors import (  # noqa: E402
+    DamagedJournal,
+    DamagedSnapshot,
+    DriftLimitReached,
+    ModelBroken,
+    OtherBits,
+    SessionBusy,
+    SessionClosed,
+    SessionWriteError,
+    StableEditError,
+)
 from stableedit_cpp.evaluation import Scores, evaluate, generate  # noqa: E402
 from stableedit_cpp.export.patch_recorder import PatchRecorder  # noqa: E402
 from stableedit_cpp.lifelong import LifelongSession  # noqa: E402
@@ -33,6 +43,8 @@ from stableedit_cpp.model.modules import default_edit_modules, find_modules  # n
 from stableedit_cpp.model.trunk import TrunkCache  # noqa: E402
 
 __all__ = [
+    "DamagedJournal",
+    "DamagedSnapshot",
     "DriftLimitReached",
     "EditInterrupted",
     "EditReport",
@@ -40,10 +52,16 @@ __all__ = [
     "Editor",
     "EditorConfig",
     "LifelongSession",
+    "ModelBroken",
+    "OtherBits",
     "PatchRecorder",
     "Scores",
+    "SessionBusy",
+    "SessionClosed",
+    "SessionWriteError",
     "StableEdit",
     "StableEditConfig",
+    "StableEditError",
     "TrunkCache",
     "TurnReport",
     "UltraEdit",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors.drift import DriftLimitReached
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
 from stableedit_cpp.editors.turn import Turn
+from stableedit_cpp.errors import DriftLimitReached
 
 if TYPE_CHECKING:
     from stableedit_cpp.editors.editor import Editor

@@ -12,9 +12,9 @@ from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.checkpoint import Checkpoint
-from stableedit_cpp.editors.drift import DriftLimitReached
 from stableedit_cpp.editors.edit_report import TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard
+from stableedit_cpp.errors import DriftLimitReached
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence

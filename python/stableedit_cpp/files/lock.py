@@ -10,11 +10,12 @@ import socket
 import time
 from pathlib import Path
 
+from stableedit_cpp.errors import SessionBusy
+
 __all__ = ["SessionLocked", "WriterLock"]
 
 
-class SessionLocked(ValueError):
-    """Another process, or another object of this one, has the session open for writing."""
+SessionLocked = SessionBusy  # its earlier name
 
 
 class WriterLock:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.running import answer_logits, input_device, untouched
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first, pack
@@ -18,8 +19,7 @@ from stableedit_cpp.model.trunk import TrunkCache
 __all__ = ["CapturedTurn", "NotFiniteError", "capture"]
 
 
-class NotFiniteError(ValueError):
-    """A loss or gradient is NaN or infinite: usually the model has broken down."""
+NotFiniteError = ModelBroken  # its earlier name
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 
+from stableedit_cpp.errors import DamagedJournal
 from stableedit_cpp.lifelong.journal.record import (
     START,
     Record,
@@ -26,8 +27,7 @@ from stableedit_cpp.lifelong.journal.record import (
 __all__ = ["Damage", "Journal", "JournalDamaged"]
 
 
-class JournalDamaged(ValueError):
-    """Turns that were done are lost or cannot be trusted; going on without them needs a person's consent."""
+JournalDamaged = DamagedJournal  # its earlier name
 
 
 @dataclass(frozen=True)

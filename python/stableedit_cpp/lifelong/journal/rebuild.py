@@ -11,16 +11,13 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
+from stableedit_cpp.errors import OtherBits
 from stableedit_cpp.lifelong.history import Step
 from stableedit_cpp.lifelong.journal.codec import decode_turn, decode_updates
 from stableedit_cpp.lifelong.journal.snapshots import SnapshotDamaged, state_digests
 from stableedit_cpp.lifelong.view import SessionView
 
 __all__ = ["OtherBits", "applied_turn", "rebuild"]
-
-
-class OtherBits(ValueError):
-    """Doing the turns again gave another state than the one that was recorded."""
 
 
 def rebuild(

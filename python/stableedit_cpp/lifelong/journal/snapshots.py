@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp.core import load_state, save_state
+from stableedit_cpp.errors import DamagedSnapshot
 from stableedit_cpp.files.digest import tensor_digests
 
 __all__ = ["SnapshotDamaged", "Snapshots", "State", "state_digests"]
@@ -23,8 +24,7 @@ def state_digests(state: State) -> dict[str, str]:
     )
 
 
-class SnapshotDamaged(ValueError):
-    """A snapshot cannot be used; an earlier one and the journal give the same state."""
+SnapshotDamaged = DamagedSnapshot  # its earlier name
 
 
 class Snapshots:

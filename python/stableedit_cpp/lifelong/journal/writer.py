@@ -10,16 +10,13 @@ import torch
 
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.editors.interrupt import InterruptGuard
+from stableedit_cpp.errors import SessionWriteError
 from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import state_digests
 from stableedit_cpp.lifelong.view import SessionView, now
 
 __all__ = ["Recorder", "SessionWriteError", "append"]
-
-
-class SessionWriteError(OSError):
-    """The disk did not take something; what it was to record was taken back, and the session stands as before."""
 
 
 def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:
