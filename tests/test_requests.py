@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from stableedit_cpp.data import FORMATS
+from stableedit_cpp.data import FORMATS, formats
 from stableedit_cpp.data.request import EditRequest, as_requests
 
 FULL = {
@@ -199,3 +199,31 @@ def test_as_requests_names_what_is_wrong(items, words):
         as_requests(items)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_slip_in_a_field_name_is_said():
+    with pytest.warns(UserWarning, match="the field 'rephrased' of the records is not used; is it 'rephrase'?"):
+        assert EditRequest.from_record({"prompt": "p", "target": "t", "rephrased": "r"}).rephrase is None
+    with pytest.warns(UserWarning, match="'rephrase_prompt' of the records is not used; is it 'rephrase'?"):
+        as_requests([{"prompt": "p", "target": "t", "rephrase_prompt": "r"}])
+
+
+@pytest.mark.parametrize("field", ["tag", "source", "relation", "year"])
+def test_fields_of_other_uses_are_left_out_without_a_word(field, recwarn):
+    assert EditRequest.from_record({"prompt": "p", "target": "t", field: "x"}) == EditRequest("p", "t")
+    assert not recwarn.list
+
+
+def test_fields_that_a_format_can_find_are_those_of_a_request():
+    assert tuple(field.name for field in dataclasses.fields(EditRequest)) == formats._NAMES
+
+
+@pytest.mark.parametrize(("given", "meant"), [(" Paris", "Paris"), ("Paris\t", "Paris"), ("\u00a0Paris ", "Paris")])
+def test_blanks_around_a_text_are_dropped(given, meant):
+    """The model learns prompt + " " + target: with a blank of their own there were two."""
+    assert EditRequest("x", given).target == meant
+    assert EditRequest(given, "t", rephrase=given) == EditRequest(meant, "t", rephrase=meant)
+
+
+def test_line_ends_of_a_prompt_stay():
+    assert EditRequest("user\nWho?\nassistant\n", "t").prompt == "user\nWho?\nassistant\n"

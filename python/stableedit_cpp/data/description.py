@@ -88,7 +88,7 @@ def describe(
                 break
             try:
                 chosen = chosen or detect(record)
-                request = chosen.request(record, seed)
+                request = EditRequest.from_record(record, chosen, seed)
             except ValueError as error:
                 raise ValueError(f"{source}, {place}: {error}") from None
             if records == 0:

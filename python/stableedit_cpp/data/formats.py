@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import random
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 
-from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["FORMATS", "Format", "choose_format", "detect", "parse_fields"]
 
-_NAMES = tuple(field.name for field in fields(EditRequest))
+# The fields of an EditRequest, which is made of what a format finds.
 _REQUIRED = ("prompt", "target")
+_NAMES = (*_REQUIRED, "rephrase", "locality_prompt", "locality_target", "subject", "id", "persona")
+_NAMES += ("multi_hop_prompt", "multi_hop_target")
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,15 @@ class Format:
     def fits(self, record: Mapping[str, object]) -> bool:
         return all(self.fields[name] in record for name in _REQUIRED)
 
-    def request(self, record: Mapping[str, object], seed: int = 0) -> EditRequest:
-        """The request that a record stands for.
+    def values(self, record: Mapping[str, object], seed: int = 0) -> dict[str, object]:
+        """What a record says of each field of an EditRequest.
 
         Where a record gives several rephrased prompts (FEVER), one is drawn from ``seed`` and the record's prompt, so
-        that neither the order of the records nor how many are read changes it.
+        that neither the order of the records nor how many are read changes it. Fields that no request has are left out,
+        with a warning where one looks like a slip.
 
         Raises:
-            ValueError: for a field that is missing (the message lists those that are there) or not as EditRequest
-                wants it.
+            ValueError: for a field that is missing (the message lists those that are there).
         """
         needed = self.fields if self.strict else _REQUIRED
         missing = [f"{self.fields[name]!r} ({name})" for name in needed if self.fields[name] not in record]
@@ -57,7 +61,22 @@ class Format:
             values["rephrase"] = draw.choice(values["rephrase"]) if values["rephrase"] else None
         if self.locality_suffix and isinstance(values["locality_prompt"], str):
             values["locality_prompt"] += self.locality_suffix
-        return EditRequest(**values)
+        if self.name == "stableedit":
+            for own in record:
+                meant = _slip_of(str(own))
+                if meant is not None and meant not in record:
+                    warnings.warn(f"the field {own!r} of the records is not used; is it {meant!r}?", stacklevel=3)
+        return values
+
+
+@lru_cache(maxsize=256)
+def _slip_of(name: str) -> str | None:
+    """The field of a request that a name is a slip of: nearly the same, or it with something around it."""
+    if name in _NAMES:
+        return None
+    around = [known for known in _NAMES if len(known) >= 6 and known in name.lower()]
+    near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.8)
+    return next(iter((*near, *around)), None)
 
 
 _SUBJECT_AND_ID = {"subject": "subject", "id": "id"}

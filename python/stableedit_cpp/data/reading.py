@@ -77,7 +77,7 @@ def _placed_requests(
         try:
             # One format for the whole file: a ZsRE record without its answer would else pass for one of WikiFactDiff.
             format_ = format_ or detect(record)
-            request = format_.request(record, seed)
+            request = EditRequest.from_record(record, format_, seed)
         except ValueError as error:
             raise ValueError(f"{source}, {place}: {error}") from None
         nothing = False

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 
+from stableedit_cpp.data.formats import Format, detect
+
 __all__ = ["EditRequest", "as_requests"]
+
+
+_BLANKS = " \t\u00a0"
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class EditRequest:
         id: name of the request, unique within a call.
         persona: the question as someone with a manner of speaking would put it; the answer is ``target``.
         multi_hop_prompt, multi_hop_target: a question that follows from the edit in several steps, and its answer.
+
+    Blanks around a text are dropped: one at the end of a prompt, or before a target, would make two in what the model
+    learns, and the edit would hold with that slip only. Line ends of a prompt stay, which a chat template needs.
 
     Raises:
         ValueError: for an empty prompt or target, or a field that is not text.
@@ -51,17 +59,22 @@ class EditRequest:
                 raise ValueError(f"{field.name} is not valid Unicode text ({value!r:.60})") from None
             if required and not value.strip():
                 raise ValueError(f"{field.name} is empty; an edit request needs a prompt and a target answer")
+            if value and field.name != "id":
+                object.__setattr__(self, field.name, value.strip(_BLANKS))
 
     @classmethod
-    def from_record(cls, record: Mapping[str, object]) -> EditRequest:
+    def from_record(cls, record: Mapping[str, object], format: Format | None = None, seed: int = 0) -> EditRequest:
         """Build a request from a record with our own field names or those of a published data set.
 
-        Raises:
-            ValueError: if the record fits no known format (the message lists its fields and the formats).
-        """
-        from stableedit_cpp.data.formats import detect  # which needs this class itself
+        Args:
+            format: of the record; None tells it from the record's fields.
+            seed: see ``Format.values``.
 
-        return detect(record).request(record)
+        Raises:
+            ValueError: if the record fits no known format (the message lists its fields and the formats), or has a
+                value that a request cannot have.
+        """
+        return cls(**(format or detect(record)).values(record, seed))
 
     def to_dict(self) -> dict[str, str]:
         """The fields that are set, for JSON."""
