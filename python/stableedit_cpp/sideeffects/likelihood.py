@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from stableedit_cpp.model.running import answer_logits, input_device, untouched
-from stableedit_cpp.model.tokens import TokenSequence, collate
-from stableedit_cpp.model.trunk import TrunkCache, pack_apart
+from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.tokens import TokenSequence
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["answer_log_probabilities"]
 
@@ -39,19 +39,14 @@ def answer_log_probabilities(
     groups = list(sharing.values())
     different = [sequences[group[0]] for group in groups]
     found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
-    device = input_device(model)
-    with untouched(model), torch.inference_mode():
-        for indices in pack_apart(different, max_tokens, trunk):
-            chosen = [different[index] for index in indices]
-            logits = answer_logits(model, collate(chosen, device), trunk, chosen)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            sizes = [len(sequence.answer) for sequence in chosen]
-            parts = zip(indices, logits.split(sizes), logits.logsumexp(-1).split(sizes), strict=True)
-            for index, rows, normalizers in parts:
-                for member in groups[index]:
-                    answer = torch.tensor(sequences[member].answer, device=rows.device)
-                    chosen_logits = rows.gather(-1, answer[:, None])[:, 0]
-                    found[member] = (chosen_logits.double() - normalizers.double()).cpu()
-            if on_done is not None:
-                on_done(sum(len(groups[index]) for index in indices))
+    for batch in batches(model, different, max_tokens=max_tokens, trunk=trunk):
+        logits = batch.logits.to(torch.promote_types(batch.logits.dtype, torch.float32))
+        parts = zip(batch.indices, logits.split(batch.sizes), logits.logsumexp(-1).split(batch.sizes), strict=True)
+        for index, rows, normalizers in parts:
+            for member in groups[index]:
+                answer = torch.tensor(sequences[member].answer, device=rows.device)
+                chosen_logits = rows.gather(-1, answer[:, None])[:, 0]
+                found[member] = (chosen_logits.double() - normalizers.double()).cpu()
+        if on_done is not None:
+            on_done(sum(len(groups[index]) for index in batch.indices))
     return found

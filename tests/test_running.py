@@ -1,0 +1,43 @@
+"""Running a model for its answers: batch by batch, and the model left as it was found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stableedit_cpp as se
+from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.tokens import TokenSequence
+from support.captures import flags_of, sequences_of
+from support.tiny import tiny_model
+
+
+def exact_logits(model, sequence: TokenSequence) -> torch.Tensor:
+    """``[answer tokens, vocabulary]`` of the plain model, the sequence alone."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([sequence.ids])).logits[0, sequence.first :]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+@pytest.mark.parametrize("cached", [False, True])
+def test_batches_give_every_answer_once(cached, max_tokens, tokenizer):
+    model, sequences = tiny_model("gpt2", torch.float64), sequences_of(tokenizer)
+    trunk = se.TrunkCache(model, se.find_modules(model, "transformer.h.2.mlp.c_proj")) if cached else None
+    for half in (sequences[::2], sequences, sequences):  # the second time, half of them are in the cache
+        seen = []
+        for batch in batches(model, half, max_tokens=max_tokens, trunk=trunk):
+            assert batch.sizes == [len(half[index].answer) for index in batch.indices]
+            assert batch.labels.tolist() == [token for index in batch.indices for token in half[index].answer]
+            exact = torch.cat([exact_logits(model, half[index]) for index in batch.indices])
+            torch.testing.assert_close(batch.logits, exact, rtol=1e-9, atol=1e-9)
+            seen += batch.indices
+        assert sorted(seen) == list(range(len(half)))
+
+
+def test_the_model_is_as_found_between_batches(tokenizer):
+    model = tiny_model("llama").train()
+    flags = flags_of(model)
+    for _ in batches(model, sequences_of(tokenizer), max_tokens=40):
+        assert flags_of(model) == flags
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert not any("forward" in module.__dict__ for module in model.modules())
