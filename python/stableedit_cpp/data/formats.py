@@ -74,7 +74,7 @@ def _slip_of(name: str) -> str | None:
     """The field of a request that a name is a slip of: nearly the same, or it with something around it."""
     if name in _NAMES:
         return None
-    around = [known for known in _NAMES if len(known) >= 6 and known in name.lower()]
+    around = sorted((known for known in _NAMES if len(known) >= 6 and known in name.lower()), key=len, reverse=True)
     near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.8)
     return next(iter((*near, *around)), None)
 
