@@ -176,7 +176,7 @@ def test_card(tmp_path, monkeypatch):
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", str(base))
     assert "it keeps 100.0 % of the norm" in card.text
-    assert "| edited | 0.500 | 0.250 |  |" in card.text
+    assert "| edited | 0.500 | 0.250 | - |" in card.text
 
 
 def test_other_tensors_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import StableEdit
 from stableedit_cpp.editors.config import StableEditConfig
 from stableedit_cpp.evaluation import Scores, evaluate, generate
+from stableedit_cpp.files.table import Table, label, score
 from stableedit_cpp.model.load import SMOLLM2
 
 _EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json --warm-up zsre_train.json"
@@ -95,12 +96,13 @@ def _stream(model, tokenizer, warm_up: list[EditRequest], stream: list[EditReque
 
 
 def _table(before: Scores, after: Scores) -> None:
-    print(f"\n  {'':<16}{'before':>15}{'after':>17}")
-    for metric, error in before.standard_errors.items():
-        if error is not None:
-            old = f"{getattr(before, metric):.3f} ± {error:.3f}"
-            new = f"{getattr(after, metric):.3f} ± {after.standard_errors[metric]:.3f}"
-            print(f"  {metric:<16}{old:>15}{new:>17}")
+    errors = before.standard_errors, after.standard_errors
+    rows = [
+        [label(f"  {metric}"), score(old, errors[0][metric]), score(after.means()[metric], errors[1][metric])]
+        for metric, old in before.means().items()
+        if old is not None
+    ]
+    print(f"\n{Table(['', 'before', 'after'], rows).plain()}")
 
 
 def _heading(text: str) -> None:

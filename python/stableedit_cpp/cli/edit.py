@@ -24,8 +24,7 @@ from stableedit_cpp.export.patch_recorder import PatchRecorder
 from stableedit_cpp.export.provenance import CONFIG_FILE, REPORT_FILE, read_provenance
 from stableedit_cpp.files.atomic import check_new_directory, check_writable_file, new_directory, write_json
 from stableedit_cpp.files.digest import file_digest, model_digest
-from stableedit_cpp.files.environment import environment
-from stableedit_cpp.files.words import now
+from stableedit_cpp.files.environment import provenance
 from stableedit_cpp.lifelong.repair import repair
 
 _EXAMPLE = """\
@@ -86,9 +85,8 @@ def run(options: argparse.Namespace) -> int:
         "base_digest": base_digest,
         "requests": options.requests,
         "requests_digest": _digest(options.requests),
-        "started": now(),
         "edit_modules": [module.name for module in editor.modules],
-        "environment": environment(),
+        **provenance(),
     }
     if options.warm_up:
         report |= {"warm_up_requests": options.warm_up, "warm_up_digest": _digest(options.warm_up)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from stableedit_cpp.cli.options import add_model_options, load, new_parser
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
+from stableedit_cpp.files.table import Cell, Table, label, number
 from stableedit_cpp.sideeffects import SideEffectOptions, measure
 from stableedit_cpp.sideeffects.downstream import TASKS
 from stableedit_cpp.sideeffects.maps import MAPS
@@ -92,17 +93,15 @@ def _chosen(options: argparse.Namespace) -> SideEffectOptions:
 
 def _table(before: dict | None, after: dict) -> str:
     rows = []
-    for part, score in (("perplexity", "perplexity"), ("downstream", "accuracy")):
+    for part, figure in (("perplexity", "perplexity"), ("downstream", "accuracy")):
         for name, figures in after.get(part, {}).items():
-            old = before[part][name][score] if before else None
-            rows.append((f"{name}, {score}", _text(old), _text(figures[score])))
+            old = [_number(before[part][name][figure])] if before else []
+            rows.append([label(f"{name}, {figure}"), *old, _number(figures[figure])])
     for layer, figures in after.get("hidden_states", {}).get("layers", {}).items():
         for name in ("relative_shift", "cka", "mmd2", "p_value", "p_value_paired"):
-            rows.append((f"hidden states, layer {layer}, {name}", "", _text(figures[name])))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{'':<{width}}  {'before':>10}  {'after':>10}"] if before else []
-    return "\n".join([*lines, *(f"{name:<{width}}  {old:>10}  {new:>10}".rstrip() for name, old, new in rows)])
+            rows.append([label(f"hidden states, layer {layer}, {name}"), Cell(""), _number(figures[name])])
+    return Table(["", "before", "after"] if before else ["", ""], rows).plain()
 
 
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None) -> Cell:
+    return number(value, "{:.4g}")

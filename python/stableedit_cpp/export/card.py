@@ -11,11 +11,12 @@ from huggingface_hub import ModelCardData
 
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import write_json
+from stableedit_cpp.files.table import Table, label, number, score
 from stableedit_cpp.model.load import SMOLLM2
 
-__all__ = ["EXPORT_FILE", "Card", "loading_the_base", "write_card"]
+__all__ = ["Card", "loading_the_base", "write_card"]
 
-EXPORT_FILE = "stableedit_export.json"
+_EXPORT_FILE = "stableedit_export.json"
 _FORMAT_VERSION = 1
 _VERSIONS = ("stableedit_cpp", "torch", "transformers", "peft", "python")
 
@@ -42,7 +43,7 @@ def write_card(directory: Path, card: Card, provenance: Provenance) -> None:
     """Write README.md and stableedit_export.json into an export's directory."""
     origin = provenance.to_dict()
     document = {"format": "stableedit-export", "version": _FORMAT_VERSION, "kind": card.kind, **card.facts}
-    write_json(directory / EXPORT_FILE, {**document, "provenance": origin})
+    write_json(directory / _EXPORT_FILE, {**document, "provenance": origin})
     data = ModelCardData(
         base_model=provenance.base_model, library_name=card.library, tags=["model-editing", "stableedit"]
     )
@@ -68,13 +69,13 @@ def _body(card: Card, provenance: Provenance, origin: Mapping[str, object]) -> s
         f"# {base}, edited with StableEdit",
         card.summary,
         f"## Load\n\n```python\n{card.load}\n```",
-        "## Where it comes from\n\n" + _table(_origin_rows(provenance, origin)),
+        "## Where it comes from\n\n" + _facts(_origin_rows(provenance, origin)),
     ]
     rows = {name: value for name, value in card.facts.items() if not isinstance(value, Mapping)}
     if rows:
-        parts.append("## This export\n\n" + _table(rows))
+        parts.append("## This export\n\n" + _facts(rows))
     if provenance.scores:
-        parts.append("## Scores\n\n" + _score_table(provenance.scores))
+        parts.append("## Scores\n\n" + _scores(provenance.scores))
     if provenance.config is not None:
         parts.append(f"## Config of the editor\n\n```json\n{provenance.config.to_json()}```")
     return "\n\n".join(parts) + "\n"
@@ -103,20 +104,12 @@ def _file(path: str | None, digest: str | None) -> str | None:
     return f"{path} (BLAKE2b-256 {digest})" if path and digest else path
 
 
-def _table(rows: Mapping[str, object]) -> str:
-    lines = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+def _facts(rows: Mapping[str, object]) -> str:
+    cells = {name: number(v, "{:.4g}") if isinstance(v, float) else label(v) for name, v in rows.items()}
+    return Table(["", ""], [[label(name.replace("_", " ")), cell] for name, cell in cells.items()]).markdown()
 
 
-def _score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
+def _scores(scores: Mapping[str, Mapping[str, float | None]]) -> str:
     metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
-    lines = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    for model, row in scores.items():
-        cells = ["" if row.get(metric) is None else f"{row[metric]:.3f}" for metric in metrics]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    rows = [[label(model), *(score(row.get(metric)) for metric in metrics)] for model, row in scores.items()]
+    return Table(["", *metrics], rows).markdown()

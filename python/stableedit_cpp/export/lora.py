@@ -16,9 +16,9 @@ from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.export.truncation import LowRankReport, truncate
 from stableedit_cpp.files.atomic import new_directory
 
-__all__ = ["ADAPTER_FILE", "export_lora"]
+__all__ = ["export_lora"]
 
-ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def export_lora(
@@ -66,8 +66,8 @@ def export_lora(
     )
     with new_directory(directory, overwrite=overwrite) as scratch:
         config.save_pretrained(str(scratch))
-        save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
-        report = replace(report, bytes=(scratch / ADAPTER_FILE).stat().st_size)
+        save_file(tensors, scratch / _ADAPTER_FILE, metadata={"format": "pt"})
+        report = replace(report, bytes=(scratch / _ADAPTER_FILE).stat().st_size)
         write_card(scratch, Card("lora", summary, load, "peft", report.to_dict()), provenance)
     return report
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stableedit_cpp.editors.config import EditorConfig, load_config
-from stableedit_cpp.files.environment import environment
-from stableedit_cpp.files.words import now
+from stableedit_cpp.files.environment import provenance
 
 __all__ = ["CONFIG_FILE", "REPORT_FILE", "Provenance", "read_provenance"]
 
@@ -52,7 +51,8 @@ class Provenance:
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON, with the time and the environment of this moment as those of the export."""
         fields = {**vars(self), "config": json.loads(self.config.to_json()) if self.config else None}
-        return {**fields, "exported": now(), "export_environment": environment()}
+        here = provenance()
+        return {**fields, "exported": here["started"], "export_environment": here["environment"]}
 
 
 def read_provenance(directory: str | Path) -> Provenance:

@@ -1,4 +1,4 @@
-"""What a program runs on: versions, build, hardware, and the memory in use."""
+"""What a result comes from: versions, build, hardware, source, time; and the memory in use."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import importlib.metadata
 import os
 import platform
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 from stableedit_cpp import _build_info, _core
+from stableedit_cpp.files.words import now
 
-__all__ = ["cmake_prefix", "environment", "reserved_peak_bytes", "resident_bytes"]
+__all__ = ["cmake_prefix", "environment", "provenance", "reserved_peak_bytes", "resident_bytes"]
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "tqdm", "gguf", "peft")
 
@@ -36,6 +39,17 @@ def environment() -> dict[str, object]:
     }
 
 
+def provenance() -> dict[str, object]:
+    """Where what is made now comes from; every result and every export keeps it.
+
+    Returns:
+        ``started``, ``command`` (what this process was called with), ``environment``, ``git`` and ``git_dirty`` (the
+        commit of the source tree that this package runs from, and whether files differ from it; None outside of one).
+    """
+    command = ["stableedit", *sys.argv[1:]]
+    return {"started": now(), "command": command, **_git(), "environment": environment()}
+
+
 def cmake_prefix() -> Path:
     """What CMAKE_PREFIX_PATH needs for ``find_package(stableedit)``: the directory with lib/ and include/.
 
@@ -56,6 +70,20 @@ def resident_bytes() -> int:
 def reserved_peak_bytes(device: torch.device) -> int | None:
     """Most memory that tensors had on an accelerator so far; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _git() -> dict[str, object]:
+    def ask(*arguments: str) -> str | None:
+        home = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", "-C", home, *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if ask("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed somewhere within another repository
+        return {"git": None, "git_dirty": None}
+    return {"git": ask("rev-parse", "HEAD"), "git_dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
 
 
 def _processor() -> str:
