@@ -14,7 +14,6 @@ from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.checkpoint import Checkpoint
 from stableedit_cpp.editors.edit_report import TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard
-from stableedit_cpp.errors import DriftLimitReached
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
@@ -136,12 +135,7 @@ class Turn:
                     report.drift = guard.drift().mean
                 if report.drift <= guard.limit:
                     return updates, editor.config.ridge * guard.ridge_factor**back_offs
-            raise DriftLimitReached(
-                f"the mean drift of the {len(guard)} guarded prompts would be {report.drift:.3g} nats, beyond the "
-                f"limit of {guard.limit:.3g}, also after {guard.back_offs} back-offs; the turn in flight was taken "
-                "back",
-                report.drift,
-            )
+            raise guard.refusal(report.drift)
         except BaseException:
             before.restore()
             raise
