@@ -84,7 +84,7 @@ class TestABrokenModel:
     def test_is_no_reference(self, tokenizer):
         editor = make(tokenizer)
         self.break_answers_of(editor.model, lambda: True)
-        with pytest.raises(se.ModelBroken, match="unedited model answers NaN to prompt 1 .'The first month"):
+        with pytest.raises(se.ModelBroken, match="unedited model answers NaN to prompt 1"):
             LocalityGuard(editor, PROMPTS, limit=1.0)
 
 
