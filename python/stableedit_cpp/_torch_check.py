@@ -5,9 +5,8 @@ or worse, none.
 """
 
 import sys
+from importlib import metadata
 from pathlib import Path
-
-import torch
 
 from stableedit_cpp import _build_info
 
@@ -17,7 +16,7 @@ def check_torch() -> None:
 
     On behalf of the ``stableedit`` command, which is not running yet, say it and exit instead.
     """
-    built, running = _build_info.torch_version, torch.__version__
+    built, running = _build_info.torch_version, _torch_version()
     if built.split(".")[:2] != running.split(".")[:2]:
         message = (
             f"stableedit_cpp {_build_info.version} was built against torch {built}, but torch {running} is installed. "
@@ -30,3 +29,13 @@ def check_torch() -> None:
             print(f"stableedit: error: {message}", file=sys.stderr)
             sys.exit(2)
         raise ImportError(message)
+
+
+def _torch_version() -> str:
+    """Without loading torch, which takes a second, where its installation says the version."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        import torch
+
+        return torch.__version__

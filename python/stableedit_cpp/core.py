@@ -3,6 +3,8 @@
 Everything here releases the GIL and raises ValueError, TypeError or torch.linalg.LinAlgError with a sentence.
 """
 
+import torch  # noqa: F401 - the extension needs its types and its libraries
+
 from stableedit_cpp._core import (
     LifelongNormalizer,
     LowRankUpdate,

@@ -3,55 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+
+from stableedit_cpp._build_info import version
+from stableedit_cpp.errors import StableEditError
 
 __all__ = ["main"]
 
 
+# What `stableedit --help` lists. A command's file is imported when it is called: all of them together load torch,
+# transformers and more for three seconds.
+_COMMANDS = {
+    "demo": "teach a small language model what happened after its training, then a stream of facts",
+    "edit": "edit a model with a file of requests and save the result",
+    "session": "edit for months: journal, audits, rollback, revert, export",
+    "evaluate": "score efficacy, generalization and specificity, with standard errors",
+    "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter",
+    "datasets": "list the known data set formats, or look into a file",
+    "bench": "edit streams of requests and measure along them",
+    "side-effects": "measure perplexity, downstream tasks and hidden states, before and after editing",
+    "report": "write a page with tables and charts from results of stableedit bench",
+    "env": "print what a bug report needs",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 2 bad input, 130 interrupted, 141 output not read)."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done, 1 a defect of this program, 2 bad input, 130 interrupted, 141 output not read.
+    """
     # oneDNN keeps a compiled kernel for every shape of a batch, a thousand of them in two caches: 300 MiB along a
     # stream whose batches hardly ever have the same shape twice. It reads this when it compiles the first.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
-    # Imported late, so that `stableedit --help` and a wrong torch version answer before torch is loaded.
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        from stableedit_cpp.cli import (
-            bench,
-            datasets,
-            demo,
-            edit,
-            env,
-            evaluate,
-            export,
-            report,
-            session,
-            side_effects,
-        )
-        from stableedit_cpp.files.environment import cmake_prefix
-    except ImportError as error:
-        print(f"stableedit: error: {error}", file=sys.stderr)
-        return 2
-    import torch
-
-    parser = argparse.ArgumentParser(
-        prog="stableedit",
-        description="Lifelong editing of facts in language models.",
-        epilog="Start with: stableedit demo. Each command has --help with an example.",
-    )
-    parser.add_argument(
-        "--cmake-prefix",
-        action=_Print,
-        const=cmake_prefix(),
-        help="print the CMAKE_PREFIX_PATH with which C++ projects find stableedit",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, edit, session, evaluate, export, datasets, bench, side_effects, report, env):
-        command.add_parser(commands).set_defaults(run=command.run)
-    options = parser.parse_args(argv)
-    try:
+        options = _parser(argv).parse_args(argv)
         status = options.run(options)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return status
@@ -61,29 +53,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `stableedit session log DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except torch.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]} Use a smaller max_tokens_per_forward, or a smaller dtype."
-    except (ValueError, OSError, torch.linalg.LinAlgError) as error:
-        message = _sentence(error)
-    print(f"stableedit: error: {message}", file=sys.stderr)
-    return 2
+    except Exception as error:
+        message, status = _sentence(error)
+        print(f"stableedit: error: {message}", file=sys.stderr)
+        return status
 
 
-class _Print(argparse.Action):
-    """Prints its ``const`` as one line and ends; argparse's own "version" action wraps it."""
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that is called, with the names of the others."""
+    parser = argparse.ArgumentParser(
+        prog="stableedit",
+        description="Lifelong editing of facts in language models.",
+        epilog="Start with: stableedit demo. Each command has --help with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"stableedit {version}")
+    parser.add_argument(
+        "--cmake-prefix",
+        action=_CmakePrefix,
+        help="print the CMAKE_PREFIX_PATH with which C++ projects find stableedit",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in _COMMANDS.items():
+        if name == called:
+            command = importlib.import_module(f"stableedit_cpp.cli.{name.replace('-', '_')}")
+            command.add_parser(commands).set_defaults(run=command.run)
+        else:
+            commands.add_parser(name, help=summary)
+    return parser
 
-    def __init__(self, option_strings, dest, const, **settings) -> None:
-        super().__init__(option_strings, dest, nargs=0, const=const, **settings)
+
+class _CmakePrefix(argparse.Action):
+    """Prints it and ends."""
+
+    def __init__(self, option_strings, dest, **settings) -> None:
+        super().__init__(option_strings, dest, nargs=0, **settings)
 
     def __call__(self, parser, *_) -> None:
-        print(self.const)
+        from stableedit_cpp.files.environment import cmake_prefix
+
+        print(cmake_prefix())
         parser.exit()
 
 
-def _sentence(error: BaseException) -> str:
-    """One line for a person: the operating system's errors carry a number and a name of their own."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+def _sentence(error: Exception) -> tuple[str, int]:
+    """One line for a person, and the exit status."""
+    if isinstance(error, OSError) and error.strerror:  # the operating system's errors carry a number and a name
+        return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror), 2
     # C++ errors carry a stack trace after the first paragraph when that is switched on.
     lines = [line.strip() for line in str(error).split("\nException raised from")[0].strip().splitlines()]
-    return " ".join([*lines[:1], "; ".join(lines[1:])]).strip()
+    text = " ".join([*lines[:1], "; ".join(lines[1:])]).strip()
+    if isinstance(error, (ValueError, OSError, ImportError, StableEditError)):
+        return text, 2
+    if torch := sys.modules.get("torch"):  # its errors can only come where it is loaded
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"{lines[0]} Use a smaller max_tokens_per_forward, or a smaller dtype.", 2
+        if isinstance(error, torch.linalg.LinAlgError):
+            return text, 2
+    if os.environ.get("STABLEEDIT_TRACEBACK"):
+        traceback.print_exception(error)
+    kind = type(error).__name__ + (f": {text}" if text else "")
+    return (
+        f"{kind}; this is a defect of stableedit: please report it with the output of `stableedit env` and what this "
+        "command prints with STABLEEDIT_TRACEBACK=1",
+        1,
+    )

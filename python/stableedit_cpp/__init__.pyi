@@ -1,0 +1,80 @@
+"""The public names and where they live: what type checkers and editors read, and what ``__init__.py`` loads from, each
+at its first use."""
+
+from . import core, data, editors, errors, evaluation, experiments, export, files, lifelong, model, report, sideeffects
+from .data import iter_requests, read_requests
+from .data.request import EditRequest
+from .editors import (
+    EditInterrupted,
+    Editor,
+    EditReport,
+    StableEdit,
+    TurnReport,
+    UltraEdit,
+)
+from .editors.config import EditorConfig, StableEditConfig, UltraEditConfig
+from .errors import (
+    DamagedJournal,
+    DamagedSnapshot,
+    DriftLimitReached,
+    ModelBroken,
+    OtherBits,
+    SessionBusy,
+    SessionClosed,
+    SessionWriteError,
+    StableEditError,
+)
+from .evaluation import Scores, evaluate, generate
+from .export.patch_recorder import PatchRecorder
+from .lifelong import LifelongSession
+from .model.load import load_model
+from .model.modules import default_edit_modules, find_modules
+from .model.trunk import TrunkCache
+
+__version__: str
+
+__all__ = [
+    "DamagedJournal",
+    "DamagedSnapshot",
+    "DriftLimitReached",
+    "EditInterrupted",
+    "EditReport",
+    "EditRequest",
+    "Editor",
+    "EditorConfig",
+    "LifelongSession",
+    "ModelBroken",
+    "OtherBits",
+    "PatchRecorder",
+    "Scores",
+    "SessionBusy",
+    "SessionClosed",
+    "SessionWriteError",
+    "StableEdit",
+    "StableEditConfig",
+    "StableEditError",
+    "TrunkCache",
+    "TurnReport",
+    "UltraEdit",
+    "UltraEditConfig",
+    "__version__",
+    "core",
+    "data",
+    "default_edit_modules",
+    "editors",
+    "errors",
+    "evaluate",
+    "evaluation",
+    "experiments",
+    "export",
+    "files",
+    "find_modules",
+    "generate",
+    "iter_requests",
+    "lifelong",
+    "load_model",
+    "model",
+    "read_requests",
+    "report",
+    "sideeffects",
+]
