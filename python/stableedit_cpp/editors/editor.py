@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -38,7 +39,7 @@ class Editor(ABC):
     Args:
         model: a Hugging Face causal LM; its edited weights change, its mode and ``requires_grad`` flags do not.
         tokenizer: its tokenizer.
-        config: see the editor's config class.
+        config: of the editor's own class; None takes its defaults.
 
     Attributes:
         on_turn: called with every turn once it is applied and before the next begins; if it raises, the turn is taken
@@ -49,16 +50,22 @@ class Editor(ABC):
         past_keys: second moments of the keys of earlier turns, by module name; empty while ``past_key_weight`` is 0.
 
     Raises:
-        ValueError: if a module of ``config.edit_modules`` cannot be found or edited.
+        ValueError: for another editor's config, or if a module of ``config.edit_modules`` cannot be found or edited.
     """
 
-    config: EditorConfig
+    config_class: ClassVar[type[EditorConfig]]
 
-    def __init__(self, model: torch.nn.Module, tokenizer, config: EditorConfig) -> None:
+    def __init__(self, model: torch.nn.Module, tokenizer, config: EditorConfig | None = None) -> None:
+        config = self.config_class() if config is None else config
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"config must be a {self.config_class.__name__} for {type(self).__name__}, not a "
+                f"{type(config).__name__}"
+            )
         self.model = model
         self.tokenizer = tokenizer
-        self.config = config
         self.modules = find_modules(model, config.edit_modules or default_edit_modules(model))
+        self._config = dataclasses.replace(config, edit_modules=[module.name for module in self.modules])
         self.normalizers: dict[str, LifelongNormalizer] = {}
         self.module_editors: dict[str, ModuleEditor] = {}
         self.past_keys: dict[str, PastKeys] = {}
@@ -77,6 +84,12 @@ class Editor(ABC):
         self._originals = OriginalWeights(self.modules)
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
         self.trunk_is_lent = False
+
+    @property
+    def config(self) -> EditorConfig:
+        """The settings, with ``edit_modules`` by their full names, so that they mean the same where defaults or patterns
+        would choose others. They stay as they are: what was set up for them does, too."""
+        return self._config
 
     @abstractmethod
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:

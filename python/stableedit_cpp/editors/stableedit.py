@@ -23,9 +23,7 @@ class StableEdit(Editor):
     """
 
     config: StableEditConfig
-
-    def __init__(self, model: torch.nn.Module, tokenizer, config: StableEditConfig | None = None) -> None:
-        super().__init__(model, tokenizer, config or StableEditConfig())
+    config_class = StableEditConfig
 
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
         config = self.config

@@ -20,9 +20,7 @@ class UltraEdit(Editor):
     then solved like StableEdit. It needs no warm-up."""
 
     config: UltraEditConfig
-
-    def __init__(self, model: torch.nn.Module, tokenizer, config: UltraEditConfig | None = None) -> None:
-        super().__init__(model, tokenizer, config or UltraEditConfig())
+    config_class = UltraEditConfig
 
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
         whitening = WhiteningOptions(mode="diagonal")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import warnings
@@ -31,9 +30,6 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
     Raises:
         SessionWriteError: if it cannot be written; nothing is left of it then.
     """
-    # The defaults of a later version may be others.
-    names = [module.name for module in editor.modules]
-    editor.config = dataclasses.replace(editor.config, edit_modules=names)
     state = editor.state_dict()
     source = source or getattr(editor.model.config, "_name_or_path", "") or None
     manifest = {
