@@ -87,8 +87,8 @@ class Editor(ABC):
 
     @property
     def config(self) -> EditorConfig:
-        """The settings, with ``edit_modules`` by their full names, so that they mean the same where defaults or patterns
-        would choose others. They stay as they are: what was set up for them does, too."""
+        """The settings, with ``edit_modules`` by their full names, so that they mean the same where defaults or
+        patterns would choose others. They stay as they are, as does what was set up for them."""
         return self._config
 
     @abstractmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
 from stableedit_cpp.editors.config import StableEditConfig
 from stableedit_cpp.editors.editor import Editor
