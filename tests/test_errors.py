@@ -4,8 +4,7 @@ import pytest
 
 import stableedit_cpp as se
 from stableedit_cpp import errors
-from stableedit_cpp.files.lock import SessionLocked
-from stableedit_cpp.lifelong import JournalDamaged, SnapshotDamaged
+from stableedit_cpp.lifelong import JournalDamaged, SessionLocked, SnapshotDamaged
 from stableedit_cpp.model.capture import NotFiniteError
 
 EARLIER = {

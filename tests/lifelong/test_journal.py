@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from stableedit_cpp.lifelong.journal.journal import Journal, JournalDamaged
+from stableedit_cpp.errors import DamagedJournal
+from stableedit_cpp.lifelong.journal.journal import Journal
 from support.damage import KINDS, mutate
 
 
@@ -68,7 +69,7 @@ def test_every_mutation_is_detected(kind, journal):
         assert f"record {found.damage.record} at byte {found.damage.offset}" in str(found.damage)
         # What the head knows of is lost; what lies behind it is no loss.
         assert found.damage.in_flight == (found.damage.record == len(journal.records))
-        with pytest.raises(JournalDamaged, match="cannot be used"):
+        with pytest.raises(DamagedJournal, match="cannot be used"):
             found.append(content_of(8))
 
 
@@ -156,7 +157,7 @@ def test_changed_after_it_was_checked(journal):
     data = bytearray(journal.path.read_bytes())
     data[record.end - 40] ^= 1
     journal.path.write_bytes(data)
-    with pytest.raises(JournalDamaged, match=r"record 5 at byte \d+ has changed"):
+    with pytest.raises(DamagedJournal, match=r"record 5 at byte \d+ has changed"):
         journal.tensors(record)
 
 

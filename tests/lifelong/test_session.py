@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.lifelong import LifelongSession, SessionLocked, SessionView
+from stableedit_cpp.errors import SessionBusy, SessionClosed
+from stableedit_cpp.lifelong import LifelongSession, SessionView
 from support.sessions import FACTS, assert_same_bits, config_of, create, reopen, state_of, stream, without_closing
 from support.tiny import tiny_model, tiny_tokenizer
 
@@ -62,7 +63,7 @@ def test_closing_writes_a_snapshot(tokenizer, tmp_path):
     status = SessionView(tmp_path / "s").status()
     assert status.turns_since_snapshot == 0
     assert status.snapshots == 2
-    with pytest.raises(ValueError, match="is closed"):
+    with pytest.raises(SessionClosed, match="is closed"):
         session.edit(stream(1, 50))
     session.editor.edit(stream(1, 60))  # the editor lives on, unrecorded
     assert len(SessionView(tmp_path / "s").journal.records) == 4
@@ -153,7 +154,7 @@ class TestOpen:
         reopen(directory, used).close()
 
     def test_one_writer(self, tokenizer, directory):
-        with reopen(directory, tokenizer), pytest.raises(SessionLocked, match=r"by process \d+ on .+, since 20"):
+        with reopen(directory, tokenizer), pytest.raises(SessionBusy, match=r"by process \d+ on .+, since 20"):
             reopen(directory, tokenizer)
         reopen(directory, tokenizer).close()
 

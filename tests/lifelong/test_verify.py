@@ -7,7 +7,8 @@ import random
 import pytest
 
 from stableedit_cpp.data import read_requests
-from stableedit_cpp.lifelong import JournalDamaged, SessionLocked, SessionView, verify
+from stableedit_cpp.errors import DamagedJournal, SessionBusy
+from stableedit_cpp.lifelong import SessionView, verify
 from stableedit_cpp.lifelong.journal.journal import Journal
 from support.damage import KINDS, mutate
 from support.sessions import assert_same_bits, create, reopen, state_of, stream, without_closing
@@ -50,7 +51,7 @@ def test_a_mutated_journal_is_not_opened(kind, session, tokenizer):
             without_closing(found)
             assert_same_bits(state_of(found.editor), state_of(session.editor))
             continue
-        with pytest.raises(JournalDamaged, match=f"record {damage.record} at byte {damage.offset}"):
+        with pytest.raises(DamagedJournal, match=f"record {damage.record} at byte {damage.offset}"):
             reopen(session.directory, tokenizer)
 
 
@@ -60,7 +61,7 @@ def test_damage_in_the_middle(session, tokenizer):
     flip(session.journal.path, record.offset + 200)
     removed = removed[:200] + bytes([removed[200] ^ 1]) + removed[201:]
 
-    with pytest.raises(JournalDamaged, match=r"record 3 at byte \d+ cannot be used: its checksum is wrong.*verify"):
+    with pytest.raises(DamagedJournal, match=r"record 3 at byte \d+ cannot be used: its checksum is wrong.*verify"):
         reopen(session.directory, tokenizer)
     report = verify(session.directory)
     assert not report.sound
@@ -87,7 +88,7 @@ def test_damage_in_the_middle(session, tokenizer):
 def test_first_record_damaged(session, tokenizer):
     flip(session.journal.path, 90)
     for look in (SessionView, verify, lambda directory: reopen(directory, tokenizer)):
-        with pytest.raises(JournalDamaged, match=r"record 0 .+ without its first record a session is lost"):
+        with pytest.raises(DamagedJournal, match=r"record 0 .+ without its first record a session is lost"):
             look(session.directory)
 
 
@@ -127,5 +128,5 @@ def test_without_any_snapshot(session, tokenizer):
 def test_repairing_what_another_writes(session, tokenizer):
     with reopen(session.directory, tokenizer):
         assert verify(session.directory).sound
-        with pytest.raises(SessionLocked):
+        with pytest.raises(SessionBusy):
             verify(session.directory, repair=True)

@@ -13,7 +13,7 @@ from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.experiments.stream_run import StreamRun
 from stableedit_cpp.experiments.tables import comparison_table, run_table
 from stableedit_cpp.files.atomic import write_text
-from stableedit_cpp.files.lock import SessionLocked, WriterLock, writer
+from stableedit_cpp.files.lock import SessionBusy, WriterLock, writer
 from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -102,7 +102,7 @@ def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         lock = WriterLock(directory)
-    except SessionLocked:
+    except SessionBusy:
         raise ValueError(
             f"{directory} is worked on {writer(directory) or 'elsewhere'}; wait for it, or stop it"
         ) from None

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores
+from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["AuditEntry", "AuditReport", "audit", "current"]
@@ -122,8 +123,7 @@ def audit(
     least = editor.config.take_probability if min_probability is None else min_probability
     if not 0.0 <= least < 1.0:
         raise ValueError(f"min_probability must be at least 0 and less than 1, not {least!r}")
-    if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
-        raise ValueError(f"sample must be a whole number, at least 1, or None, not {sample!r}")
+    check_whole("sample", sample, none=True)
     chosen = known = current(requests)
     if sample is not None and sample < len(known):
         chosen = sorted(random.Random(seed).sample(known, sample))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.lifelong.journal.record import Record
 
-__all__ = ["History", "RequestEntry", "Step"]
+__all__ = ["STEPS", "History", "RequestEntry", "Step"]
 
 # A step is what changes the weights, and what a turn number counts: also a repair and a revert are steps.
 STEPS = ("warm_up", "edit", "repair", "revert")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -77,9 +78,8 @@ def repair(
         ValueError: for a bad request or argument.
         EditInterrupted: after Ctrl-C, once the turn in flight is finished.
     """
-    for name, value in (("rounds", rounds), ("budget", budget)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a whole number, at least 1, not {value!r}")
+    check_whole("rounds", rounds)
+    check_whole("budget", budget, none=True)
     requests = as_requests(requests)
     if trunk is None:
         trunk = editor.make_trunk_cache()

@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors import DriftLimitReached, EditInterrupted, Editor, EditReport, make_editor
 from stableedit_cpp.editors.config import EditorConfig, StableEditConfig
+from stableedit_cpp.errors import SessionClosed
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.files.lock import WriterLock
+from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.lifelong.journal.codec import encode_updates
 from stableedit_cpp.lifelong.journal.opening import begin, recover, restore
@@ -78,9 +80,8 @@ class LifelongSession(SessionView):
         check_new_directory(directory)
         if detail not in ("factors", "requests"):
             raise ValueError(f"detail must be 'factors' or 'requests', not {detail!r}")
-        for name, value in (("snapshot_every", snapshot_every), ("keep_snapshots", keep_snapshots)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1, not {value!r}")
+        check_whole("snapshot_every", snapshot_every)
+        check_whole("keep_snapshots", keep_snapshots)
         settings = {"detail": detail, "snapshot_every": snapshot_every, "keep_snapshots": keep_snapshots}
         editor = make_editor(model, tokenizer, config or StableEditConfig())
         begin(directory, editor, settings, source)
@@ -107,8 +108,8 @@ class LifelongSession(SessionView):
                 done again; False accepts that and records it.
 
         Raises:
-            FileNotFoundError: if there is no session. SessionLocked: if another has it open.
-            JournalDamaged: if turns that were done are lost; ``verify`` says more. What was in flight in a crash is cut
+            FileNotFoundError: if there is no session. SessionBusy: if another has it open.
+            DamagedJournal: if turns that were done are lost; ``verify`` says more. What was in flight in a crash is cut
                 off with a warning instead.
             OtherBits: see ``exact``.
             ValueError: for another model or tokenizer.
@@ -295,8 +296,7 @@ class LifelongSession(SessionView):
                 raise ValueError(f"request {id!r} is {what}")
         if not ids:
             raise ValueError("request_ids is empty; name at least one request to revert")
-        if others is not None and (not isinstance(others, int) or isinstance(others, bool) or others < 0):
-            raise ValueError(f"others must be a whole number, at least 0, or None for all, not {others!r}")
+        check_whole("others", others, 0, none=True)
         rest = [request for request in self.current_requests() if request.id not in ids]
         if others is not None and others < len(rest):
             rest = random.Random(seed).sample(rest, others)
@@ -349,4 +349,4 @@ class LifelongSession(SessionView):
 
     def _check_open(self) -> None:
         if self._lock is None:
-            raise ValueError(f"the session {self.directory} is closed; open it again")
+            raise SessionClosed(f"the session {self.directory} is closed; open it again")

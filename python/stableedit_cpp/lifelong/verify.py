@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stableedit_cpp.errors import DamagedSnapshot
 from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.lifelong.history import STEPS
 from stableedit_cpp.lifelong.journal.journal import Damage
-from stableedit_cpp.lifelong.journal.snapshots import SnapshotDamaged
 from stableedit_cpp.lifelong.journal.writer import append
 from stableedit_cpp.lifelong.view import SessionView, check_directory
 
@@ -55,8 +55,8 @@ def verify(directory: str | Path, *, repair: bool = False) -> VerifyReport:
             and snapshots that cannot be used are removed.
 
     Raises:
-        FileNotFoundError: if there is no session. JournalDamaged: if its first record is lost.
-        SessionLocked, OSError: with ``repair``, as ``LifelongSession.open``.
+        FileNotFoundError: if there is no session. DamagedJournal: if its first record is lost.
+        SessionBusy, OSError: with ``repair``, as ``LifelongSession.open``.
     """
     directory = Path(directory)
     check_directory(directory)
@@ -99,9 +99,9 @@ def _bad_snapshots(view: SessionView, report: VerifyReport) -> list[Path]:
         path = view.snapshots.path(number)
         try:
             if number not in known:
-                raise SnapshotDamaged(f"the snapshot {path} is of a record that the journal does not have")
+                raise DamagedSnapshot(f"the snapshot {path} is of a record that the journal does not have")
             view.snapshots.load(number, view.history.states[known[number]])
-        except SnapshotDamaged as error:
+        except DamagedSnapshot as error:
             bad.append(path)
             report.problems.append(f"{error}")
             report.repairs.append(f"remove {path}")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.errors import DamagedJournal
 from stableedit_cpp.files.lock import writer
+from stableedit_cpp.files.words import check_format
 from stableedit_cpp.lifelong.history import STEPS, History
-from stableedit_cpp.lifelong.journal.journal import Journal, JournalDamaged
+from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.naming import with_ids
 
-__all__ = ["FORMAT", "LogEntry", "SessionStatus", "SessionView"]
+__all__ = ["FORMAT", "LogEntry", "SessionStatus", "SessionView", "check_directory", "check_new_directory"]
 
 FORMAT = {"format": "stableedit-session", "version": 1}
 
@@ -93,7 +94,7 @@ class SessionView:
         on_read: called with a number of bytes while the journal is read.
 
     Raises:
-        FileNotFoundError: if there is no session. JournalDamaged: if not even its first record can be used.
+        FileNotFoundError: if there is no session. DamagedJournal: if not even its first record can be used.
     """
 
     def __init__(self, directory: str | Path, on_read: Callable[[int], object] | None = None) -> None:
@@ -101,12 +102,11 @@ class SessionView:
         check_directory(self.directory)
         self.journal = Journal(self.directory, on_read)
         if not self.journal.records:
-            raise JournalDamaged(
+            raise DamagedJournal(
                 f"{self.journal.path}: {self.journal.damage}; without its first record a session is lost"
             )
         self.manifest = self.journal.records[0].content
-        if {name: self.manifest.get(name) for name in FORMAT} != FORMAT:
-            raise ValueError(f"{directory} is a session of another version of this program")
+        check_format(self.manifest, **FORMAT, what=f"the session {directory}", writer="`stableedit session create`")
         self.history = History(self.journal.records)
         self.snapshots = Snapshots(self.directory / "snapshots", self.manifest["keep_snapshots"])
 
@@ -175,11 +175,6 @@ def check_new_directory(directory: Path) -> None:
     """Raise ValueError unless a session can be made there."""
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory; choose another for the session")
-
-
-def now() -> str:
-    """The time, as the journal has it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _turn_text(content: dict) -> str:

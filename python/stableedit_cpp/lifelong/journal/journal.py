@@ -24,10 +24,7 @@ from stableedit_cpp.lifelong.journal.record import (
     read_tensors,
 )
 
-__all__ = ["Damage", "Journal", "JournalDamaged"]
-
-
-JournalDamaged = DamagedJournal  # its earlier name
+__all__ = ["Damage", "Journal"]
 
 
 @dataclass(frozen=True)
@@ -125,12 +122,12 @@ class Journal:
         return self.records[-1].end if self.records else 0
 
     def tensors(self, record: Record) -> dict[str, torch.Tensor]:
-        """The tensors that go with a record. Raises JournalDamaged if they changed since the journal was opened."""
+        """The tensors that go with a record. Raises DamagedJournal if they changed since the journal was opened."""
         try:
             with self.path.open("rb") as file:
                 return read_tensors(file, record)
         except UnreadableRecord as error:
-            raise JournalDamaged(f"{self.path}: {error}; reopen the session") from None
+            raise DamagedJournal(f"{self.path}: {error}; reopen the session") from None
 
     def append(self, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:
         """Write a record; when this returns, it is on the disk and counts.
@@ -139,7 +136,7 @@ class Journal:
             OSError: as the system says (no space, read-only ...); the journal is then as it was.
         """
         if self.damage is not None:
-            raise JournalDamaged(f"{self.path}: {self.damage}; nothing can be appended until that is cut off")
+            raise DamagedJournal(f"{self.path}: {self.damage}; nothing can be appended until that is cut off")
         number, offset = len(self.records), self.end
         pieces, digest = encode(number, self._last_digest, content, tensors or {})
         with self.path.open("r+b", buffering=0) as file:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from stableedit_cpp.editors import Editor, make_editor
 from stableedit_cpp.editors.config import parse_config
+from stableedit_cpp.errors import DamagedJournal, SessionWriteError
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.environment import environment
+from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.identity import check_identity, edited_weights, identity
-from stableedit_cpp.lifelong.journal.journal import Journal, JournalDamaged
+from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.rebuild import rebuild
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_digests
-from stableedit_cpp.lifelong.journal.writer import SessionWriteError, append
-from stableedit_cpp.lifelong.view import FORMAT, SessionView, now
+from stableedit_cpp.lifelong.journal.writer import append
+from stableedit_cpp.lifelong.view import FORMAT, SessionView
 
 __all__ = ["begin", "recover", "restore"]
 
@@ -55,7 +57,7 @@ def recover(view: SessionView) -> None:
     """Cut off what a crash left half-written.
 
     Raises:
-        JournalDamaged: if it is more than that. SessionWriteError: if the disk has no room for the bytes to be kept.
+        DamagedJournal: if it is more than that. SessionWriteError: if the disk has no room for the bytes to be kept.
     """
     view.snapshots.remove_unfinished()
     damage = view.journal.damage
@@ -63,7 +65,7 @@ def recover(view: SessionView) -> None:
         view.journal.acknowledge()
         return
     if not damage.in_flight:
-        raise JournalDamaged(
+        raise DamagedJournal(
             f"{view.journal.path}: {damage}; turns that were done are lost from there on, so the session stays closed "
             f"until someone consents to going on without them: see `stableedit session verify {view.directory}`"
         )

@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
-from stableedit_cpp.errors import OtherBits
+from stableedit_cpp.errors import DamagedSnapshot, OtherBits
 from stableedit_cpp.lifelong.history import Step
 from stableedit_cpp.lifelong.journal.codec import decode_turn, decode_updates
-from stableedit_cpp.lifelong.journal.snapshots import SnapshotDamaged, state_digests
+from stableedit_cpp.lifelong.journal.snapshots import state_digests
 from stableedit_cpp.lifelong.view import SessionView
 
-__all__ = ["OtherBits", "applied_turn", "rebuild"]
+__all__ = ["applied_turn", "rebuild"]
 
 
 def rebuild(
@@ -37,7 +37,7 @@ def rebuild(
             digits.
 
     Raises:
-        OtherBits: see ``exact``. SnapshotDamaged: if there is no snapshot to begin from.
+        OtherBits: see ``exact``. DamagedSnapshot: if there is no snapshot to begin from.
     """
     done = _load_snapshot(view, editor, [] if from_first else line)
     steps = [view.history.steps[turn] for turn in line[done:]]
@@ -78,14 +78,14 @@ def _load_snapshot(view: SessionView, editor: Editor, line: Sequence[int]) -> in
             done = numbers.index(number)
             try:
                 state = view.snapshots.load(number, view.history.states[line[done - 1] if done else 0])
-            except SnapshotDamaged as error:
+            except DamagedSnapshot as error:
                 warnings.warn(f"{error}; using an earlier one", stacklevel=2)
                 continue
             editor.load_state_dict(state)
             return done
     if state_digests(editor.state_dict()) == view.history.states[0]:
         return 0
-    raise SnapshotDamaged(
+    raise DamagedSnapshot(
         f"{view.directory}: there is no usable snapshot to begin from; open the session with its unedited model"
     )
 

@@ -11,7 +11,7 @@ from stableedit_cpp.core import load_state, save_state
 from stableedit_cpp.errors import DamagedSnapshot
 from stableedit_cpp.files.digest import tensor_digests
 
-__all__ = ["SnapshotDamaged", "Snapshots", "State", "state_digests"]
+__all__ = ["Snapshots", "State", "state_digests"]
 
 # As Editor.state_dict() gives it.
 State = Mapping[str, Mapping[str, torch.Tensor]]
@@ -22,9 +22,6 @@ def state_digests(state: State) -> dict[str, str]:
     return tensor_digests(
         {f"{part}/{name}": tensor for part, fields in state.items() for name, tensor in fields.items()}
     )
-
-
-SnapshotDamaged = DamagedSnapshot  # its earlier name
 
 
 class Snapshots:
@@ -66,15 +63,15 @@ class Snapshots:
             digests: of the state's tensors, as the record has them.
 
         Raises:
-            SnapshotDamaged: unless it is exactly that state.
+            DamagedSnapshot: unless it is exactly that state.
         """
         path = self.path(number)
         try:
             state, _config = load_state(path)
         except (OSError, ValueError) as error:
-            raise SnapshotDamaged(f"the snapshot cannot be used: {error}") from None
+            raise DamagedSnapshot(f"the snapshot cannot be used: {error}") from None
         if state_digests(state) != digests:
-            raise SnapshotDamaged(f"the snapshot {path} does not hold the state of record {number}")
+            raise DamagedSnapshot(f"the snapshot {path} does not hold the state of record {number}")
         return state
 
     def prune(self, line: Collection[int]) -> None:

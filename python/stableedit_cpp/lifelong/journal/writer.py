@@ -11,12 +11,13 @@ import torch
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.editors.interrupt import InterruptGuard
 from stableedit_cpp.errors import SessionWriteError
+from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import state_digests
-from stableedit_cpp.lifelong.view import SessionView, now
+from stableedit_cpp.lifelong.view import SessionView
 
-__all__ = ["Recorder", "SessionWriteError", "append"]
+__all__ = ["Recorder", "append"]
 
 
 def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:
