@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 from stableedit_cpp.errors import DriftLimitReached, ModelBroken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
 from stableedit_cpp.files.words import check_whole
-from stableedit_cpp.model.running import answer_logits, input_device, untouched
-from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, prompt_ids
-from stableedit_cpp.model.trunk import pack_apart
+from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 
 if TYPE_CHECKING:
     from stableedit_cpp.editors.editor import Editor
@@ -120,12 +119,8 @@ class LocalityGuard:
 
     def _log_probabilities(self) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Batch by batch: indices of the prompts and ``[prompts, vocabulary]`` log-probabilities, float32 at least."""
-        device = input_device(self._model)
-        for indices in pack_apart(self._sequences, self._max_tokens, self._trunk):
-            chosen = [self._sequences[index] for index in indices]
-            with untouched(self._model), torch.inference_mode():
-                likely = log_probabilities(answer_logits(self._model, collate(chosen, device), self._trunk, chosen))
-            yield indices, likely
+        for batch in batches(self._model, self._sequences, max_tokens=self._max_tokens, trunk=self._trunk):
+            yield batch.indices, log_probabilities(batch.logits)
 
 
 def _sequences(editor: Editor, prompts: Sequence[str]) -> list[TokenSequence]:

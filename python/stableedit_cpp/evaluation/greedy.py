@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from stableedit_cpp.model.running import answer_logits, input_device, untouched
-from stableedit_cpp.model.tokens import TokenSequence, collate, pack
+from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["greedy_answers"]
@@ -45,16 +45,7 @@ def _next_tokens(
     model: torch.nn.Module, sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None
 ) -> list[int]:
     tokens = [0] * len(sequences)
-    device = input_device(model)
-    if trunk is not None:
-        trunk.check()
-    groups = trunk.split(sequences) if trunk is not None else [list(range(len(sequences)))]
-    with untouched(model), torch.inference_mode():
-        for group in groups:
-            for batch in pack([sequences[index] for index in group], max_tokens):
-                indices = [group[position] for position in batch]
-                chosen = [sequences[index] for index in indices]
-                logits = answer_logits(model, collate(chosen, device), trunk, chosen)
-                for index, token in zip(indices, logits.argmax(-1).tolist(), strict=True):
-                    tokens[index] = token
+    for batch in batches(model, sequences, max_tokens=max_tokens, trunk=trunk):
+        for index, token in zip(batch.indices, batch.logits.argmax(-1).tolist(), strict=True):
+            tokens[index] = token
     return tokens

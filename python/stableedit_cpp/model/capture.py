@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from stableedit_cpp.errors import ModelBroken
+from stableedit_cpp.model.attached import forward_hook
 from stableedit_cpp.model.modules import EditModule
-from stableedit_cpp.model.running import answer_logits, input_device, untouched
+from stableedit_cpp.model.running import answer_logits
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first, pack
 from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = ["CapturedTurn", "NotFiniteError", "capture"]
 
@@ -58,7 +60,8 @@ class _Tap:
         self.keys = self.select(inputs[0].detach())
         # Nothing below the first edited module needs a gradient: its output becomes the leaf of the graph.
         self.output = output if output.requires_grad else output.detach().requires_grad_()
-        return self.output
+        # A copy, for models that add to it in place (Falcon).
+        return self.output.clone()
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows at answer positions, float32 at least; some models (OPT) hand over ``[batch * length, d]``."""
@@ -68,6 +71,8 @@ class _Tap:
             if len(rows) != self.batch.input_ids.numel():
                 raise ValueError(f"edit_modules: {self.name} does not see every token once, so it cannot be edited")
             rows = rows[self.batch.positions.to(rows.device)]
+        elif rows.data_ptr() == tensor.data_ptr():
+            rows = rows.clone()
         return rows if rows.dtype == torch.float64 else rows.float()
 
 
@@ -97,7 +102,7 @@ def capture(
         ValueError: if a module takes no part in the forward.
     """
     if trunk is not None:
-        trunk.check()
+        trunk.check(sequences)
     order = longest_first(sequences)
     weight, group = _micro_batches(sequences, order, micro_batch)
     taps = [_Tap(module) for module in modules]
@@ -110,7 +115,7 @@ def capture(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for tap in taps:
-            stack.callback(tap.module.register_forward_hook(tap).remove)
+            stack.enter_context(forward_hook(tap.module, tap))
         for indices in pack(sequences, max_tokens):
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device)
@@ -121,7 +126,8 @@ def capture(
             losses.append(loss)
             hits.append(hit)
 
-    request = torch.tensor([index for index in order for _ in sequences[index].answer])
+    cpu = {"device": "cpu"}  # whatever the default device is
+    request = torch.tensor([index for index in order for _ in sequences[index].answer], dtype=torch.long, **cpu)
     loss, hit = torch.cat(losses).cpu(), torch.cat(hits).cpu()
     keys = {name: torch.cat(piece[0]) for name, piece in pieces.items()}
     # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
@@ -135,8 +141,8 @@ def capture(
         gradients,
         request,
         group[request],
-        torch.zeros(len(sequences), dtype=loss.dtype).index_add_(0, request, loss) / answers,
-        torch.zeros(len(sequences)).index_add_(0, request, hit.float()) / answers,
+        torch.zeros(len(sequences), dtype=loss.dtype, **cpu).index_add_(0, request, loss) / answers,
+        torch.zeros(len(sequences), dtype=torch.float32, **cpu).index_add_(0, request, hit.float()) / answers,
     )
 
 
@@ -144,10 +150,10 @@ def _micro_batches(
     sequences: Sequence[TokenSequence], order: Sequence[int], size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss weight and micro-batch number of each request: 1 / (answer tokens in its micro-batch)."""
-    weight = torch.zeros(len(sequences), dtype=torch.float64)
-    group = torch.zeros(len(sequences), dtype=torch.long)
+    weight = torch.zeros(len(sequences), dtype=torch.float64, device="cpu")
+    group = torch.zeros(len(sequences), dtype=torch.long, device="cpu")
     for number, start in enumerate(range(0, len(order), size)):
-        members = torch.tensor(order[start : start + size])
+        members = torch.tensor(order[start : start + size], device="cpu")
         weight[members] = 1.0 / sum(len(sequences[index].answer) for index in members.tolist())
         group[members] = number
     return weight, group

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stableedit_cpp.model.attached import replaced_forward
 from stableedit_cpp.model.tokens import Batch
 
-__all__ = ["Linears", "replaced_forward"]
+__all__ = ["Linears"]
 
 
 class Linears:
@@ -49,20 +50,6 @@ class Linears:
         if self._answers is None or hidden.ndim != 3 or hidden.shape[:2] != self._shape:
             return None
         return self._answers.to(hidden.device)
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward) -> Iterator[None]:
-    """Shadow a module's forward for a while; the module keeps its hooks and attributes, which the model looks at."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 class _Forward:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from stableedit_cpp.model.linears import Linears
+from stableedit_cpp.model.attached import forward_pre_hook
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate
 from stableedit_cpp.model.trunk import TrunkCache, pack_apart
+from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = ["AnswerBatch", "answer_logits", "batches", "input_device", "untouched"]
 
@@ -58,26 +59,6 @@ def batches(
         )
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[Linears]:
-    """Evaluation mode, no gradients for parameters and faster linear maps, all put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        linears = Linears()
-        with linears.replaced(model):
-            yield linears
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
 def answer_logits(
     model: nn.Module, batch: Batch, trunk: TrunkCache | None = None, sequences: Sequence[TokenSequence] = ()
 ) -> torch.Tensor:
@@ -87,24 +68,23 @@ def answer_logits(
 
     Args:
         trunk: skips the layers below the first edited module where it has kept their output for ``sequences``, those
-            of the batch, and keeps it where it has not.
+            of the batch, and keeps it where it has not;
+            ``trunk.check(sequences)`` comes first.
     """
     head = model.get_output_embeddings()
 
-    def select(_module: nn.Module, inputs: tuple) -> tuple:
-        hidden = inputs[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[batch.positions].unsqueeze(0), *inputs[1:])
+    def select(_head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (_rows(args[0], batch).unsqueeze(0), *args[1:]), kwargs
 
     with ExitStack() as stack:
         if head is not None:
-            stack.callback(head.register_forward_pre_hook(select).remove)
+            stack.enter_context(forward_pre_hook(head, select))
         if trunk is not None:
             stack.enter_context(trunk.attached(sequences, batch))
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    logits = logits.reshape(-1, logits.shape[-1])
-    return logits if head is not None else logits[batch.positions]
+    return logits.reshape(-1, logits.shape[-1]) if head is not None else _rows(logits, batch)
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where the model expects its token ids."""
-    return model.get_input_embeddings().weight.device
+def _rows(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Rows of ``[batch, length, d]`` at answer positions, wherever the layer runs that made it."""
+    return tensor.reshape(-1, tensor.shape[-1])[batch.positions.to(tensor.device)]

@@ -7,70 +7,61 @@ above it are computed.
 from __future__ import annotations
 
 import hashlib
-import mmap
-import tempfile
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 
-from stableedit_cpp.model.linears import replaced_forward
+from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
 from stableedit_cpp.model.modules import EditModule
-from stableedit_cpp.model.tokens import Batch, TokenSequence, pack
+from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
+from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = ["TrunkCache", "pack_apart"]
+
+_PROOF_TOKENS = 8
 
 
 class TrunkCache:
     """Trunk output of prompts, by their token ids.
 
-    Works for any model whose edited modules sit in one ``nn.ModuleList`` of layers that pass hidden states on as their
-    first argument, which all decoder-only architectures of transformers do: the skipped layers hand their input
-    through and the first layer above the trunk receives the kept states.
+    The skipped layers hand their input through and the first layer above the trunk receives the kept states. That is
+    right for a model whose edited modules sit in one ``nn.ModuleList`` of layers that hand on ``[batch, length, d]`` as
+    their first argument and nothing else, as nearly all decoder-only models do. No model is taken at its word: before
+    the first use a small batch runs with and without the cache, and if the logits are not equal, bit for bit, the cache
+    stands aside: it keeps nothing, and everything is computed in full.
 
     Args:
         model: the model that is edited; the cache is good for this model only.
         modules: its edited modules (``editor.modules``).
-        dtype: of the kept states; None keeps the model's own, with which scores are exactly those without a cache.
-        directory: keep the states in a memory-mapped file there, instead of in memory; the file is removed with the
-            cache.
         max_bytes: limit of the kept states; once it is reached, further prompts are computed in full.
+
+    Attributes:
+        objection: why the cache stands aside; None while it does not.
+        bytes: of the kept states, in host memory.
 
     Raises:
         ValueError: if the modules lie in no list of layers, or below nothing that could be kept.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        modules: Sequence[EditModule],
-        *,
-        dtype: torch.dtype | None = None,
-        directory: str | Path | None = None,
-        max_bytes: int = 4 * 2**30,
-    ) -> None:
+    def __init__(self, model: nn.Module, modules: Sequence[EditModule], *, max_bytes: int = 4 * 2**30) -> None:
         self._model = model
         self._layers, self._depth = _trunk(model, modules)
-        self._dtype = dtype
         self._states: dict[tuple[int, ...], torch.Tensor] = {}
         self._as_tuple: int | None = None  # length of the tuple that a layer returns; None for a plain tensor
         self._fingerprint: bytes | None = None
+        self._proven = False
+        self._vouched: bool | None = None  # inside ``trusted``: whether the weights were read since it began
+        self.objection: str | None = None
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._file = None
-        if directory is not None:
-            try:
-                self._file = tempfile.TemporaryFile(dir=directory, prefix="trunk-cache-")  # noqa: SIM115 lives with us
-                self._file.truncate(max_bytes)
-                self._buffer = mmap.mmap(self._file.fileno(), max_bytes)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"cannot keep a trunk cache of {max_bytes} bytes in {directory}: {error}") from None
 
     @classmethod
     def where_possible(cls, model: nn.Module, modules: Sequence[EditModule], **options: object) -> TrunkCache | None:
-        """A cache in memory, or None where nothing lies below the edited modules that could be kept."""
+        """A cache, or None where nothing lies below the edited modules that could be kept."""
         try:
             return cls(model, modules, **options)
         except ValueError:
@@ -87,57 +78,85 @@ class TrunkCache:
         self._states.clear()
         self.bytes = 0
         self._fingerprint = None
+        self._vouched = None if self._vouched is None else False
 
-    def check(self) -> None:
-        """Make sure that the trunk is the one the states were computed with; call before a series of uses.
+    def check(self, sequences: Sequence[TokenSequence]) -> None:
+        """Make sure that the cache may be used for these sequences; call before a series of uses.
+
+        The first time the model is put to the proof. Every time the weights outside the layers that edits may change
+        are read, to see that they are those the states were computed with.
 
         Raises:
-            ValueError: if its weights have changed.
+            ValueError: if these weights have changed.
         """
+        if self.objection is not None or self._vouched or not sequences:
+            return
+        if not self._proven:
+            self.objection = self._objection(sequences[0])
+            self._proven = self.objection is None
+            if not self._proven:
+                return
         fingerprint = self._weights_fingerprint()
-        if self._fingerprint is None or not self._states:
-            self._fingerprint = fingerprint
-        elif fingerprint != self._fingerprint:
+        if self._states and fingerprint != self._fingerprint:
             raise ValueError(
                 f"weights outside the layers from {self._depth} on have changed since the trunk cache was filled; "
                 "clear() it first"
             )
+        self._fingerprint = fingerprint
+        self._vouched = None if self._vouched is None else True
 
-    def split(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
-        """Indices of the sequences that are kept and of those that are not, without empty groups."""
-        kept = [index for index, sequence in enumerate(sequences) if sequence in self]
-        rest = [index for index, sequence in enumerate(sequences) if sequence not in self]
-        return [group for group in (kept, rest) if group]
+    @contextmanager
+    def trusted(self) -> Iterator[None]:
+        """Within this context the caller vouches that no weights change but those that are edited: ``check`` reads them
+        once."""
+        if self._vouched is not None:  # inside another one
+            yield
+            return
+        self._vouched = False
+        try:
+            yield
+        finally:
+            self._vouched = None
 
     @contextmanager
     def attached(self, sequences: Sequence[TokenSequence], batch: Batch) -> Iterator[None]:
         """Within this context a forward pass of ``batch`` skips the trunk if all of its sequences are kept, and keeps
-        them otherwise."""
+        them otherwise; before the first ``check``, or where the cache stands aside, it does neither."""
         with ExitStack() as stack:
-            if all(sequence in self for sequence in sequences):
-                for layer in self._layers[: self._depth]:
-                    stack.enter_context(replaced_forward(layer, self._pass_through))
-                states = self._assemble(sequences, batch)
-                hook = self._layers[self._depth].register_forward_pre_hook(
-                    lambda _module, args, kwargs: _with_states(args, kwargs, states), with_kwargs=True
-                )
-            else:
-                hook = self._layers[self._depth - 1].register_forward_hook(
-                    lambda _module, _args, output: self._keep(output, sequences)
-                )
-            stack.callback(hook.remove)
+            if self._proven:
+                self._attach(stack, sequences, batch)
             yield
+
+    def _attach(self, stack: ExitStack, sequences: Sequence[TokenSequence], batch: Batch) -> None:
+        if all(sequence in self for sequence in sequences):
+            for layer in self._layers[: self._depth]:
+                stack.enter_context(replaced_forward(layer, self._pass_through))
+            states = self._assemble(sequences, batch)
+            stack.enter_context(forward_pre_hook(self._layers[self._depth], _handing_over(states)))
+        else:
+            keep = partial(self._keep, sequences=sequences, batch=batch)
+            stack.enter_context(forward_hook(self._layers[self._depth - 1], keep))
 
     def _pass_through(self, hidden_states: torch.Tensor, *_args: object, **_kwargs: object):
         return hidden_states if self._as_tuple is None else (hidden_states, *[None] * (self._as_tuple - 1))
 
-    def _keep(self, output: torch.Tensor | tuple, sequences: Sequence[TokenSequence]) -> None:
+    def _keep(
+        self,
+        _layer: nn.Module,
+        _args: tuple,
+        output: torch.Tensor | tuple,
+        *,
+        sequences: Sequence[TokenSequence],
+        batch: Batch,
+    ) -> None:
         self._as_tuple = len(output) if isinstance(output, tuple) else None
         states = output[0] if isinstance(output, tuple) else output
+        if states.ndim != 3 or states.shape[:2] != batch.input_ids.shape:
+            raise ValueError(f"layers hand on {list(states.shape)} for tokens {list(batch.input_ids.shape)}")
         for row, sequence in enumerate(sequences):
             if sequence in self:
                 continue
-            state = states[row, : len(sequence)].detach().to("cpu", self._dtype or states.dtype)
+            state = states[row, : len(sequence)]
             size = state.numel() * state.element_size()
             if size > self.max_bytes:
                 raise ValueError(
@@ -146,35 +165,71 @@ class TrunkCache:
                 )
             if self.bytes + size > self.max_bytes:
                 return
-            self._states[sequence.ids] = self._store(state)
+            with torch.inference_mode(False):  # what an evaluation keeps also serves a capture, which differentiates
+                kept = torch.empty(state.shape, dtype=state.dtype, device="cpu")
+                self._states[sequence.ids] = kept.copy_(state.detach())
             self.bytes += size
 
-    def _store(self, state: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(False):  # what an evaluation keeps shall also serve a capture, which differentiates
-            if self._file is None:
-                kept = torch.empty_like(state)
-            else:
-                kept = torch.frombuffer(self._buffer, dtype=state.dtype, count=state.numel(), offset=self.bytes)
-            return kept.view(state.shape).copy_(state)
-
     def _assemble(self, sequences: Sequence[TokenSequence], batch: Batch) -> torch.Tensor:
-        first = self._states[sequences[0].ids]
+        """``[batch, length, d]`` in host memory, in the dtype in which they were kept; zero where there is padding."""
+        kept = [self._states[sequence.ids] for sequence in sequences]
         width = batch.input_ids.shape[1]
-        weight = next(self._layers[self._depth].parameters())
-        states = torch.zeros(len(sequences), width, first.shape[1], dtype=first.dtype)
-        for row, sequence in enumerate(sequences):
-            states[row, : len(sequence)] = self._states[sequence.ids]
-        return states.to(weight.device, weight.dtype)
+        states = torch.zeros(len(kept), width, kept[0].shape[1], dtype=kept[0].dtype, device="cpu")
+        for row, state in enumerate(kept):
+            states[row, : len(state)] = state
+        return states
+
+    def _objection(self, sequence: TokenSequence) -> str | None:
+        """Why this model cannot be served; None if a small batch, made of tokens of the sequence, gives the same logits
+        in full, while its states are kept, and from the kept states alone."""
+        ids = sequence.ids[:_PROOF_TOKENS]
+        pair = [TokenSequence(part, part) for part in (ids, ids[: len(ids) // 2 + 1])]
+        other = [TokenSequence(ids[::-1], ids[::-1])]
+        limit, self.max_bytes = self.max_bytes, sys.maxsize
+        try:
+            self._weights_fingerprint()
+            with untouched(self._model), torch.inference_mode():
+                plain = self._logits(pair, cached=False)
+                kept = self._logits(pair, cached=True)
+                # What a layer may have left behind for those above it must not be that of the pair.
+                self._logits(other, cached=False)
+                reused = self._logits(pair, cached=True)
+            if not plain.isfinite().all():
+                return "the model's logits are NaN or infinite"
+            if not torch.equal(plain, kept) or not torch.equal(plain, reused):
+                return f"from the states before layer {self._depth} alone the model computes other logits"
+        except Exception as error:  # whatever a model makes of it, it works in full
+            return f"{type(error).__name__}: {error}"
+        finally:
+            self.max_bytes = limit
+            self.clear()
+        return None
+
+    def _logits(self, sequences: Sequence[TokenSequence], cached: bool) -> torch.Tensor:
+        """At all tokens, ``[n, vocabulary]``."""
+        batch = collate(sequences, input_device(self._model))
+        with ExitStack() as stack:
+            if cached:
+                self._attach(stack, sequences, batch)
+            logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return logits.reshape(-1, logits.shape[-1])[batch.positions.to(logits.device)]
 
     def _weights_fingerprint(self) -> bytes:
         """Depends on every weight outside the layers that edits may change, embeddings of positions included, at the
-        cost of reading them once."""
+        cost of reading them once.
+
+        Raises:
+            ValueError: for weights that are not in memory.
+        """
         above = {id(p) for layer in self._layers[self._depth :] for p in layer.parameters()}
         digest = hashlib.blake2b(digest_size=16)
-        for parameter in self._model.parameters():
-            if id(parameter) not in above:
-                bits = parameter.detach().contiguous().view(torch.uint8).view(-1)
-                digest.update(_sums(bits).cpu().numpy().tobytes())
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) in above:
+                continue
+            if parameter.is_meta:
+                raise ValueError(f"{name} is not in memory (offloaded), so changes of it would go unseen")
+            bits = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(_sums(bits).cpu().numpy().tobytes())
         return digest.digest()
 
 
@@ -186,11 +241,14 @@ def pack_apart(sequences: Sequence[TokenSequence], max_tokens: int, trunk: Trunk
     """
     if trunk is None:
         return pack(sequences, max_tokens)
-    trunk.check()
-    batches = []
-    for group in trunk.split(sequences):
-        batches += [[group[i] for i in batch] for batch in pack([sequences[i] for i in group], max_tokens)]
-    return batches
+    trunk.check(sequences)
+    kept = [index for index, sequence in enumerate(sequences) if sequence in trunk]
+    rest = [index for index, sequence in enumerate(sequences) if sequence not in trunk]
+    return [
+        [group[i] for i in batch]
+        for group in (kept, rest)
+        for batch in pack([sequences[index] for index in group], max_tokens)
+    ]
 
 
 def _sums(bits: torch.Tensor) -> torch.Tensor:
@@ -223,7 +281,12 @@ def _trunk(model: nn.Module, modules: Sequence[EditModule]) -> tuple[nn.ModuleLi
     return model.get_submodule(parent), depth
 
 
-def _with_states(args: tuple, kwargs: dict, states: torch.Tensor) -> tuple[tuple, dict]:
-    if args:
-        return (states, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": states}
+def _handing_over(states: torch.Tensor) -> Callable[[nn.Module, tuple, dict], tuple[tuple, dict]]:
+    """A hook that puts the states in the place of the hidden states that a layer is called with, where those are."""
+
+    def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (states.to(args[0].device), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": states.to(kwargs["hidden_states"].device)}
+
+    return hook

@@ -1,0 +1,63 @@
+"""What sits on a model for a while: hooks and replaced forwards, for the calls of one thread alone.
+
+A model that is edited may serve at the same time. Whatever we attach to it acts in the thread that attached it; to
+every other thread the module is the plain one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+__all__ = ["for_this_thread", "forward_hook", "forward_pre_hook", "replaced_forward"]
+
+
+def for_this_thread(function: Callable, otherwise: Callable | None = None) -> Callable:
+    """The function, for calls from this thread; calls from others go to ``otherwise``, or give None."""
+    owner = threading.get_ident()
+
+    def chosen(*args: object, **kwargs: object) -> object:
+        if threading.get_ident() == owner:
+            return function(*args, **kwargs)
+        return None if otherwise is None else otherwise(*args, **kwargs)
+
+    return chosen
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Shadow a module's forward for a while; the module keeps its hooks and attributes, which the model looks at."""
+    before = module.__dict__.get("forward")
+    module.forward = for_this_thread(forward, otherwise=module.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def forward_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
+    """``hook(module, args, output)`` after each forward of this thread; a result other than None takes the output's
+    place."""
+    handle = module.register_forward_hook(for_this_thread(hook))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def forward_pre_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
+    """``hook(module, args, kwargs)`` before each forward of this thread; a result other than None takes the place of
+    both."""
+    handle = module.register_forward_pre_hook(for_this_thread(hook), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
