@@ -76,6 +76,11 @@ class EditRequest:
         """
         return cls(**(format or detect(record)).values(record, seed))
 
+    @property
+    def question(self) -> str:
+        """The prompt without any white space around it: of requests with one question, the last is to hold."""
+        return self.prompt.strip()
+
     def to_dict(self) -> dict[str, str]:
         """The fields that are set, for JSON."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -146,5 +146,5 @@ def audit(
 
 def current(requests: Sequence[EditRequest]) -> list[int]:
     """Indices of the requests that no later one with the same prompt supersedes."""
-    last = {request.prompt.strip(): index for index, request in enumerate(requests)}
+    last = {request.question: index for index, request in enumerate(requests)}
     return sorted(last.values())

@@ -116,23 +116,23 @@ class History:
         """The requests that hold: edited, neither reverted nor superseded by one with the same prompt."""
         return [entry.request for entry in self.entries.values() if entry.current]
 
-    def predecessor(self, prompt: str, without: Container[str] = ()) -> str | None:
-        """Id of the request that is current for a prompt, or would be ``without`` some."""
-        ids = [id for id in self._by_prompt.get(_same(prompt), []) if self.entries[id].reverted_in is None]
+    def predecessor(self, question: str, without: Container[str] = ()) -> str | None:
+        """Id of the request that is current for a question, or would be ``without`` some."""
+        ids = [id for id in self._by_question.get(question, []) if self.entries[id].reverted_in is None]
         ids = [id for id in ids if id not in without]
         return ids[-1] if ids else None
 
     def _forget_requests(self) -> None:
         self.entries: dict[str, RequestEntry] = {}
         self.warm_up: set[str] = set()
-        self._by_prompt: dict[str, list[str]] = {}
+        self._by_question: dict[str, list[str]] = {}
 
     def _take_in(self, step: Step) -> None:
         content = step.record.content
         if step.kind == "revert":
             for id in content["requests"]:
                 self.entries[id].reverted_in = step.turn
-                self._settle(self.entries[id].request.prompt)
+                self._settle(self.entries[id].request.question)
             return
         for fields in content["requests"]:
             request = EditRequest(**fields)
@@ -142,16 +142,11 @@ class History:
                 self.entries[request.id].repairs.append(step.turn)
             else:
                 self.entries[request.id] = RequestEntry(request.id, request, step.turn)
-                self._by_prompt.setdefault(_same(request.prompt), []).append(request.id)
-                self._settle(request.prompt)
+                self._by_question.setdefault(request.question, []).append(request.id)
+                self._settle(request.question)
 
-    def _settle(self, prompt: str) -> None:
-        """Of the requests with one prompt that were not reverted, the last is current."""
-        current = self.predecessor(prompt)
-        for id in self._by_prompt[_same(prompt)]:
+    def _settle(self, question: str) -> None:
+        """Of the requests with one question that were not reverted, the last is current."""
+        current = self.predecessor(question)
+        for id in self._by_question[question]:
             self.entries[id].superseded_by = current if id != current and current is not None else None
-
-
-def _same(prompt: str) -> str:
-    """What makes two prompts the same question: all but the white space around them."""
-    return prompt.strip()

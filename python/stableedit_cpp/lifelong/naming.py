@@ -42,12 +42,11 @@ def cut_at_contradictions(requests: Sequence[EditRequest], turn_size: int) -> li
     pieces: list[list[EditRequest]] = [[]]
     turn: set[str] = set()
     for request in requests:
-        prompt = request.prompt.strip()
         if len(turn) == turn_size:
             turn = set()
-        elif prompt in turn:
+        elif request.question in turn:
             turn = set()
             pieces.append([])
-        turn.add(prompt)
+        turn.add(request.question)
         pieces[-1].append(request)
     return [piece for piece in pieces if piece]

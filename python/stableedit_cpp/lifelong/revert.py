@@ -150,7 +150,7 @@ def _wanted(
     with editor.unedited():
         unedited = work.answers(own)
     wanted: list[TokenSequence | None] = []
-    follows = [view.history.predecessor(entry.request.prompt, {e.id for e in entries}) for entry in entries]
+    follows = [view.history.predecessor(entry.request.question, {e.id for e in entries}) for entry in entries]
     for entry, sequence, answer, other in zip(entries, own, unedited, follows, strict=True):
         if not entry.current:
             wanted.append(None)

@@ -66,7 +66,7 @@ class Recorder:
         factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair" or self.editor.guard is not None
         content, tensors = encode_turn(turn, factors=factors)
         if turn.kind == "edit":
-            before = {request.id: self.view.history.predecessor(request.prompt) for request in turn.requests}
+            before = {request.id: self.view.history.predecessor(request.question) for request in turn.requests}
             content["supersedes"] = {new: old for new, old in before.items() if old is not None}
         self.step(content, tensors)
         turn.report.seconds["journal"] = time.perf_counter() - start
