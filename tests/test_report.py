@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from stableedit_cpp.cli import main
+from stableedit_cpp.experiments.groups import grouped
 from stableedit_cpp.report import read_results, write_report
-from stableedit_cpp.report.pictures import PALETTE
-from stableedit_cpp.report.results import thinned
+from stableedit_cpp.report.pictures import PALETTE, thinned
 from support.results import write_run, write_theory
 
 pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
@@ -49,9 +49,9 @@ def test_runs_are_found_grouped_and_labelled(tmp_path):
     write_run(tmp_path / "b" / "c", "no-ln")
     write_run(tmp_path / "b", "no-ln", dataset="fever")
     write_run(tmp_path / "b" / ".being-written", "diagonal")
-    found = read_results([tmp_path, tmp_path / "a"])  # a run that is found twice counts once
-    assert [group.title for group in found.groups] == ["fever, smollm2-135m", "zsre, smollm2-135m"]
-    assert [run.label for run in found.groups[1].runs] == ["no-ln", "stableedit, seed 0", "stableedit, seed 1"]
+    found = grouped(read_results([tmp_path, tmp_path / "a"]).runs)  # a run that is found twice counts once
+    assert [group.title for group in found] == ["fever, smollm2-135m", "zsre, smollm2-135m"]
+    assert [run.label for run in found[1].runs] == ["no-ln", "stableedit, seed 0", "stableedit, seed 1"]
 
 
 @pytest.mark.parametrize(

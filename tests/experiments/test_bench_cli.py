@@ -54,7 +54,7 @@ def test_ablations(work, model, capsys):
     table = capsys.readouterr().out
     names = ["stableedit", "no-ln", "no-warm-up", "diagonal", "per-module", "absolute-floor", "frozen-statistics"]
     for name in names:
-        assert f"| {name} | 20 |" in table
+        assert f"| {name} | zsre | {model} | 0 | 20 |" in table.replace("★ ", "")
         assert read_run(work / "out" / f"{name}-zsre-tiny-seed0")["status"] == "done"
     config = {name: read_run(work / "out" / f"{name}-zsre-tiny-seed0")["settings"]["config"] for name in names}
     assert config["no-ln"]["whitening"] == "none"
@@ -103,7 +103,7 @@ def test_killed_at_any_time_it_goes_on(work, model):
         list(map(str, command)), stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     deadline = time.monotonic() + 600
-    while not (run / "state.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (run / "snapshots").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -145,7 +145,7 @@ def test_a_model_that_breaks_down_ends_its_stream_only(work, model, monkeypatch,
     document = read_run("out/no-ln-zsre-tiny-seed0")
     assert document["collapsed"]["edits"] == document["checkpoints"][-1]["edits"] == 20
     assert document["status"] == read_run("out/stableedit-zsre-tiny-seed0")["status"] == "done"
-    assert "| no-ln (broke down) | 20 |" in capsys.readouterr().out
+    assert f"| no-ln | zsre | {model} | 0 | 20 of 60, broke down |" in capsys.readouterr().out
 
 
 def test_unknown_names_are_answered_with_the_list_and_the_nearest(work, model, capsys):

@@ -9,8 +9,7 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.experiments import Matrix, StreamRun, find_source, read_run, run_matrix
-from stableedit_cpp.experiments.sampling import age_bins, sample_positions
-from stableedit_cpp.experiments.scorer import Scorer
+from stableedit_cpp.experiments.scorer import Scorer, age_bins, sample_positions
 from support.streams import MODULES, OPTIONS, bench, lines, load, matrix, write_data
 from support.tiny import tiny_model, tiny_tokenizer
 
@@ -75,8 +74,8 @@ def test_turns_cost_and_table(data, tmp_path):
     table = (run / "table.md").read_text()
     last = document["checkpoints"][-1]["scores"]["efficacy"]
     assert f"{last['mean']:.3f} ± {last['standard_error']:.3f}" in table
-    assert "| stableedit | 40 |" in (tmp_path / "out" / "table.md").read_text()
-    assert not (run / "state.safetensors").exists()
+    assert "| stableedit | zsre | tiny | 0 | 40 |" in (tmp_path / "out" / "table.md").read_text()
+    assert not (run / "snapshots").exists() and "snapshot" not in document
     provenance = document["provenance"]
     assert provenance["environment"]["torch"] == torch.__version__
     assert provenance["finished"] >= provenance["started"]

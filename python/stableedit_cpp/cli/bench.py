@@ -9,9 +9,7 @@ from pathlib import Path
 from stableedit_cpp.cli.options import DTYPES, default_device, new_parser, positive
 from stableedit_cpp.data import parse_fields
 from stableedit_cpp.evaluation import METRICS
-from stableedit_cpp.experiments import ABLATIONS, EDITORS, Matrix, read_yaml, run_matrix, theory_of, theory_table
-from stableedit_cpp.experiments.tables import comparison_table
-from stableedit_cpp.files.atomic import write_json, write_text
+from stableedit_cpp.experiments import ABLATIONS, EDITORS, Matrix, read_yaml, run_matrix
 from stableedit_cpp.model.load import load_model
 
 __all__ = ["add_parser", "run"]
@@ -21,6 +19,8 @@ _EXAMPLE = """\
       --edits 5000 --output runs/
   stableedit bench ablations --dataset zsre --data data/ --model smollm2-135m --edits 5000 --output ablations/
   stableedit bench theory --dataset zsre --data data/ --model smollm2-135m --edits 4000 --output theory/
+  stableedit bench --editor closed-loop --after repair shrink=0.9 --dataset zsre --data data/ --model smollm2-135m \\
+      --edits 1000 --output runs/
   stableedit bench --matrix experiments.yaml --output runs/     # keys as the options, e.g. editors: [stableedit]
 
   The same command goes on where it was interrupted. Editors:
@@ -66,6 +66,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
     what.add_argument("--edits", type=positive, metavar="N", help="length of the stream (default: the whole data set)")
     what.add_argument("--warm-up", metavar="WHERE", help="start (default), q1, middle, q3, end or none")
     what.add_argument("--warm-up-size", type=int, metavar="N", help="warm-up edits (default 500)")
+    what.add_argument(
+        "--after",
+        nargs="+",
+        metavar="STEP",
+        help="at the end of the stream, scored after each: repair, repair=N (the N nearest to holding), shrink=SHARE",
+    )
     how = parser.add_argument_group("how it edits")
     how.add_argument("--edit-modules", nargs="+", metavar="NAME", help="linear maps to edit, names or patterns")
     how.add_argument("--step-size", type=float, metavar="X", help="of every editor")
@@ -108,7 +114,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     matrix = Matrix.from_mapping(_settings(options))
-    documents = run_matrix(
+    run_matrix(
         matrix.runs(),
         options.output,
         lambda name: load_model(name, device=default_device(options), dtype=DTYPES[matrix.dtype]),
@@ -117,13 +123,9 @@ def run(options: argparse.Namespace) -> int:
         keep_state=options.keep_state,
     )
     output = Path(options.output)
-    print(comparison_table(documents))
+    print((output / "table.md").read_text(encoding="utf-8"))
     if options.experiment == "theory":
-        theories = [theory_of(output / document["name"]) for document in documents]
-        table = theory_table(theories)
-        write_json(output / "theory.json", {"format": "stableedit-bench-theory", "version": 1, "runs": theories})
-        write_text(output / "theory.md", table)
-        print(table)
+        print((output / "theory.md").read_text(encoding="utf-8"))
     print(f"Results are in {output}; table.md compares the runs")
     return 0
 
@@ -134,7 +136,17 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
     settings = {**_DEFAULTS[options.experiment], **(read_yaml(options.matrix) if options.matrix else {})}
     for name in (
         *("editors", "datasets", "models", "seeds", "data", "warm_up_data", "format", "shuffle", "edits", "warm_up"),
-        *("warm_up_size", "dtype", "checkpoints", "checkpoint_at", "sample", "age_sample", "geometry", "cumulative"),
+        *(
+            "warm_up_size",
+            "dtype",
+            "checkpoints",
+            "checkpoint_at",
+            "sample",
+            "age_sample",
+            "geometry",
+            "cumulative",
+            "after",
+        ),
     ):
         if given[name] is not None:
             settings[name] = given[name]

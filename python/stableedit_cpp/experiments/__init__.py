@@ -1,8 +1,10 @@
 """Experiments on streams of edits: the benchmark, ablations, and what the theory predicts."""
 
 from stableedit_cpp.editors.presets import ABLATIONS, EDITORS, NamedEditor, named_editor
+from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.matrix import Matrix, read_yaml
-from stableedit_cpp.experiments.results import RunDirectory, read_run
+from stableedit_cpp.experiments.results import Results, Run, read_results, read_run
+from stableedit_cpp.experiments.run_directory import RunDirectory
 from stableedit_cpp.experiments.run_matrix import run_matrix
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import DATASETS, Source, find_source
@@ -15,13 +17,17 @@ __all__ = [
     "EDITORS",
     "Matrix",
     "NamedEditor",
+    "Results",
+    "Run",
     "RunDirectory",
     "RunSettings",
     "Source",
+    "Step",
     "StreamRun",
     "WarmUp",
     "find_source",
     "named_editor",
+    "read_results",
     "read_run",
     "read_yaml",
     "run_matrix",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from stableedit_cpp.experiments.results import MEASUREMENTS
 from stableedit_cpp.files.environment import reserved_peak_bytes, resident_bytes
 
 __all__ = ["Cost"]
@@ -20,16 +21,20 @@ class Cost:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.edits = self.warm_up = self.turns = 0
+        self.edits = self.warm_up = self.turns = self.steps = 0
         self._parts: dict[str, float] = {}
-        self._apart = {"scoring": 0.0, "side_effects": 0.0, "cumulative": 0.0}
+        self._apart = {"scoring": 0.0, "side_effects": 0.0, "cumulative": 0.0, "after": 0.0}
         self._peak = resident_bytes()
 
     def add_turn(self, line: Mapping[str, object]) -> None:
-        """A line of ``turns.jsonl``."""
+        """A line of ``turns.jsonl``: a turn of the stream or its warm-up, or a step after it."""
         self.turns, self.edits, self.warm_up = line["turn"], line["edits"], line["warm_up"]
-        for part, seconds in line["seconds"].items():
-            self._parts[part] = self._parts.get(part, 0.0) + seconds
+        if line["kind"] in ("edit", "warm_up"):
+            for part, seconds in line["seconds"].items():
+                self._parts[part] = self._parts.get(part, 0.0) + seconds
+        else:
+            self.steps += 1
+            self._apart["after"] += sum(line["seconds"].values())
         self._peak = max(self._peak, line["resident_bytes"])
 
     def add_checkpoint(self, entry: Mapping[str, object]) -> None:
@@ -39,7 +44,7 @@ class Cost:
         self._peak = max(self._peak, entry["resident_bytes"])
 
     def to_dict(self) -> dict[str, object]:
-        editing = sum(seconds for part, seconds in self._parts.items() if part not in ("geometry", "probe"))
+        editing = sum(seconds for part, seconds in self._parts.items() if part not in MEASUREMENTS)
         return {
             "edits": self.edits,
             "warm_up_edits": self.warm_up,

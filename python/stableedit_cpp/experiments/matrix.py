@@ -10,9 +10,10 @@ import yaml
 
 from stableedit_cpp import sideeffects
 from stableedit_cpp.editors.presets import NamedEditor, named_editor
+from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import Source, find_source
-from stableedit_cpp.files.words import with_nearest
+from stableedit_cpp.files.words import check_whole, with_nearest
 
 __all__ = ["Matrix", "read_yaml"]
 
@@ -22,7 +23,7 @@ class Matrix:
     """What to run; every combination is one run.
 
     Attributes:
-        editors: names of ``EDITORS``, config files, or mappings with "name", "editor" and fields of the config.
+        editors: names of ``EDITORS``, config files, or mappings with "name", "editor", "after" and fields of a config.
         datasets: names, files or hub names, or mappings with "name", "edits", "warm_up", "format" or "fields".
         data: directory of data sets, for their names. warm_up_data: training stream for all of them.
         models, dtype: as for ``load_model``.
@@ -32,6 +33,7 @@ class Matrix:
         checkpoints: how many, evenly spaced. checkpoint_at: after how many edits, instead.
         editor_options: fields of the config of every editor, e.g. turn_size.
         format, shuffle: as for ``find_source``.
+        after: steps after the stream, as for ``Step.parse``, of every editor that has none of its own.
         Others as in ``RunSettings``.
 
     Raises:
@@ -59,6 +61,7 @@ class Matrix:
     geometry: int = 4
     cumulative: int = 0
     convergence: bool = False
+    after: list = field(default_factory=list)
     editor_options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,13 +72,11 @@ class Matrix:
                 raise ValueError(f"{name} must be a list with at least one entry ({option}), not {value!r}")
         wholes = {"edits": 1, "shuffle": 0, "checkpoints": 1, "sample": 1, "age_sample": 1, "geometry": 0}
         for name, least in {**wholes, "cumulative": 0}.items():
-            value = getattr(self, name)
-            if not (value is None and name in ("edits", "sample")):
-                _check_whole(name, value, least)
+            check_whole(name, getattr(self, name), least, none=name in ("edits", "sample"))
         for value in self.checkpoint_at or []:
-            _check_whole("checkpoint_at", value, 1)
+            check_whole("checkpoint_at", value)
         for value in self.seeds:
-            _check_whole("seeds", value, 0)
+            check_whole("seeds", value, 0)
         if self.side_effects is not None:
             _check_side_effects(self.side_effects)
 
@@ -102,17 +103,19 @@ class Matrix:
             for seed in self.seeds:
                 source = self._source(item, seed)
                 total = self._length(source, progress)
-                if warm_up and source.warm_up is not None and any(editor.warm_up for editor in editors):
+                if warm_up and source.warm_up is not None and any(editor.warm_up for editor, _ in editors):
                     _check_warm_up(source, warm_up)
                 for model in self.models:
-                    found += [self._run(editor, source, model, total, warm_up) for editor in editors]
+                    found += [self._run(editor, source, model, total, warm_up, after) for editor, after in editors]
         names = [run.name for run in found]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two runs would be called {name}; give the editors names of their own, with 'name:'")
         return found
 
-    def _run(self, editor: NamedEditor, source: Source, model: str, total: int, warm_up: WarmUp) -> RunSettings:
+    def _run(
+        self, editor: NamedEditor, source: Source, model: str, total: int, warm_up: WarmUp, after: tuple[Step, ...]
+    ) -> RunSettings:
         return RunSettings(
             editor=editor,
             model=str(model),
@@ -128,6 +131,7 @@ class Matrix:
             geometry=self.geometry,
             cumulative=self.cumulative,
             convergence=self.convergence,
+            after=after,
         )
 
     def _checkpoints(self, total: int, turn_size: int) -> tuple[int, ...]:
@@ -136,15 +140,17 @@ class Matrix:
         ends = {min(-(-edits // turn_size) * turn_size, total) for edits in wanted if edits > 0}
         return tuple(sorted(ends | {total}))
 
-    def _editor(self, item: str | Mapping[str, object]) -> NamedEditor:
+    def _editor(self, item: str | Mapping[str, object]) -> tuple[NamedEditor, tuple[Step, ...]]:
+        """The editor, and what it does after its stream."""
         if isinstance(item, str):
-            return named_editor(item, self.editor_options)
+            return named_editor(item, self.editor_options), _steps(self.after)
         own = _mapping("editors", item, None)
+        after = _steps(own.pop("after", self.after))
         name, base = own.pop("name", None), own.pop("editor", None)
         if base is None and name is None:
             raise ValueError(f"an editor needs an 'editor:' or a 'name:', not only {', '.join(own)}")
         found = named_editor(str(base or name), {**self.editor_options, **own})
-        return NamedEditor(str(name or base), found.config, found.warm_up, found.summary)
+        return NamedEditor(str(name or base), found.config, found.warm_up, found.summary), after
 
     def _source(self, item: str | Mapping[str, object], seed: int) -> Source:
         how = {"data": self.data, "seed": seed, "shuffle": self.shuffle}
@@ -189,9 +195,10 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     return content
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
+def _steps(items: object) -> tuple[Step, ...]:
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(f"after must be a list of steps, e.g. [repair, shrink=0.9], not {items!r}")
+    return tuple(map(Step.parse, items))
 
 
 def _check_warm_up(source: Source, warm_up: WarmUp) -> None:

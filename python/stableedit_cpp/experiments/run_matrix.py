@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from stableedit_cpp.experiments.results import RunDirectory, command_line, read_run
+from stableedit_cpp.experiments.groups import grouped
+from stableedit_cpp.experiments.results import Run, write_theory
+from stableedit_cpp.experiments.run_directory import RunDirectory
+from stableedit_cpp.experiments.run_tables import comparison, cost, run_page
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.experiments.stream_run import StreamRun
-from stableedit_cpp.experiments.tables import comparison_table, run_table
+from stableedit_cpp.experiments.theory import cumulative_tables, theory_of, theory_table
 from stableedit_cpp.files.atomic import write_text
 from stableedit_cpp.files.lock import SessionBusy, WriterLock, writer
+from stableedit_cpp.files.table import Table
 from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -39,14 +43,15 @@ def run_matrix(
         how: ``snapshot_seconds``, ``keep_state`` and ``progress``, as for ``StreamRun``.
 
     Returns:
-        The content of each ``run.json``.
+        The content of each ``run.json``. ``output/table.md`` compares them; ``theory.json`` and ``theory.md`` sum up
+        what those say of the theory that have ``convergence`` or ``cumulative``.
 
     Raises:
         ValueError: if a directory holds a run of another configuration, before anything is run; or another process
             works on it. KeyboardInterrupt: after Ctrl-C; the same call goes on.
     """
     output = Path(output)
-    directories = [RunDirectory(output / run.name, run.name, run.to_dict(), command_line()) for run in runs]
+    directories = [RunDirectory(output / run.name, run.name, run.to_dict()) for run in runs]
     for model_name in dict.fromkeys(run.model for run in runs):
         todo = [(r, d) for r, d in zip(runs, directories, strict=True) if r.model == model_name and not d.done]
         if not todo:
@@ -57,7 +62,7 @@ def run_matrix(
             others = [(r, d) for r, d in zip(runs, directories, strict=True) if r is not run and r.source == run.source]
             modules = find_modules(model, run.editor.config.edit_modules or default_edit_modules(model))
             with _locked(directory.path):
-                current = RunDirectory(directory.path, run.name, directory.settings, command_line())
+                current = RunDirectory(directory.path, run.name, directory.settings)
                 stream = StreamRun(
                     run,
                     current,
@@ -72,11 +77,19 @@ def run_matrix(
                     stream.run()
                 finally:
                     if current.document["checkpoints"]:
-                        write_text(current.path / "table.md", run_table(current.document))
+                        write_text(current.path / "table.md", run_page(Run(current.path, current.document)))
         del model
-    documents = [read_run(directory.path) for directory in directories]
-    write_text(output / "table.md", comparison_table(documents))
-    return documents
+    done = [Run.read(directory.path) for directory in directories]
+    _write_tables(output / "table.md", [comparison(grouped(done)), cost(done)])
+    theories = [theory_of(d.path) for r, d in zip(runs, directories, strict=True) if r.convergence or r.cumulative]
+    if theories:
+        write_theory(output, theories)
+        _write_tables(output / "theory.md", [theory_table(theories), *cumulative_tables(theories)])
+    return [run.document for run in done]
+
+
+def _write_tables(path: Path, tables: Sequence[Table]) -> None:
+    write_text(path, "\n\n".join(table.markdown() for table in tables) + "\n")
 
 
 class _Trunks:

@@ -10,9 +10,10 @@ from typing import Literal, get_args
 from stableedit_cpp.data.hub import HUB_PREFIX
 from stableedit_cpp.editors.presets import NamedEditor
 from stableedit_cpp.evaluation.scores import check_metrics
+from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.sources import Source
 from stableedit_cpp.files.digest import file_digest
-from stableedit_cpp.files.words import with_nearest
+from stableedit_cpp.files.words import check_whole, with_nearest
 
 __all__ = ["RunSettings", "WarmUp", "baseline", "differences"]
 
@@ -30,8 +31,7 @@ class WarmUp:
     def __post_init__(self) -> None:
         if self.position not in get_args(Position):
             raise ValueError(f"unknown warm-up position {with_nearest(self.position, get_args(Position))}")
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 0:
-            raise ValueError(f"the size of the warm-up must be a whole number, at least 0, not {self.size!r}")
+        check_whole("the size of the warm-up", self.size, 0)
 
     def __bool__(self) -> bool:
         return self.position != "none" and self.size > 0
@@ -58,6 +58,7 @@ class RunSettings:
         cumulative: so many requests after the end of the stream are edited at every checkpoint, scored and taken back,
             to see whether a model with prior edits takes new ones better; 0 does not.
         convergence: keep running covariances along the stream and compare them with the last in the end.
+        after: what is done to the model at the end of the stream; it is scored after each step.
     """
 
     editor: NamedEditor
@@ -74,8 +75,11 @@ class RunSettings:
     geometry: int = 4
     cumulative: int = 0
     convergence: bool = False
+    after: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
+        for step in self.after:
+            step.config(self.editor.config)
         check_metrics(self.metrics, reference=object())
         if self.warm_up and not self.editor.warm_up:
             object.__setattr__(self, "warm_up", WarmUp("none", 0))
@@ -133,6 +137,7 @@ class RunSettings:
             "geometry": self.geometry,
             "cumulative": self.cumulative,
             "convergence": self.convergence,
+            "after": [step.to_dict() for step in self.after] or None,
         }
 
 

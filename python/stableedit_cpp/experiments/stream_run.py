@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -13,14 +12,13 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp import sideeffects
-from stableedit_cpp.core import load_state, save_state
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditInterrupted, make_editor
 from stableedit_cpp.experiments.convergence import Convergence
 from stableedit_cpp.experiments.cost import Cost
 from stableedit_cpp.experiments.cumulative import CumulativeProbe
 from stableedit_cpp.experiments.geometry import Geometry
-from stableedit_cpp.experiments.results import RunDirectory
+from stableedit_cpp.experiments.run_directory import RunDirectory
 from stableedit_cpp.experiments.scorer import Scorer
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.files.digest import model_digest
@@ -44,7 +42,7 @@ class StreamRun:
         siblings: directories of other runs of the same stream; what one of them has measured of the unedited model is
             taken over.
         snapshot_seconds: a kill costs at most so much work, and one turn.
-        keep_state: leave the state file in a directory that is done.
+        keep_state: leave the state in a directory that is done.
         progress: show bars; None shows them on a terminal.
     """
 
@@ -101,7 +99,7 @@ class StreamRun:
         try:
             self._resume()
             self.directory.begin(complete, self._cost.edits)
-            self._stream()
+            self._do()
             if self._convergence:
                 self.directory.document["convergence"] = self._convergence.fit(self.editor)
             self.directory.finish(self._cost.to_dict(), keep_state=self._keep_state)
@@ -110,12 +108,23 @@ class StreamRun:
                 for module in self.editor.modules:
                     module.weight.copy_(originals[module.name])
 
-    def _stream(self) -> None:
-        settings, cost = self.settings, self._cost
+    def _do(self) -> None:
         if self.directory.checkpoint(0) is None and not self._adopt_baseline():
             self._checkpoint()
         if self._due():  # an earlier process was stopped while it took this checkpoint
             self._checkpoint()
+        try:
+            self._stream()
+            self._after_stream()
+        except (NotFiniteError, torch.linalg.LinAlgError) as error:
+            # The model takes no more edits: score what is left of it, and let that be the end of the stream.
+            cost = self._cost
+            self.directory.document["collapsed"] = {"edits": cost.edits, "turn": cost.turns, "reason": str(error)}
+            if not self._recorded():
+                self._checkpoint()
+
+    def _stream(self) -> None:
+        settings, cost = self.settings, self._cost
         total = settings.edits + settings.warm_up.size * bool(settings.warm_up)
         bar = tqdm(
             total=total,
@@ -127,11 +136,7 @@ class StreamRun:
         self._saved_at, correct, looked_at = time.monotonic(), 0.0, 0
         with bar:
             for kind, requests in self._turns():
-                try:
-                    line, interrupted = self._turn(kind, requests)
-                except (NotFiniteError, torch.linalg.LinAlgError) as error:
-                    self._collapse(error)
-                    return
+                line, interrupted = self._turn(kind, requests)
                 bar.update(len(requests))
                 correct, looked_at = correct + line["efficacy_after"], looked_at + 1
                 bar.set_postfix(efficacy=f"{correct / looked_at:.3f}", now=f"{line['efficacy_after']:.2f}")
@@ -146,11 +151,23 @@ class StreamRun:
                 if due:
                     self._checkpoint()
 
-    def _collapse(self, error: Exception) -> None:
-        """The model takes no more edits: score what is left of it, and let that be the end of the stream."""
-        cost = self._cost
-        self.directory.document["collapsed"] = {"edits": cost.edits, "turn": cost.turns, "reason": str(error)}
-        if not self._recorded(cost.edits):
+    def _after_stream(self) -> None:
+        steps, cost = self.settings.after, self._cost
+        if cost.steps == len(steps):
+            return
+        self.editor.on_turn = None  # geometry is that of the stream
+        requests = list(self.settings.source.requests(0, self.settings.edits))
+        for number in range(cost.steps, len(steps)):
+            try:
+                done = steps[number].run(self.editor, requests, steps[number - 1] if number else None, self.trunk)
+            except EditInterrupted:
+                raise KeyboardInterrupt(
+                    f"{self.settings.name} stopped in the step {steps[number]} after its stream; the same command does "
+                    "that step anew"
+                ) from None
+            line = {"turn": cost.turns + 1, "edits": cost.edits, "warm_up": cost.warm_up, **done}
+            self._add_turn({**line, "resident_bytes": resident_bytes(), "geometry": None})
+            self._save_state()
             self._checkpoint()
 
     def _turns(self) -> Iterator[tuple[str, list[EditRequest]]]:
@@ -195,19 +212,22 @@ class StreamRun:
             "resident_bytes": resident_bytes(),
             "geometry": self._geometry.latest if self._geometry else None,
         }
-        self.directory.add_turn(line)
-        cost.add_turn(line)
+        self._add_turn(line)
         if self._convergence:
             self._convergence.look(self.editor, cost.turns, cost.edits + cost.warm_up)
         return line, interrupted
 
+    def _add_turn(self, line: dict) -> None:
+        self.directory.add_turn(line)
+        self._cost.add_turn(line)
+
     def _due(self) -> bool:
         """Whether a checkpoint is to be taken now; one beside the warm-up is taken after it."""
-        edits = self._cost.edits
-        return edits in self.settings.checkpoints and not self._warm_up_is_next() and not self._recorded(edits)
+        wanted = self._cost.steps > 0 or self._cost.edits in self.settings.checkpoints
+        return wanted and not self._warm_up_is_next() and not self._recorded()
 
-    def _recorded(self, edits: int) -> bool:
-        return self.directory.checkpoint(edits) is not None
+    def _recorded(self) -> bool:
+        return self.directory.checkpoint(self._cost.turns) is not None
 
     def _checkpoint(self) -> None:
         """Score the model as it is, and keep what was found."""
@@ -236,6 +256,8 @@ class StreamRun:
             "seconds": seconds,
             "resident_bytes": resident_bytes(),
         }
+        if cost.steps:
+            entry |= {"after": str(settings.after[cost.steps - 1]), "step": cost.steps}
         cost.add_checkpoint(entry)
         self.directory.add_checkpoint(entry, records, cost.to_dict())
 
@@ -246,7 +268,9 @@ class StreamRun:
 
     def _wants_side_effects(self) -> bool:
         options = self.settings.side_effects
-        at_end = self._cost.edits in (0, self.settings.edits) or "collapsed" in self.directory.document
+        cost, settings = self._cost, self.settings
+        at_end = cost.turns == 0 or "collapsed" in self.directory.document
+        at_end = at_end or (cost.edits == settings.edits and cost.steps == len(settings.after))
         return options is not None and (at_end or options.get("at", "checkpoints") == "checkpoints")
 
     def _measure_side_effects(self) -> dict:
@@ -265,25 +289,21 @@ class StreamRun:
         return CumulativeProbe(requests, warm_up, self._scorer.of)
 
     def _save_state(self) -> None:
-        """What a later process goes on from; the turns' lines are on the disk before it."""
-        self.directory.sync_turns()
-        cost = self._cost
-        position = {"turn": cost.turns, "edits": cost.edits, "warm_up": cost.warm_up}
+        """What a later process goes on from."""
         geometry = self._geometry.state_dict() if self._geometry else {}
-        save_state(self.directory.state_file, {**self.editor.state_dict(), **geometry}, config=json.dumps(position))
+        self.directory.save_state(self._cost.turns, {**self.editor.state_dict(), **geometry})
         self._saved_at = time.monotonic()
 
     def _resume(self) -> None:
         """Go to where an earlier process was when it last saved its state; to the beginning if it never did."""
-        if not self.directory.state_file.exists():
-            self.directory.clear()
+        state = self.directory.load_state()
+        if state is None:
             return
-        state, position = load_state(self.directory.state_file)
         geometry = {part: fields for part, fields in state.items() if part.partition("/")[0] == "geometry"}
         self.editor.load_state_dict({part: fields for part, fields in state.items() if part not in geometry})
         if self._geometry:
             self._geometry.load_state_dict(geometry)
-        for line in self.directory.keep_turns(json.loads(position)["turn"]):
+        for line in self.directory.turns_so_far():
             self._cost.add_turn(line)
         for entry in self.directory.document["checkpoints"]:
             self._cost.add_checkpoint(entry)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from stableedit_cpp.evaluation.scores import mean_and_error
-from stableedit_cpp.experiments.results import read_run
-from stableedit_cpp.experiments.tables import markdown, score_cell
+from stableedit_cpp.experiments.results import Run
+from stableedit_cpp.experiments.run_tables import score_cell
+from stableedit_cpp.files.table import Cell, Table, label, number, score
 
-__all__ = ["theory_of", "theory_table"]
+__all__ = ["cumulative_tables", "theory_of", "theory_table"]
 
 
 def theory_of(directory: str | Path) -> dict[str, object]:
     """Sums a run directory up; ready for JSON. docs/file-formats.md lists the fields."""
-    document = read_run(directory)
-    lines = (Path(directory) / "turns.jsonl").read_text(encoding="utf-8").splitlines()
-    turns = [turn for turn in map(json.loads, lines) if turn["geometry"]]
+    run = Run.read(directory)
+    document, turns = run.document, [turn for turn in run.turns if turn["geometry"]]
     edits = [turn["geometry"] for turn in turns if turn["kind"] == "edit"]
     norms = [one["norm"] for one in edits]
     tenth = max(len(norms) // 10, 1)
@@ -48,46 +47,65 @@ def theory_of(directory: str | Path) -> dict[str, object]:
     }
 
 
-def theory_table(theories: Sequence[Mapping]) -> str:
-    """Markdown for people."""
-    parts = []
-    for theory in theories:
-        geometry, norm = theory["geometry"], theory["geometry"]["norm"]
-        rows = []
-        if norm:
-            rows.append(["norm of a turn's update, first tenth of the stream", f"{norm['first_tenth']:.4g}"])
-            rows.append(["the same, last tenth", f"{norm['last_tenth']:.4g}"])
-        for name, label in (("cosine_last", "the update before"), ("cosine_earlier", "random earlier updates")):
-            if geometry[name]:
-                found = geometry[name]
-                rows.append([f"cosine to {label}", f"{found['mean']:.4f} ± {found['standard_error']:.4f}"])
-                rows.append(["the same, mean of absolute values", f"{found['mean_abs']:.4f}"])
-        for group, drift in theory["drift"].items():
-            moved = [point for point in drift if point["mean_drift"] is not None]
-            if moved:
-                ends = f"{moved[0]['mean_drift']:.3g} to {moved[-1]['mean_drift']:.3g}"
-                rows.append([f"drift of the mean a turn, {group}, first to last", ends])
-            moved = [point for point in drift if point["covariance_drift"] is not None]
-            if moved:
-                ends = f"{moved[0]['covariance_drift']:.3g} to {moved[-1]['covariance_drift']:.3g}"
-                rows.append([f"drift of the covariance a turn, {group}, first to last", ends])
-        for group, found in (theory["convergence"] or {}).items():
-            if found["rate"] is not None:
-                rate = f"{found['rate']:.3f} ± {found['rate_standard_error']:.3f}"
-                rows.append([f"rate of convergence of the covariance, {group} (1/2: as 1/sqrt(n))", rate])
-        parts.append(f"## {theory['run']}\n\n{markdown(['', ''], rows)}")
-        if theory["cumulative"]:
-            points = theory["cumulative"]["points"]
-            names = [name for name, score in points[0]["after"].items() if score["mean"] is not None]
-            body = [
-                [_prior(point), *(score_cell(point["before"].get(name)) for name in names[:1])]
-                + [score_cell(point["after"].get(name)) for name in names]
-                for point in points
-            ]
-            heads = ["edited before", f"{names[0]} before", *(f"{name} after" for name in names)]
-            edits = theory["cumulative"]["edits"]
-            parts.append(f"The same {edits} edits after others:\n\n{markdown(heads, body)}")
-    return "\n\n".join(parts) + "\n"
+def theory_table(theories: Sequence[Mapping], labels: Mapping[str, str] | None = None) -> Table:
+    """Norms of updates, cosines between them, drift, and fitted rates of convergence.
+
+    Args:
+        theories: of ``theory_of``. labels: what to call a run instead of its name.
+    """
+    rows = []
+    for found in theories:
+        geometry, drift = found.get("geometry") or {}, found.get("drift") or {}
+        norm = geometry.get("norm") or {}
+        cells = [label((labels or {}).get(found["run"], found["run"])), number(geometry.get("turns"))]
+        cells += [number(norm.get(name), "{:.4g}") for name in ("first_tenth", "last_tenth")]
+        for name in ("cosine_last", "cosine_earlier"):
+            cosines = geometry.get(name) or {"mean": None}
+            cells += [score(cosines["mean"], cosines.get("standard_error")), number(cosines.get("mean_abs"), "{:.3f}")]
+        cells += [_ends(drift, name) for name in ("mean_drift", "covariance_drift")]
+        rates = [(group, fit["rate"], fit["rate_standard_error"]) for group, fit in _fits(found)]
+        text = "; ".join(f"{score(rate, error).text} ({group})" for group, rate, error in rates) or "-"
+        rows.append([*cells, Cell(text, rates[0][1] if rates else None)])
+    caption = (
+        "Theory expects updates of a bounded norm that are nearly orthogonal (cosines around 0), statistics that drift "
+        "less and less (from the first turn to the last, by group), and a covariance that converges with the rate 1/2 "
+        "(its error falls as 1/√samples)."
+    )
+    columns = ["run", "updates", "norm, first tenth", "norm, last tenth", "cosine to last", "|cosine| to last"]
+    columns += ["cosine to earlier", "|cosine| to earlier", "drift of the mean", "drift of the covariance"]
+    return Table([*columns, "rate of convergence"], rows, caption, "theory")
+
+
+def cumulative_tables(theories: Sequence[Mapping]) -> list[Table]:
+    """For each run that has them: scores of the same edits, made after none and after more and more others."""
+    tables = []
+    for found in theories:
+        if not found.get("cumulative"):
+            continue
+        edits, points = found["cumulative"]["edits"], found["cumulative"]["points"]
+        names = [name for name, value in points[0]["after"].items() if value["mean"] is not None]
+        rows = [
+            [label(_prior(point)), *(score_cell(point["before"].get(name)) for name in names[:1])]
+            + [score_cell(point["after"].get(name)) for name in names]
+            for point in points
+        ]
+        heads = ["edited before", *(f"{name} before" for name in names[:1]), *(f"{name} after" for name in names)]
+        tables.append(
+            Table(heads, rows, f"{found['run']}: the same {edits} edits after others:", f"cumulative-{found['run']}")
+        )
+    return tables
+
+
+def _fits(theory: Mapping) -> list[tuple[str, Mapping]]:
+    found = (theory.get("convergence") or {}).items()
+    return [(group, fit) for group, fit in found if fit.get("rate") is not None]
+
+
+def _ends(drift: Mapping[str, Sequence[Mapping]], name: str) -> Cell:
+    """The first and the last value of each group."""
+    moved = {group: [point[name] for point in points if point.get(name) is not None] for group, points in drift.items()}
+    texts = [f"{values[0]:.3g} to {values[-1]:.3g} ({group})" for group, values in moved.items() if values]
+    return Cell("; ".join(texts) or "-", next((values[-1] for values in moved.values() if values), None))
 
 
 def _cosines(values: Sequence[float | None]) -> dict[str, float] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from stableedit_cpp.report.pictures import GREY, Picture, draw, edits_axis, logarithmic, style
-from stableedit_cpp.report.results import Group, Run, thinned
+from stableedit_cpp.experiments.groups import Group
+from stableedit_cpp.experiments.results import Run
+from stableedit_cpp.report.pictures import GREY, Picture, draw, edits_axis, logarithmic, style, thinned
 
 __all__ = ["hidden_state_maps", "memory", "perplexity_curves", "time_by_part"]
 
@@ -101,8 +102,7 @@ def memory(group: Group) -> list[Picture]:
 
 def time_by_part(group: Group) -> list[Picture]:
     """Where the editing time went."""
-    rows = [(run, run.document["cost"].get("seconds_by_part") or {}) for run in group.runs]
-    rows = [(run, parts) for run, parts in rows if parts]
+    rows = [(run, run.editing_seconds) for run in group.runs if run.editing_seconds]
     if not rows:
         return []
     names = list({name: None for _, parts in rows for name in parts})

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-from stableedit_cpp.report.pictures import GREY, Picture, draw, edits_axis, logarithmic, style
-from stableedit_cpp.report.results import Group, Run, thinned
+from stableedit_cpp.experiments.groups import Group
+from stableedit_cpp.experiments.results import Run
+from stableedit_cpp.report.pictures import GREY, Picture, draw, edits_axis, logarithmic, style, thinned
 
 __all__ = ["theory_charts", "update_geometry"]
 

@@ -10,17 +10,21 @@ from importlib import resources
 from pathlib import Path
 
 from stableedit_cpp import _build_info
+from stableedit_cpp.experiments.groups import Group, grouped
+from stableedit_cpp.experiments.results import Results, read_results
+from stableedit_cpp.experiments.run_tables import comparison, cost, over_seeds
+from stableedit_cpp.experiments.theory import cumulative_tables, theory_table
 from stableedit_cpp.files.atomic import new_directory
-from stableedit_cpp.report import tables
+from stableedit_cpp.files.table import Table
 from stableedit_cpp.report.effect_charts import hidden_state_maps, memory, perplexity_curves, time_by_part
+from stableedit_cpp.report.effect_tables import downstream, hidden_states, provenance
 from stableedit_cpp.report.geometry_charts import theory_charts, update_geometry
 from stableedit_cpp.report.pictures import PALETTE, Picture
-from stableedit_cpp.report.results import Results, read_results
 from stableedit_cpp.report.stream_charts import along_the_stream, final_bars, retention
 
-__all__ = ["PAGE", "check_packages", "write_report"]
+__all__ = ["write_report"]
 
-PAGE, _CHARTS = "index.html", "charts"
+_PAGE, _CHARTS = "index.html", "charts"
 
 
 @dataclass
@@ -35,11 +39,11 @@ class Figure:
 class Section:
     name: str
     title: str
-    tables: list[tables.Table] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
 
 
-def check_packages() -> None:
+def _check_packages() -> None:
     """
     Raises:
         ValueError: if a package that draws the report is not installed.
@@ -65,11 +69,12 @@ def write_report(
         ValueError: for results that cannot be read (see ``read_results``), a missing package, or an output directory
             with content.
     """
-    check_packages()
+    _check_packages()
     import jinja2
 
     results = read_results(paths)
-    sections = [section for section in _sections(results) if section.tables or section.figures]
+    groups = grouped(results.runs)
+    sections = [section for section in _sections(results, groups) if section.tables or section.figures]
     source = resources.files("stableedit_cpp.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -79,7 +84,8 @@ def write_report(
         sections=sections,
         palette=PALETTE,
         charts=_CHARTS,
-        results=results,
+        runs=results.runs,
+        groups=groups,
         version=_build_info.version,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -89,18 +95,18 @@ def write_report(
         for section in sections:
             for picture in (picture for figure in section.figures for picture in figure.pictures):
                 (scratch / _CHARTS / f"{picture.name}.png").write_bytes(picture.png)
-        (scratch / PAGE).write_text(page, encoding="utf-8")
-    return output / PAGE
+        (scratch / _PAGE).write_text(page, encoding="utf-8")
+    return output / _PAGE
 
 
-def _sections(results: Results) -> list[Section]:
-    groups = results.groups
+def _sections(results: Results, groups: list[Group]) -> list[Section]:
     many = [group for group in groups if len(group.runs) > 1]
     maps = [(run, hidden_state_maps(run, index)) for group in groups for index, run in enumerate(group.runs)]
     labels = {run.document["name"]: f"{run.label}, {run.settings['dataset']}" for run in results.runs}
-    theories = [(path, theory_charts(path, theory, labels)) for path, theory in results.theories]
+    theories = [run for _, theory in results.theories for run in theory["runs"]]
+    charts = [(path, theory_charts(path, theory, labels)) for path, theory in results.theories]
     return [
-        Section("comparison", "Comparison", _present([tables.comparison(results), tables.over_seeds(results)])),
+        Section("comparison", "Comparison", _present([comparison(groups), over_seeds(groups)])),
         Section(
             "stream",
             "Along the stream",
@@ -124,16 +130,16 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "geometry",
             "Geometry of the updates",
-            tables=_present([tables.theory(results.theories, labels)]),
+            tables=_present([theory_table(theories, labels), *cumulative_tables(theories)]),
             figures=_figures(
                 [(f"{group.title}. One update a turn.", update_geometry(group)) for group in groups]
-                + [(f"From {path.name}/theory.json.", pictures) for path, pictures in theories]
+                + [(f"From {path.name}/theory.json.", pictures) for path, pictures in charts]
             ),
         ),
         Section(
             "hidden-states",
             "Hidden states of unrelated prompts",
-            tables=_present([tables.hidden_states(results)]),
+            tables=_present([hidden_states(results.runs)]),
             figures=_figures(
                 (f"{run.settings['dataset']}, {run.label}. Circles: before, crosses: after.", f) for run, f in maps
             ),
@@ -141,25 +147,25 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "downstream",
             "Downstream tasks and perplexity",
-            tables=_present(tables.downstream(group) for group in groups),
+            tables=_present(downstream(group) for group in groups),
             figures=_figures((f"{group.title}. Lower is better.", perplexity_curves(group)) for group in groups),
         ),
         Section(
             "cost",
             "Cost",
-            tables=[tables.cost(results)] if results.runs else [],
+            tables=_present([cost(results.runs)]),
             figures=_figures((group.title + ".", time_by_part(group) + memory(group)) for group in groups),
         ),
-        Section("provenance", "Provenance", [tables.provenance(results)] if results.runs else []),
+        Section("provenance", "Provenance", _present([provenance(results.runs)])),
     ]
 
 
-def _has_stream(group) -> bool:
-    return any(len(run.checkpoints) > 1 for run in group.runs)
+def _has_stream(group: Group) -> bool:
+    return any(len(run.stream) > 1 for run in group.runs)
 
 
-def _present(found: Iterable[tables.Table | None]) -> list[tables.Table]:
-    return [table for table in found if table is not None and table.rows]
+def _present(found: Iterable[Table]) -> list[Table]:
+    return [table for table in found if table.rows]
 
 
 def _figures(found: Iterable[tuple[str, list[Picture]]]) -> list[Figure]:

@@ -6,13 +6,14 @@ import io
 import re
 from collections.abc import Callable
 from hashlib import sha256
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-__all__ = ["GREY", "INK", "PALETTE", "SERIES", "Picture", "Style", "draw", "edits_axis", "logarithmic", "style"]
+__all__ = ["GREY", "INK", "PALETTE", "Picture", "Style", "draw", "edits_axis", "logarithmic", "style", "thinned"]
 
 # CSS variable -> (light, dark). Charts are drawn in the light colours; in the SVG each is replaced by its variable.
 PALETTE = {
@@ -32,9 +33,10 @@ PALETTE = {
     "--s6": ("#b8336a", "#f58fb8"),
     "--s7": ("#5b6470", "#b9c2cc"),
 }
-SERIES = [light for name, (light, _) in PALETTE.items() if name.startswith("--s")]
+_SERIES = [light for name, (light, _) in PALETTE.items() if name.startswith("--s")]
 INK, GREY = PALETTE["--ink"][0], PALETTE["--line"][0]
 _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
+_POINTS = 100  # more turns than this are averaged over: nobody could see them apart
 _WIDTH = 4.6  # inches: readable when it fills a phone
 
 _SETTINGS = {
@@ -82,13 +84,20 @@ class Style(NamedTuple):
 
 
 def style(index: int) -> Style:
-    return Style(SERIES[index % len(SERIES)], _MARKERS[index % len(_MARKERS)], _LINES[index % len(_LINES)])
+    return Style(_SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)], _LINES[index % len(_LINES)])
 
 
 def edits_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
     axes.locator_params(axis="x", nbins=5)  # five numbers like 20,000 have room; more of them overlap
     axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``_POINTS`` points: means over stretches of the stream, each placed at its end."""
+    size = max(1, -(-len(points) // _POINTS))
+    chunks = [points[begin : begin + size] for begin in range(0, len(points), size)]
+    return [(chunk[-1][0], fmean(y for _, y in chunk)) for chunk in chunks]
 
 
 def logarithmic(axis: Axis) -> None:

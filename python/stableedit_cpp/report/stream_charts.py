@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
+from stableedit_cpp.experiments.groups import Group
+from stableedit_cpp.experiments.results import Run
+from stableedit_cpp.experiments.run_tables import metric_title, metrics_of
 from stableedit_cpp.report.pictures import GREY, INK, Picture, draw, edits_axis, logarithmic, style
-from stableedit_cpp.report.results import Group, Run
 
-__all__ = ["along_the_stream", "final_bars", "metric_title", "metrics_of", "retention"]
-
-_TITLES = {
-    "multi_hop": "multi-hop",
-    "locality_kl": "locality: KL, nats",
-    "locality_agreement": "locality: top-1 agreement",
-}
-_ENDINGS = {"_exact_match": ", exact match", "_contains": ", answer contained", "_contains_and_stops": ", answered"}
-
-
-def metric_title(name: str) -> str:
-    for ending, text in _ENDINGS.items():
-        if name.endswith(ending):
-            return metric_title(name.removesuffix(ending)) + text
-    return _TITLES.get(name, name.replace("_", " "))
-
-
-def metrics_of(runs: list[Run]) -> list[str]:
-    """Scores that some run has a value of, in the order of the results."""
-    found: dict[str, None] = {}
-    for run in runs:
-        for checkpoint in run.checkpoints:
-            found |= {name: None for name, score in checkpoint["scores"].items() if score["mean"] is not None}
-    return list(found)
+__all__ = ["along_the_stream", "final_bars", "retention"]
 
 
 def along_the_stream(group: Group) -> list[Picture]:
     """One panel a metric, one line a run, with a band of one standard error."""
     pictures = []
-    for metric in metrics_of(group.runs):
+    for metric in metrics_of(group.checkpoints):
 
         def points_of(run: Run, metric=metric) -> list[tuple]:
-            points = [(c["edits"], c["scores"].get(metric)) for c in run.checkpoints]
+            points = [(c["edits"], c["scores"].get(metric)) for c in run.stream]
             return [(edits, score) for edits, score in points if score and score["mean"] is not None]
 
         lines = group.lines(points_of)
@@ -95,7 +74,7 @@ def retention(group: Group) -> list[Picture]:
 def final_bars(group: Group) -> list[Picture]:
     """One panel a metric: the last checkpoint of each run, and the unedited model as a line."""
     pictures = []
-    for metric in metrics_of(group.runs):
+    for metric in metrics_of(group.checkpoints):
         rows = [(index, run, run.last["scores"].get(metric)) for index, run in enumerate(group.runs)]
         rows = [(index, run, score) for index, run, score in rows if score and score["mean"] is not None]
         before = next((run.unedited["scores"].get(metric) for run in group.runs if run.unedited), None)
