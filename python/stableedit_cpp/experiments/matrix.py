@@ -34,7 +34,8 @@ class Matrix:
         editor_options: fields of the config of every editor, e.g. turn_size.
         format, shuffle: as for ``find_source``.
         after: steps after the stream, as for ``Step.parse``, of every editor that has none of its own.
-        Others as in ``RunSettings``.
+
+    All other fields are those of ``RunSettings``.
 
     Raises:
         ValueError: for a value that cannot be, with what could.
