@@ -12,7 +12,7 @@ import torch
 
 from common import finish, new_parser, start
 from stableedit_cpp import TrunkCache, evaluate, find_modules, load_model
-from stableedit_cpp.editors.swap import swapped
+from stableedit_cpp.editors.originals import swapped
 from stableedit_cpp.evaluation import Scores
 from stableedit_cpp.export import (
     ModelChange,

@@ -25,6 +25,10 @@ def fail() -> None:
     raise RuntimeError("broken")
 
 
+def none_has_taken(_model, sequences, **_how) -> torch.Tensor:
+    return torch.zeros(len(sequences))
+
+
 def answer_tokens(tokenizer, requests) -> int:
     return sum(len(sequence.answer) for sequence in sequences_of(tokenizer, requests))
 
@@ -83,14 +87,14 @@ class TestPastKeys:
 
     def test_without_weight_there_are_none_and_nothing_changes(self, tokenizer):
         editor = make(tokenizer)
-        assert editor.past_keys == {} and editor.module_editors[MODULES[0]].past_keys is None
+        assert editor.past_keys == {} and editor.solver.module_editors[MODULES[0]].past_keys is None
 
 
 class TestAllOrNothing:
     @pytest.mark.parametrize("number", [1, 2, 3])
     def test_a_failing_pass_takes_the_turn_back(self, number, monkeypatch, tokenizer):
         editor = make(tokenizer, **CLOSED)
-        monkeypatch.setattr(editor, "accuracy", lambda sequences: torch.zeros(len(sequences)))
+        monkeypatch.setattr(turns, "token_accuracy", none_has_taken)
         editor.edit(FACTS[:TURN])
         before = whole_state(editor)
         with monkeypatch.context() as patch:
@@ -100,7 +104,6 @@ class TestAllOrNothing:
         assert_same_bits(whole_state(editor), before)
         editor.edit(FACTS[TURN:])
         whole = make(tokenizer, **CLOSED)
-        monkeypatch.setattr(whole, "accuracy", lambda sequences: torch.zeros(len(sequences)))
         whole.edit(FACTS)
         assert_same_bits(whole_state(editor), whole_state(whole))
 
@@ -128,7 +131,7 @@ class TestRetries:
     @pytest.mark.parametrize("feeds", [True, False])
     def test_whether_they_feed_the_statistics(self, feeds, monkeypatch, tokenizer):
         editor = make(tokenizer, max_passes=2, retries_feed_statistics=feeds)
-        monkeypatch.setattr(editor, "accuracy", lambda sequences: torch.zeros(len(sequences)))
+        monkeypatch.setattr(turns, "token_accuracy", none_has_taken)
         once = len(MODULES) * answer_tokens(tokenizer, FACTS[:TURN])
         editor.edit(FACTS[:TURN])
         assert self.count(editor) == (2 * once if feeds else once)

@@ -134,14 +134,14 @@ class TestAllOrNothing:
             def compute_update(self, *_):
                 raise torch.linalg.LinAlgError("broken")
 
-        working = editor.module_editors[MODULES[1]]
-        editor.module_editors[MODULES[1]] = Broken()
+        working = editor.solver.module_editors[MODULES[1]]
+        editor.solver.module_editors[MODULES[1]] = Broken()
         with pytest.raises(torch.linalg.LinAlgError, match="broken"):
             editor.edit(FACTS[TURN:])
         assert_same_bits(state_of(editor), self.after_first_turn(tokenizer))
 
         # And the stream can go on as if nothing had happened.
-        editor.module_editors[MODULES[1]] = working
+        editor.solver.module_editors[MODULES[1]] = working
         editor.edit(FACTS[TURN:])
         whole = make(tokenizer)
         whole.edit(FACTS)
@@ -216,7 +216,7 @@ class TestPasses:
         answers = iter([[0.5, 1.0, 0.0, 1.0, 0.9], [1.0] * 5])
         monkeypatch.setattr(turns, "capture", capture)
         editor = make(tokenizer, max_passes=5)
-        monkeypatch.setattr(editor, "accuracy", lambda _sequences: torch.tensor(next(answers)))
+        monkeypatch.setattr(turns, "token_accuracy", lambda *_args, **_how: torch.tensor(next(answers)))
         report = editor.edit(FACTS[:5])
         all_five = sequences_of(tokenizer, FACTS[:5])
         assert captured == [all_five, [all_five[0], all_five[2], all_five[4]]]
@@ -325,12 +325,12 @@ class TestInterrupt:
         editor.edit(FACTS[:5])
         before = state_of(editor)
 
-        def accuracy(_sequences):
+        def accuracy(*_args, **_how):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             return torch.zeros(5)
 
-        monkeypatch.setattr(editor, "accuracy", accuracy)
+        monkeypatch.setattr(turns, "token_accuracy", accuracy)
         with pytest.raises(KeyboardInterrupt) as error:
             editor.edit(FACTS[5:10])
         assert not isinstance(error.value, se.EditInterrupted)

@@ -125,7 +125,7 @@ class TestBackingOff:
         editor.edit(FACTS[:TURN])
         editor.guard = None
         editor.edit(FACTS[TURN:])
-        assert editor.module_editors[MODULES[0]].step_size == editor.config.step_size
+        assert editor.solver.module_editors[MODULES[0]].step_size == editor.config.step_size
 
     def test_stops_where_backing_off_does_not_help(self, tokenizer):
         editor = self.guarded(tokenizer, NO_LIMIT, back_offs=2)

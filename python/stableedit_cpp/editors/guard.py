@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
+from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.errors import DriftLimitReached, ModelBroken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
-
-if TYPE_CHECKING:
-    from stableedit_cpp.editors.editor import Editor
 
 __all__ = ["Drift", "LocalityGuard"]
 

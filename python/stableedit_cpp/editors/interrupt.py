@@ -1,15 +1,17 @@
-"""Ctrl-C during a stream of edits: finish the turn in flight, then stop; a second Ctrl-C drops the turn."""
+"""Ctrl-C during a stream of edits: finish the turn in flight, then stop; a second Ctrl-C drops the turn. And what no
+signal may cut in half."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 
 from stableedit_cpp.editors.edit_report import EditReport
 
-__all__ = ["EditInterrupted", "InterruptGuard"]
+__all__ = ["EditInterrupted", "InterruptGuard", "undisturbed"]
 
 
 class EditInterrupted(KeyboardInterrupt):
@@ -62,3 +64,50 @@ class InterruptGuard:
         self._urgent = self.requested
         self.requested = True
         self._drop_if_urgent()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals wait until the end of this context, whoever handles them: an application's handler may raise, and would
+    leave in halves what is to be written as a whole. Keep it short.
+
+    Python runs handlers in the main thread alone, so elsewhere this does nothing.
+    """
+    held: list[_Held] = []
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.valid_signals():
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    held.append(_Held(number, handler))
+                    signal.signal(number, held[-1])
+        yield
+    finally:
+        for one in held:
+            one.holds = False  # what comes from now on goes where it belongs, also before the next line
+        for one in held:
+            signal.signal(one.number, one.handler)
+        with ExitStack() as stack:  # all of them, also after one that raises
+            for one in reversed(held):
+                stack.callback(one.release)
+
+
+class _Held:
+    """A signal's handler that notes what comes, to hand it on later."""
+
+    def __init__(self, number: int, handler: Callable[[int, FrameType | None], object]) -> None:
+        self.number = number
+        self.handler = handler
+        self.holds = True
+        self._came: list[FrameType | None] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.holds:
+            self._came.append(frame)
+        else:
+            self.handler(number, frame)
+
+    def release(self) -> None:
+        """Hand on what came."""
+        for frame in self._came:
+            self.handler(self.number, frame)

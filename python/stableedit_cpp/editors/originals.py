@@ -1,4 +1,4 @@
-"""The weights before the first edit, and showing them for a while."""
+"""The weights before the first edit, and showing other weights for a while."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from stableedit_cpp.editors.swap import swapped
+from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.model.modules import EditModule
 
-__all__ = ["OriginalWeights"]
+__all__ = ["OriginalWeights", "swapped"]
 
 
 class OriginalWeights:
@@ -72,9 +72,30 @@ class OriginalWeights:
         if self._shown or not self._kept:  # inside another such block, or nothing was edited yet
             yield
             return
-        self._shown = True
         try:
+            self._shown = True
             with swapped({module.weight: self._kept[module.name] for module in self._modules}):
                 yield
         finally:
             self._shown = False
+
+
+@contextmanager
+def swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Within this context parameters hold other values; after it, bit for bit what they held before.
+
+    What they held waits in host memory; the parameters stay the same tensors at the same addresses.
+
+    Args:
+        values: of the parameters' shapes; any device and dtype.
+    """
+    before: dict[torch.nn.Parameter, torch.Tensor] = {}
+    try:
+        for parameter, value in values.items():
+            before[parameter] = parameter.detach().to("cpu", copy=True)
+            parameter.detach().copy_(value)
+        yield
+    finally:
+        with undisturbed():
+            for parameter, value in before.items():
+                parameter.detach().copy_(value)

@@ -5,8 +5,23 @@ from __future__ import annotations
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
 from stableedit_cpp.editors.config import StableEditConfig
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.solver import Solver
 
 __all__ = ["StableEdit"]
+
+
+class _Solver(Solver):
+    config: StableEditConfig
+
+    def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
+        config = self.config
+        whitening = WhiteningOptions(
+            mode=config.whitening, floor=config.floor, floor_mode=config.floor_mode, refresh=config.refresh
+        )
+        return LifelongNormalizer(key_dim, value_dim, whitening=whitening)
+
+    def _warm_up_mode(self) -> str | None:
+        return self.config.warm_up_whitening
 
 
 class StableEdit(Editor):
@@ -22,13 +37,4 @@ class StableEdit(Editor):
 
     config: StableEditConfig
     config_class = StableEditConfig
-
-    def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
-        config = self.config
-        whitening = WhiteningOptions(
-            mode=config.whitening, floor=config.floor, floor_mode=config.floor_mode, refresh=config.refresh
-        )
-        return LifelongNormalizer(key_dim, value_dim, whitening=whitening)
-
-    def _warm_up_mode(self) -> str | None:
-        return self.config.warm_up_whitening
+    solver_class = _Solver

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
-from stableedit_cpp.editors.turn import Turn
-from stableedit_cpp.errors import DriftLimitReached
-
-if TYPE_CHECKING:
-    from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.turn import Turn, Work
+from stableedit_cpp.errors import StableEditError
+from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["names_of", "run_stream"]
 
@@ -29,18 +27,24 @@ def names_of(requests: Sequence[EditRequest]) -> list[str]:
     return [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]
 
 
-def run_stream(editor: Editor, requests: Sequence[EditRequest], kind: str, progress: bool | None) -> EditReport:
-    """Run the turns of a stream with an editor; arguments, result and errors as ``Editor.edit``.
+def run_stream(
+    work: Work,
+    kind: Literal["edit", "warm_up", "repair"],
+    requests: Sequence[EditRequest],
+    sequences: Sequence[TokenSequence],
+    progress: bool | None,
+) -> EditReport:
+    """Run the turns of a stream; progress, result and errors as ``Editor.edit``.
 
     Args:
-        kind: "edit", "warm_up" or "repair".
+        sequences: tokens of the requests.
     """
-    names, sequences = names_of(requests), editor.tokenize(requests)
-    editor.attach_weights()
+    names = names_of(requests)
+    work.weights.attach()
 
-    report = EditReport(editor.config.editor)
+    report = EditReport(work.config.editor)
     start = time.perf_counter()
-    size = editor.config.turn_size
+    size = work.config.turn_size
     bar = tqdm(
         total=len(sequences),
         desc=_TITLES[kind],
@@ -53,14 +57,14 @@ def run_stream(editor: Editor, requests: Sequence[EditRequest], kind: str, progr
             end = min(begin + size, len(sequences))
             whole = slice(begin, end)
             try:
-                turn = Turn(editor, kind, requests[whole], sequences[whole], names[whole]).run(guard, bar)
-            except DriftLimitReached as stop:
+                turn = Turn(work, kind, requests[whole], sequences[whole], names[whole]).run(guard, bar)
+            except StableEditError as stop:
                 stop.report = report
                 raise
             report.turns.append(turn)
             report.seconds = time.perf_counter() - start
             if not bar.disable:
-                turn.efficacy_after = float(editor.accuracy(sequences[whole][:_PROBE]).mean())
+                turn.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
                 bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
             bar.update(end - begin)
             if guard.requested:

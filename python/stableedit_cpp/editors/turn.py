@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -11,36 +12,72 @@ from tqdm.auto import tqdm
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
-from stableedit_cpp.editors.checkpoint import Checkpoint
+from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import TurnReport
-from stableedit_cpp.editors.interrupt import InterruptGuard
-from stableedit_cpp.evaluation.teacher_forcing import answer_scores
+from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
+from stableedit_cpp.editors.solver import Solver
+from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
+from stableedit_cpp.evaluation.teacher_forcing import answer_scores, token_accuracy
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
+from stableedit_cpp.model.trunk import TrunkCache
 
-if TYPE_CHECKING:
-    from stableedit_cpp.editors.editor import Editor
+__all__ = ["Turn", "Work"]
 
-__all__ = ["Turn"]
+
+class Guard(Protocol):
+    """Measures after every pass whether it may stay (``LocalityGuard``)."""
+
+    limit: float
+    back_offs: int
+    step_factor: float
+    ridge_factor: float
+
+    def drift(self): ...
+
+    def refusal(self, drift: float) -> Exception: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stream works on, and with.
+
+    Attributes:
+        trunk: outputs of the layers below the edited ones; None where there is no use for them.
+        trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
+    """
+
+    model: torch.nn.Module
+    config: EditorConfig
+    weights: EditedWeights
+    solver: Solver
+    guard: Guard | None
+    trunk: TrunkCache | None
+    trunk_is_lent: bool
+
+    def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        """Share of each answer's tokens that are the model's top choice."""
+        limit = self.config.max_tokens_per_forward
+        return token_accuracy(self.model, sequences, max_tokens=limit, trunk=self.trunk)
 
 
 class Turn:
-    """A turn of an editor, from the first capture to the last update: all of it is applied or nothing.
+    """A turn, from the first capture to the last update: all of it is applied or nothing.
 
     Args:
-        kind: "edit", "warm_up" or "repair".
+        kind: of the call that it belongs to.
         sequences, names: the requests' tokens, and what to call each in an error message.
     """
 
     def __init__(
         self,
-        editor: Editor,
-        kind: str,
+        work: Work,
+        kind: Literal["edit", "warm_up", "repair"],
         requests: Sequence[EditRequest],
         sequences: Sequence[TokenSequence],
         names: Sequence[str],
     ) -> None:
-        self.editor = editor
+        self.work = work
         self.kind = kind
         self.requests = requests
         self.sequences = sequences
@@ -49,62 +86,69 @@ class Turn:
 
     def run(self, interrupts: InterruptGuard, bar: tqdm) -> TurnReport:
         """Do it; ``bar`` shows the passes."""
-        editor, report, count = self.editor, self.report, len(self.sequences)
-        if editor.trunk is not None and not editor.trunk_is_lent:
-            editor.trunk.clear()  # of use within the turn: its checks and retries repeat the same prompts
-        # A later pass, or whoever keeps a record, can fail after a pass was applied; then the weights go back as well.
-        revocable = editor.config.max_passes > 1 or editor.on_turn is not None
-        before = Checkpoint(editor.weights if revocable else {}, editor.statistics())
-        allowed = 1 if self.kind == "warm_up" else editor.config.max_passes
+        work = self.work
+        if work.trunk is not None and not work.trunk_is_lent:
+            work.trunk.clear()  # of use within the turn: its checks and retries repeat the same prompts
+        followers = work.weights.followers
+        with work.weights.change() as change:
+            turn = AppliedTurn(
+                self.kind, self.requests, self._passes(interrupts, bar, keep=bool(followers)), self.report
+            )
+            followers.applied(turn)
+            with undisturbed():  # nothing may come between what is written down and what stays in the model
+                followers.record(turn)
+                change.settle()
+        followers.final(turn)
+        return self.report
+
+    def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:
+        """Apply one pass after the other; ``keep`` them if somebody wants to see them."""
+        report, count = self.report, len(self.sequences)
+        allowed = 1 if self.kind == "warm_up" else self.work.config.max_passes
         pending = list(range(count))
         passes: list[AppliedPass] = []
-        try:
-            for number in range(allowed):
-                captured, updates, ridge = self._solve(pending, number, interrupts)
-                if number == 0:
-                    first = captured
-                if editor.on_turn is not None:
-                    passes.append(AppliedPass(captured, updates, torch.tensor(pending)[captured.request], ridge))
-                if number + 1 < allowed:
-                    with report.timed("capture"):
-                        pending = self._not_taken()
-                    report.taken.append(count - len(pending))
-                    bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{report.taken[-1]}/{count}"})
-                    if not pending:
-                        break
-            editor.remember(self.kind, first)
-            if editor.on_turn is not None:
-                editor.on_turn(AppliedTurn(self.kind, self.requests, passes, report))
-        except BaseException:
-            before.restore()
-            raise
-        return report
+        for number in range(allowed):
+            captured, updates, ridge = self._solve(pending, number, interrupts)
+            if number == 0:
+                first = captured
+            if keep:
+                passes.append(AppliedPass(captured, updates, torch.tensor(pending)[captured.request], ridge))
+            if number + 1 < allowed:
+                with report.timed("capture"):
+                    pending = self._not_taken()
+                report.taken.append(count - len(pending))
+                bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{report.taken[-1]}/{count}"})
+                if not pending:
+                    break
+        self.work.solver.remember(self.kind, first)
+        return passes
 
     def _solve(
         self, pending: Sequence[int], number: int, interrupts: InterruptGuard
     ) -> tuple[CapturedTurn, dict[str, LowRankUpdate], float]:
-        """Capture, fold in, solve and, only when all of it has worked, apply; the last of the result is the ridge."""
-        editor, report, ridge = self.editor, self.report, self.editor.config.ridge
+        """Capture, fold in, solve and apply one pass; the last of the result is the ridge."""
+        work, report, ridge = self.work, self.report, self.work.config.ridge
         with interrupts.droppable():
             with report.timed("capture"):
                 captured = capture(
-                    editor.model,
-                    editor.modules,
+                    work.model,
+                    work.weights.modules,
                     [self.sequences[index] for index in pending],
-                    micro_batch=editor.config.micro_batch,
-                    max_tokens=editor.config.max_tokens_per_forward,
+                    micro_batch=work.config.micro_batch,
+                    max_tokens=work.config.max_tokens_per_forward,
                     names=[self.names[index] for index in pending],
-                    trunk=editor.trunk,
+                    trunk=work.trunk,
                 )
             with report.timed("mathematics"):
-                updates = editor.compute_updates(self.kind, number, captured, report)
-            with report.timed("apply"):
+                report.whitening |= work.solver.observe(self.kind, number, captured)
+                updates = self._updates(captured)
+            with report.timed("apply"):  # much that can go wrong does so here, where nothing has to be taken back
                 for name, update in updates.items():
-                    editor.weights[name].check(update)
-        if editor.guard is None:
+                    work.weights[name].check(update)
+        if work.guard is None:
             self._apply(updates)
         else:
-            updates, ridge = self._apply_guarded(captured, number, updates)
+            updates, ridge = self._apply_guarded(work.guard, captured, updates)
         if number == 0:
             report.answer_tokens = len(captured.request)
             report.loss_before = float(captured.losses.mean())
@@ -112,41 +156,45 @@ class Turn:
         report.passes += 1
         return captured, updates, ridge
 
-    def _apply(self, updates: Mapping[str, LowRankUpdate]) -> None:
+    def _updates(self, captured: CapturedTurn, step: float = 1.0, ridge: float = 1.0) -> dict[str, LowRankUpdate]:
+        """Solve with so many times the configured step size and ridge."""
+        solver, config = self.work.solver, self.work.config
+        editors = None if step == ridge == 1.0 else solver.with_strength(config.step_size * step, config.ridge * ridge)
+        updates = solver.solve(captured, editors, solver.mode(self.kind))
+        self.report.update_norms |= {name: update.norm() for name, update in updates.items()}
+        return updates
+
+    def _apply(self, updates: dict[str, LowRankUpdate]) -> None:
         with self.report.timed("apply"):
-            for name, update in updates.items():
-                self.editor.weights[name].apply(update)
+            self.work.weights.apply(updates)
 
     def _apply_guarded(
-        self, captured: CapturedTurn, number: int, updates: dict[str, LowRankUpdate]
+        self, guard: Guard, captured: CapturedTurn, updates: dict[str, LowRankUpdate]
     ) -> tuple[dict[str, LowRankUpdate], float]:
         """Apply what the guard tolerates: the updates, or those of a smaller step and a stronger ridge."""
-        editor, guard, report = self.editor, self.editor.guard, self.report
-        before = Checkpoint(editor.weights, {})
-        try:
-            for back_offs in range(guard.back_offs + 1):
-                if back_offs > 0:
-                    report.back_offs += 1
-                    before.restore()
-                    with report.timed("mathematics"):
-                        updates = editor.compute_updates(self.kind, number, captured, report, back_offs)
-                self._apply(updates)
-                with report.timed("guard"):
-                    report.drift = guard.drift().mean
-                if report.drift <= guard.limit:
-                    return updates, editor.config.ridge * guard.ridge_factor**back_offs
-            raise guard.refusal(report.drift)
-        except BaseException:
-            before.restore()
-            raise
+        report, weights = self.report, self.work.weights
+        before = Checkpoint(weights)
+        for back_offs in range(guard.back_offs + 1):
+            ridge = guard.ridge_factor**back_offs
+            if back_offs > 0:
+                report.back_offs += 1
+                weights.put_back(before)
+                with report.timed("mathematics"):
+                    updates = self._updates(captured, guard.step_factor**back_offs, ridge)
+            self._apply(updates)
+            with report.timed("guard"):
+                report.drift = guard.drift().mean
+            if report.drift <= guard.limit:
+                return updates, self.work.config.ridge * ridge
+        raise guard.refusal(report.drift)
 
     def _not_taken(self) -> list[int]:
         """Indices of the requests that have not taken."""
-        config = self.editor.config
+        config = self.work.config
         if config.take_probability == 0.0:
-            taken = self.editor.accuracy(self.sequences) == 1.0
+            taken = self.work.accuracy(self.sequences) == 1.0
         else:
-            limit, trunk = config.max_tokens_per_forward, self.editor.trunk
-            scores = answer_scores(self.editor.model, self.sequences, max_tokens=limit, trunk=trunk)
+            limit, trunk = config.max_tokens_per_forward, self.work.trunk
+            scores = answer_scores(self.work.model, self.sequences, max_tokens=limit, trunk=trunk)
             taken = (scores.accuracy == 1.0) & (scores.probability >= config.take_probability)
         return [index for index in range(len(self.sequences)) if not taken[index]]

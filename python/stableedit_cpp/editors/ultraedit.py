@@ -9,18 +9,15 @@ import torch
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
 from stableedit_cpp.editors.config import UltraEditConfig
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["UltraEdit"]
 
 
-class UltraEdit(Editor):
-    """ULTRAEDIT (arXiv 2505.14679): keys and value gradients are standardised per dimension with running statistics,
-    then solved like StableEdit. It needs no warm-up."""
-
+class _Solver(Solver):
     config: UltraEditConfig
-    config_class = UltraEditConfig
 
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
         whitening = WhiteningOptions(mode="diagonal")
@@ -40,3 +37,12 @@ class UltraEdit(Editor):
             keys += captured.keys[module.name].to(device).split(sizes)
             gradients += captured.value_gradients[module.name].to(device).split(sizes)
         self.normalizers[group].observe(keys, gradients)
+
+
+class UltraEdit(Editor):
+    """ULTRAEDIT (arXiv 2505.14679): keys and value gradients are standardised per dimension with running statistics,
+    then solved like StableEdit. It needs no warm-up."""
+
+    config: UltraEditConfig
+    config_class = UltraEditConfig
+    solver_class = _Solver

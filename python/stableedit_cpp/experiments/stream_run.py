@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp import sideeffects
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditInterrupted, make_editor
+from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.experiments.convergence import Convergence
 from stableedit_cpp.experiments.cost import Cost
 from stableedit_cpp.experiments.cumulative import CumulativeProbe
@@ -190,14 +191,17 @@ class StreamRun:
     def _turn(self, kind: str, requests: list[EditRequest]) -> tuple[dict, bool]:
         """Edit one turn and write its line; also whether Ctrl-C was pressed meanwhile."""
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
-        interrupted, cost = False, self._cost
+        interrupted, cost, settings = False, self._cost, self.settings
         try:
             report = call(requests, trunk=self._editing_trunk, progress=False)
         except EditInterrupted as interrupt:
             report, interrupted = interrupt.report, True
         turn = asdict(report.turns[0])
         begin = time.perf_counter()
-        turn["efficacy_after"] = float(self.editor.accuracy(self.editor.tokenize(requests[:_PROBE])).mean())
+        limit = settings.editor.config.max_tokens_per_forward
+        probe = self.editor.tokenize(requests[:_PROBE])
+        right = token_accuracy(self._model, probe, max_tokens=limit, trunk=self.editor.trunk)
+        turn["efficacy_after"] = float(right.mean())
         seconds = turn.pop("seconds")
         if self._geometry:
             seconds["geometry"] = self._geometry.seconds

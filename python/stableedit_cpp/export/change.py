@@ -16,7 +16,7 @@ from stableedit_cpp.export.truncation import Spectrum, decompose
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.model.modules import EditModule
 
-__all__ = ["ModelChange", "change_between", "change_from_patch", "change_of", "change_to"]
+__all__ = ["ModelChange", "change_between", "change_from_patch", "change_of", "change_to", "weight_change"]
 
 _NOTHING = "the edited model is the base model, bit for bit: there is nothing to export"
 
@@ -83,7 +83,7 @@ def change_of(editor: Editor) -> ModelChange:
     tensors = {f"{module.name}.weight": module.weight.detach().to("cpu", copy=True) for module in changed}
     with editor.unedited() as base:
         digest = model_digest(base)
-    modules = {module.name: _weight_change(module, differences[module.name]) for module in changed}
+    modules = {module.name: weight_change(module, differences[module.name]) for module in changed}
     return ModelChange(digest, tensors, modules, [])
 
 
@@ -126,7 +126,7 @@ def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChan
         module = EditModule(owner, base.get_submodule(owner))
         if field == "weight" and isinstance(module.module, (nn.Linear, Conv1D)):
             dtype = torch.promote_types(new.dtype, torch.float32)
-            modules[owner] = _weight_change(module, new.to(state[name].device, dtype) - state[name].to(dtype))
+            modules[owner] = weight_change(module, new.to(state[name].device, dtype) - state[name].to(dtype))
         else:
             others.append(name)
     kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -156,7 +156,7 @@ def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
     return ModelChange(digest, tensors, dict(patch.modules), [])
 
 
-def _weight_change(module: EditModule, difference: torch.Tensor) -> WeightChange:
+def weight_change(module: EditModule, difference: torch.Tensor) -> WeightChange:
     difference = difference.detach()
     conv1d = module.layout == "conv1d"
     return WeightChange(difference.t().contiguous() if conv1d else difference, module.layout)

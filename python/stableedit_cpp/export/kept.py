@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors.swap import swapped
+from stableedit_cpp.editors.originals import swapped
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.export.change import ModelChange
 from stableedit_cpp.model.modules import find_modules

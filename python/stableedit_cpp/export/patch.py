@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,35 @@ from stableedit_cpp.export.truncation import LowRankReport, truncate
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.words import now
 
-__all__ = ["PATCH_FILE", "export_patch"]
+__all__ = ["PATCH_FILE", "export_patch", "summary_of_requests"]
 
 PATCH_FILE = "patch.safetensors"
+
+
+def summary_of_requests(
+    edits: int | None,
+    warm_up_edits: int | None,
+    *,
+    file: str | None = None,
+    first: Sequence[Mapping[str, str]] = (),
+    other_changes: Sequence[str] = (),
+) -> str:
+    """What the metadata of a patch say of the requests that are in it, as JSON; what is not known is left out.
+
+    Args:
+        edits, warm_up_edits: how many were edited.
+        file: that they came from.
+        first: prompt and target of some of them.
+        other_changes: what else changed the weights, and may have taken some of the edits out again.
+    """
+    summary = {
+        "edits": edits,
+        "warm_up_edits": warm_up_edits,
+        "file": file,
+        "first": list(first) or None,
+        "other_changes": list(other_changes) or None,
+    }
+    return json.dumps({name: value for name, value in summary.items() if value is not None}, ensure_ascii=False)
 
 
 def export_patch(
@@ -54,7 +81,7 @@ def export_patch(
         base_model=provenance.base_model or "",
         base_digest=change.base_digest,
         config=provenance.config.to_json() if provenance.config else "",
-        requests=json.dumps({"edits": provenance.edits, "file": provenance.requests}),
+        requests=summary_of_requests(provenance.edits, provenance.warm_up_edits, file=provenance.requests),
     )
     load = loading_the_base(provenance.base_model, change.dtype)
     load += (

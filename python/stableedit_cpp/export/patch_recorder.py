@@ -1,14 +1,16 @@
-"""Edits as a patch: the file that a C++ program adds to a running model (docs/file-formats.md)."""
+"""What an editor adds to its weights, as a patch at any moment (docs/file-formats.md)."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import torch
 
 from stableedit_cpp.core import LowRankUpdate, Patch, WeightChange
 from stableedit_cpp.editors import AppliedTurn, Editor
+from stableedit_cpp.editors.followers import Follower
+from stableedit_cpp.export.change import weight_change
+from stableedit_cpp.export.patch import summary_of_requests
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.files.words import now
 
@@ -17,19 +19,20 @@ __all__ = ["PatchRecorder"]
 _SHOWN = 5  # requests that the summary in a patch quotes
 
 
-class PatchRecorder:
-    """Records everything that an editor adds to its weights, warm-up included.
+class PatchRecorder(Follower):
+    """Gives what was added to an editor's weights, warm-up included, as they are at the moment that it is asked.
 
-    The factors of the updates are kept as long as they are smaller than the whole change of a module; from then on the
-    patch holds that change itself. Either way it equals the difference of the weights up to the rounding of the
-    additions, half a unit in the last place of the float32 (float64) weight for each pass of each turn.
+    The factors of the updates are kept as long as there was nothing but turns, and they are smaller than the whole
+    change of a module; from then on the patch holds that change itself. Either way it equals the difference of the
+    weights up to the rounding of the additions, half a unit in the last place of the float32 (float64) weight for each
+    pass of each turn.
 
         recorder = PatchRecorder(editor, base_model="smollm2-135m")
         editor.edit(requests)
         core.save_patch("facts.safetensors", recorder.patch("facts"))
 
     Args:
-        editor: one that has not edited yet; its ``on_turn`` still calls what it called before.
+        editor: one that has not edited yet.
         base_model: what the patch shall call the model.
         base_digest: the model's ``model_digest``, where it is known already.
 
@@ -45,48 +48,46 @@ class PatchRecorder:
         self._base_digest = base_digest or model_digest(editor.model)
         self._counts: Counter[str] = Counter()
         self._quoted: list[dict[str, str]] = []
-        # None: larger than the change itself.
-        self._factors: dict[str, list[LowRankUpdate] | None] = {module.name: [] for module in editor.modules}
-        self._next = editor.on_turn
-        editor.on_turn = self._record
+        self._other_changes: list[str] = []
+        # By module name; without an entry: larger than the change itself, or not all of it.
+        self._factors: dict[str, list[LowRankUpdate]] = {module.name: [] for module in editor.modules}
+        editor.followers.add(self)
 
-    def _record(self, turn: AppliedTurn) -> None:
-        if self._next is not None:
-            self._next(turn)
+    def final(self, turn: AppliedTurn) -> None:
+        before, self._factors = self._factors, {}  # whatever fails here, the weights themselves say what was added
         self._counts[turn.kind] += len(turn.requests)
         if turn.kind == "edit":
             room = _SHOWN - len(self._quoted)
             self._quoted += [{"prompt": r.prompt, "target": r.target} for r in turn.requests[:room]]
+        after = {}
         for module in self._editor.modules:
-            kept = self._factors[module.name]
-            if kept is None:
-                continue
-            updates = [applied.updates[module.name] for applied in turn.passes]
-            kept += [LowRankUpdate(update.left.cpu(), update.right.cpu()) for update in updates]
-            key_dim, value_dim = module.shape
-            if sum(update.rank for update in kept) * (key_dim + value_dim) >= key_dim * value_dim:
-                self._factors[module.name] = None
+            if module.name in before:
+                updates = [applied.updates[module.name] for applied in turn.passes]
+                kept = before[module.name] + [
+                    LowRankUpdate(update.left.cpu(), update.right.cpu()) for update in updates
+                ]
+                key_dim, value_dim = module.shape
+                if sum(update.rank for update in kept) * (key_dim + value_dim) < key_dim * value_dim:
+                    after[module.name] = kept
+        self._factors = after
+
+    def after(self, change: str) -> None:
+        self._factors = {}
+        self._other_changes.append(change)
 
     def patch(self, id: str = "") -> Patch:
-        """What was added so far.
+        """What the weights have more than before the first edit.
 
         Args:
             id: name under which a server keeps the patch.
         """
-        dense = any(factors is None for factors in self._factors.values())
-        deltas = self._editor.weight_changes() if dense else {}
-        changes = {}
-        for module in self._editor.modules:
-            factors = self._factors[module.name]
-            if factors is None:
-                delta = deltas[module.name].cpu()
-                change = delta.T.contiguous() if module.layout == "conv1d" else delta
-            else:
-                key_dim, value_dim = module.shape
-                left = torch.cat([torch.empty(value_dim, 0), *(update.left for update in factors)], dim=1)
-                right = torch.cat([torch.empty(0, key_dim), *(update.right for update in factors)])
-                change = LowRankUpdate(left, right)
-            changes[module.name] = WeightChange(change, module.layout)
+        differences = self._editor.weight_changes()  # which also notices a change that went past the editor
+        changes = {
+            module.name: WeightChange(_sum(self._factors[module.name], *module.shape), module.layout)
+            if module.name in self._factors
+            else weight_change(module, differences[module.name].cpu())
+            for module in self._editor.modules
+        }
         return Patch(
             changes,
             id=id,
@@ -94,8 +95,16 @@ class PatchRecorder:
             base_model=self._base_model,
             base_digest=self._base_digest,
             config=self._editor.config.to_json(),
-            requests=json.dumps(
-                {"edits": self._counts["edit"], "warm_up_edits": self._counts["warm_up"], "first": self._quoted},
-                ensure_ascii=False,
+            requests=summary_of_requests(
+                self._counts["edit"],
+                self._counts["warm_up"],
+                first=self._quoted,
+                other_changes=self._other_changes,
             ),
         )
+
+
+def _sum(updates: list[LowRankUpdate], key_dim: int, value_dim: int) -> LowRankUpdate:
+    left = torch.cat([torch.empty(value_dim, 0), *(update.left for update in updates)], dim=1)
+    right = torch.cat([torch.empty(0, key_dim), *(update.right for update in updates)])
+    return LowRankUpdate(left, right)

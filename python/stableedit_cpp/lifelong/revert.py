@@ -203,7 +203,7 @@ class _Revert:
                 bar.set_postfix({"pass": number})
                 if not pending:
                     return number
-                self._add(self.editor.solve(self._capture(pending), self._editors))
+                self._add(self.editor.solver.solve(self._capture(pending), self._editors))
         return _PASSES
 
     def answers(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
@@ -215,7 +215,7 @@ class _Revert:
         return float(token_accuracy(self.editor.model, self.others, **self._arguments).mean()) if self.others else None
 
     def _add(self, updates: Updates) -> None:
-        self.editor.add(updates)
+        self.editor.weights.add(updates)
         self.added.append(updates)
 
     def _capture(self, sequences: Sequence[TokenSequence]) -> CapturedTurn:
@@ -231,13 +231,13 @@ class _Revert:
 
     def _module_editors(self, others: CapturedTurn | None) -> dict[str, ModuleEditor]:
         """Editors that hold the outputs for the others' keys in place."""
-        protected: dict[str, PastKeys | None] = dict.fromkeys(self.editor.module_editors)
+        protected: dict[str, PastKeys | None] = dict.fromkeys(self.editor.solver.module_editors)
         if others is not None:
             for name, keys in others.keys.items():
                 rows, dim = keys.shape
                 # So many rows, or the whole k x k moment where that is smaller: exact in both cases.
                 protected[name] = PastKeys(dim, (rows + 1) // 2 if rows < dim else None)
-            self.editor.fold_keys(others, protected)
+            self.editor.solver.fold_keys(others, protected)
         config = self.editor.config
         return {
             name: ModuleEditor(
@@ -247,5 +247,5 @@ class _Revert:
                 past_keys=protected[name],
                 past_key_weight=0.0 if protected[name] is None else 1.0,
             )
-            for name, editor in self.editor.module_editors.items()
+            for name, editor in self.editor.solver.module_editors.items()
         }

@@ -23,7 +23,7 @@ from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.lifelong.journal.codec import encode_updates
 from stableedit_cpp.lifelong.journal.opening import begin, recover, restore
 from stableedit_cpp.lifelong.journal.rebuild import rebuild
-from stableedit_cpp.lifelong.journal.writer import Recorder, append
+from stableedit_cpp.lifelong.journal.writer import Recorder
 from stableedit_cpp.lifelong.naming import cut_at_contradictions, with_ids
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertReport, revert
@@ -155,9 +155,11 @@ class LifelongSession(SessionView):
     def close(self) -> None:
         """Write a snapshot of what is new and let others open the session. The model stays as it is."""
         if self._lock is not None:
-            self._recorder.stop()
-            self._lock.release()
-            self._lock = None
+            try:
+                self._recorder.stop()
+            finally:
+                self._lock.release()
+                self._lock = None
 
     def edit(
         self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
@@ -255,13 +257,9 @@ class LifelongSession(SessionView):
         cut = self.history.line[len(line) :]
         if not cut:
             raise ValueError(f"the session stands at turn {to_turn} already")
-        before = self.editor.checkpoint()
-        try:
+        with self.editor.weights.change(f"a rollback to turn {to_turn}", by=self._recorder) as change:
             rebuild(self, self.editor, line, exact=self._exact, progress=progress)
-            append(self, {"kind": "rollback", "to_turn": to_turn, "cut": cut})
-        except BaseException:
-            before.restore()
-            raise
+            self._recorder.rollback(change, {"kind": "rollback", "to_turn": to_turn, "cut": cut})
         self._recorder.prune()
 
     def revert(
@@ -300,17 +298,14 @@ class LifelongSession(SessionView):
         rest = [request for request in self.current_requests() if request.id not in ids]
         if others is not None and others < len(rest):
             rest = random.Random(seed).sample(rest, others)
-        before = self.editor.checkpoint()
-        try:
+        with self.editor.weights.change(f"taking out {', '.join(ids)}", by=self._recorder) as change:
             report, added = revert(self, self.editor, ids, rest, bring_back=bring_back, progress=progress)
             tensors = {}
             for number, updates in enumerate(added):
                 tensors |= encode_updates(updates, f"{number}/")
             content = {"kind": "revert", "requests": ids, "report": asdict(report), "updates": len(added)}
-            self._recorder.step(content, tensors)
-        except BaseException:
-            before.restore()
-            raise
+            self._recorder.step(change, content, tensors)
+        self._recorder.snapshot_if_due()
         return report
 
     def _run(self, kind: str, requests: Iterable, progress: bool | None) -> EditReport:

@@ -139,6 +139,7 @@ class Journal:
             raise DamagedJournal(f"{self.path}: {self.damage}; nothing can be appended until that is cut off")
         number, offset = len(self.records), self.end
         pieces, digest = encode(number, self._last_digest, content, tensors or {})
+        record = Record(number, offset, sum(map(len, pieces)), digest, content, len(pieces[2]))
         with self.path.open("r+b", buffering=0) as file:
             try:
                 file.seek(offset)
@@ -149,8 +150,8 @@ class Journal:
             except BaseException:
                 self._take_back(file)
                 raise
-        self.records.append(Record(number, offset, sum(map(len, pieces)), digest, content, len(pieces[2])))
-        return self.records[-1]
+        self.records.append(record)
+        return record
 
     def cut(self, aside: Path) -> None:
         """Remove what cannot be used; its bytes are kept in the file ``aside``.
@@ -177,6 +178,10 @@ class Journal:
         self.acknowledge()
         self.damage = None
 
+    def stop(self, reason: str) -> None:
+        """Append nothing any more, for a reason that opening the journal again takes away."""
+        self.damage = Damage(len(self.records), self.end, 0, reason, in_flight=True)
+
     @property
     def acknowledged(self) -> bool:
         """Whether the head says what the usable records are. It may not yet, after a crash between the two."""
@@ -194,8 +199,7 @@ class Journal:
             file.truncate(self.end)
             os.fsync(file.fileno())
         except OSError as error:
-            reason = f"it was not written to the end and could not be removed ({error.strerror}); reopen the session"
-            self.damage = Damage(len(self.records), self.end, 0, reason, in_flight=True)
+            self.stop(f"it was not written to the end and could not be removed ({error.strerror}); reopen the session")
 
     def _scan(self, file: BinaryIO, on_read: Callable[[int], object] | None) -> Damage | None:
         size = os.fstat(file.fileno()).st_size

@@ -91,8 +91,7 @@ def restore(view: SessionView, model, tokenizer, *, exact: bool, progress: bool 
     editor = make_editor(model, tokenizer, parse_config(json.dumps(view.manifest["config"])))
     check_identity(editor, view.manifest["model"], view.directory)
     found, unedited = edited_weights(editor), view.manifest["model"]["edited"]
-    before = editor.checkpoint()
-    try:
+    with editor.weights.change("opening a session"):
         rebuild(view, editor, view.history.line, exact=exact, progress=progress)
         # A model that this session itself left behind may be handed back.
         if found not in (unedited, edited_weights(editor)):
@@ -104,9 +103,6 @@ def restore(view: SessionView, model, tokenizer, *, exact: bool, progress: bool 
             originals = view.snapshots.load(0, view.history.states[0])["weights"]
             dtypes = {module.name: module.weight.dtype for module in editor.modules}
             editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
-    except BaseException:
-        before.restore()
-        raise
     state = state_digests(editor.state_dict())
     if state != view.history.states[view.history.turn]:
         reason = "the turns before were done again with other bits, on another machine or library"

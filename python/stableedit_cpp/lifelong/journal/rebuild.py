@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ def rebuild(
     steps = [view.history.steps[turn] for turn in line[done:]]
     shown = None if progress is None else not progress
     for step in tqdm(steps, desc="Replaying", unit="turn", disable=shown, leave=False):
-        with _heard_by(editor, None):
+        with editor.followers.silenced():  # what is done again is not recorded again
             _redo(view, editor, step)
         if exact and state_digests(editor.state_dict()) != view.history.states[step.turn]:
             raise OtherBits(
@@ -63,7 +63,7 @@ def applied_turn(view: SessionView, editor: Editor, turn: int) -> AppliedTurn:
     seen: list[AppliedTurn] = []
     try:
         rebuild(view, editor, view.history.line_until(turn)[:-1])
-        with _heard_by(editor, seen.append):
+        with editor.followers.silenced(seen.append):
             _redo(view, editor, step)
     finally:
         before.restore()
@@ -96,7 +96,7 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
         if step.kind == "revert":
             tensors = view.journal.tensors(step.record)
             for number in range(content["updates"]):
-                editor.add(decode_updates(tensors, _homes(editor), f"{number}/"))
+                editor.weights.add(decode_updates(tensors, _homes(editor), f"{number}/"))
         elif content["factors"]:
             editor.replay(_decode(view, editor, step))
         else:
@@ -111,16 +111,6 @@ def _decode(view: SessionView, editor: Editor, step: Step) -> AppliedTurn:
 
 def _homes(editor: Editor) -> dict[str, torch.device]:
     return {module.name: module.weight.device for module in editor.modules}
-
-
-@contextmanager
-def _heard_by(editor: Editor, listener: Callable[[AppliedTurn], object] | None) -> Iterator[None]:
-    """What is done again is not recorded again."""
-    before, editor.on_turn = editor.on_turn, listener
-    try:
-        yield
-    finally:
-        editor.on_turn = before
 
 
 @contextmanager

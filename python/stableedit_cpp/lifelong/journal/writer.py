@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import time
 import warnings
+from collections.abc import Mapping
 from hashlib import blake2b
 
 import torch
 
 from stableedit_cpp.editors import AppliedTurn, Editor
-from stableedit_cpp.editors.interrupt import InterruptGuard
+from stableedit_cpp.editors.followers import Follower
+from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
+from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import SessionWriteError
+from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.record import Record
@@ -19,6 +22,8 @@ from stableedit_cpp.lifelong.view import SessionView
 
 __all__ = ["Recorder", "append"]
 
+_REMEDY = "close() the session; opening it again puts the model where it stands"
+
 
 def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:
     """Append a record to the journal of a session, and to its history.
@@ -26,7 +31,7 @@ def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | 
     Raises:
         SessionWriteError: if the disk does not take it; the journal is then as it was.
     """
-    with InterruptGuard():  # Ctrl-C comes too late: what is on the disk counts
+    with InterruptGuard(), undisturbed():  # Ctrl-C comes too late: what is on the disk counts
         try:
             record = view.journal.append({**content, "time": now()}, tensors)
         except OSError as error:
@@ -35,11 +40,15 @@ def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | 
                 f"{view.journal.path}: cannot record {what} ({error.strerror}), so it was taken back; the session "
                 "stands as before and can go on once the disk takes it"
             ) from None
-        view.history.add(record)
+        try:
+            view.history.add(record)
+        except BaseException as error:
+            view.journal.stop(f"it is on the disk, but not in the session's memory ({error!r}); reopen the session")
+            raise
     return record
 
 
-class Recorder:
+class Recorder(Follower):
     """Records the turns of an editor in a session, from the moment it is made until ``stop``."""
 
     def __init__(self, view: SessionView, editor: Editor) -> None:
@@ -49,55 +58,102 @@ class Recorder:
         numbers = view.snapshots.numbers()
         held = [turn for turn in view.history.line if view.history.steps[turn].record.number in numbers]
         self._snapshot_turn = held[-1] if held else 0
-        editor.on_turn = self.turn
+        self._stand = self._fingerprints()
+        editor.followers.add(self)
 
     def stop(self) -> None:
         """Write a snapshot of what is new, and listen no longer."""
-        self.editor.on_turn = None
-        if self.view.history.turn != self._snapshot_turn:
-            self.snapshot()
+        try:
+            if self.view.history.turn != self._snapshot_turn:
+                self.snapshot()
+        finally:
+            self.editor.followers.remove(self)
 
-    def turn(self, turn: AppliedTurn) -> None:
-        """Record a turn that was applied. The editor calls this; if it raises, the turn is taken back."""
+    def begin(self) -> None:
+        """Refuse a turn on something else than what the last record left."""
+        if self._fingerprints() != self._stand:
+            raise ValueError(
+                f"weights or statistics of the editor are no longer those after turn {self.view.history.turn} of the "
+                f"session {self.view.directory}; {_REMEDY}"
+            )
+
+    def before(self, change: str) -> None:
+        """Refuse what the session does not do itself."""
+        raise ValueError(
+            f"the session {self.view.directory} follows this editor, and {change} would be missing in its journal; "
+            f"use the session's own methods, or {_REMEDY}"
+        )
+
+    def applied(self, turn: AppliedTurn) -> None:
         if any(request.id is None for request in turn.requests):
             raise ValueError("a request of a session needs an id; call the session's edit, not that of its editor")
-        start = time.perf_counter()
-        # What a guard refused, and what a repair found in a trunk cache, cannot be done again from the requests alone.
-        factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair" or self.editor.guard is not None
-        content, tensors = encode_turn(turn, factors=factors)
-        if turn.kind == "edit":
-            before = {request.id: self.view.history.predecessor(request.question) for request in turn.requests}
-            content["supersedes"] = {new: old for new, old in before.items() if old is not None}
-        self.step(content, tensors)
-        turn.report.seconds["journal"] = time.perf_counter() - start
 
-    def step(self, content: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """Record a change of the weights that was made, and now and then the whole state."""
-        history = self.view.history
-        stamp = {"turn": history.next_turn, "threads": torch.get_num_threads(), "config": self._config_digest}
-        append(self.view, {**content, **stamp, "state": state_digests(self.editor.state_dict())}, tensors)
-        line = history.line
+    def record(self, turn: AppliedTurn) -> None:
+        """Write a turn down. If this raises, the turn is taken back."""
+        with turn.report.timed("journal"):
+            # What a guard refused, and what a repair found in a trunk cache, cannot be done again from the requests.
+            factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair"
+            content, tensors = encode_turn(turn, factors=factors or self.editor.guard is not None)
+            if turn.kind == "edit":
+                before = {request.id: self.view.history.predecessor(request.question) for request in turn.requests}
+                content["supersedes"] = {new: old for new, old in before.items() if old is not None}
+            self._append_step(content, tensors)
+
+    def final(self, turn: AppliedTurn) -> None:
+        with turn.report.timed("journal"):
+            self.snapshot_if_due()
+
+    def step(self, change: Checkpoint, content: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """Record a change of the weights that the session made itself; once it is written down, it stands."""
+        with InterruptGuard(), undisturbed():
+            self._append_step(content, tensors)
+            change.settle()
+
+    def rollback(self, change: Checkpoint, content: dict) -> None:
+        """Record that weights and statistics went back to an earlier turn; once it is written down, that stands."""
+        stand = self._fingerprints()
+        with InterruptGuard(), undisturbed():
+            append(self.view, content)
+            change.settle()
+            self._stand = stand
+
+    def snapshot_if_due(self) -> None:
+        """Write the whole state, if the last snapshot is so old."""
+        line = self.view.history.line
         since = len(line) - (line.index(self._snapshot_turn) + 1 if self._snapshot_turn in line else 0)
         if since >= self.view.manifest["snapshot_every"]:
             self.snapshot()
 
     def snapshot(self) -> None:
-        """Write the whole state. The turns in it are recorded already, so a disk that does not take it is no error."""
+        """Write the whole state. The turns in it are recorded already, so that a failure is no error but a warning."""
         turn = self.view.history.turn
         number = self.view.history.steps[turn].record.number if turn else 0
         try:
+            self.begin()  # a snapshot of anything else would be of no use
             self.view.snapshots.save(number, self.editor.state_dict())
-        except OSError as error:
-            warnings.warn(
-                f"{self.view.snapshots.directory}: cannot write a snapshot after turn {turn} ({error.strerror}); the "
-                "turns are in the journal, and opening the session takes longer",
-                stacklevel=2,
-            )
-        else:
             self._snapshot_turn = turn
             self.prune()
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            warnings.warn(
+                f"{self.view.snapshots.directory}: cannot write a snapshot after turn {turn} ({reason}); the turns are "
+                "in the journal, and opening the session takes longer",
+                stacklevel=2,
+            )
 
     def prune(self) -> None:
         """Remove snapshots that are too many, or of turns that were rolled back."""
         steps = self.view.history.steps
         self.view.snapshots.prune([0, *(steps[turn].record.number for turn in self.view.history.line)])
+
+    def _append_step(self, content: dict, tensors: dict[str, torch.Tensor]) -> None:
+        stamp = {"turn": self.view.history.next_turn, "threads": torch.get_num_threads(), "config": self._config_digest}
+        stand = self._fingerprints()
+        append(self.view, {**content, **stamp, "state": state_digests(self.editor.state_dict())}, tensors)
+        self._stand = stand
+
+    def _fingerprints(self) -> Mapping[str, bytes]:
+        state = self.editor.state_dict()
+        return {
+            f"{part}/{name}": fingerprint(field) for part, fields in state.items() for name, field in fields.items()
+        }
