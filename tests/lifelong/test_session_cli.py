@@ -120,14 +120,28 @@ def test_the_same_file_again(session, capsys):
     capsys.readouterr()
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json", "--warm-up", "warm_up.json") == 0
     out = capsys.readouterr().out
-    assert "3 requests of requests.json were edited before and are skipped" in out
-    assert "4 requests of the warm-up file were edited before" in out
+    assert "3 requests of requests.json are done and skipped" in out
+    assert "4 requests of the warm-up file are done and skipped" in out
     assert "5 edits in" in out
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json") == 0
     assert "0 edits in" in capsys.readouterr().out
     for _ in range(2):
         assert session("edit", "s", "--device", "cpu", "--requests", "unnamed.json") == 0
     assert len(SessionView("s").current_requests()) == 9  # the two of one prompt are one current request
+
+
+def test_a_file_again_after_a_revert(session, capsys):
+    """What was taken out is wanted again, and is told apart from what is done."""
+    edit = ["edit", "s", "--device", "cpu", "--requests", "requests.json", "--limit", 3]
+    assert session(*edit) == 0
+    assert session("revert", "s", "--device", "cpu", "f1", "--only-take-out") == 0
+    capsys.readouterr()
+    assert session(*edit) == 0
+    out = capsys.readouterr().out
+    assert "2 requests of requests.json are done and skipped" in out
+    assert "1 of requests.json: the id was used before, so the request is edited under a new one: f1-2" in out
+    assert "1 edits in" in out
+    assert [request.id for request in SessionView("s").current_requests()] == ["f0", "f2", "f1-2"]
 
 
 def test_what_python_did_the_command_line_goes_on_with(session, model_directory):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.lifelong.journal.record import Record
+from stableedit_cpp.lifelong.naming import asks_for, with_ids
 
 __all__ = ["STEPS", "History", "RequestEntry", "Step"]
 
@@ -59,7 +60,7 @@ class History:
         states: digests of the state after each turn, 0 included, by name of its tensors.
         cut: by turn number, the number of the rollback record that took a step out.
         entries: the requests of the edits that are in the line, by id, in order.
-        warm_up: ids of the warm-up requests in the line.
+        warm_up: the warm-up requests in the line, by id, in order.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -116,37 +117,74 @@ class History:
         """The requests that hold: edited, neither reverted nor superseded by one with the same prompt."""
         return [entry.request for entry in self.entries.values() if entry.current]
 
+    def pending(
+        self, requests: Iterable[EditRequest | Mapping[str, object]], *, warm_up: bool = False
+    ) -> list[EditRequest]:
+        """What a file of requests still asks for, with ids that were not used yet; see ``SessionView.pending``.
+
+        Question by question: what was edited last is compared with how the file's requests begin, and those that it
+        ends with are done. So a file that contradicts itself goes on where it was, and what was reverted, or superseded
+        by a request of another file, is asked for again.
+        """
+        requests = as_requests(requests)
+        known, stacks = (self.warm_up, self._warmed_up) if warm_up else (self.entries, self._edited)
+        asked: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            asked.setdefault(request.question, []).append(index)
+        left = []
+        for question, indices in asked.items():
+            wanted = [requests[index] for index in indices]
+            left += indices[_done(stacks.get(question, []), wanted) :]
+        return with_ids([requests[index] for index in sorted(left)], known)
+
     def predecessor(self, question: str, without: Container[str] = ()) -> str | None:
         """Id of the request that is current for a question, or would be ``without`` some."""
-        ids = [id for id in self._by_question.get(question, []) if self.entries[id].reverted_in is None]
-        ids = [id for id in ids if id not in without]
-        return ids[-1] if ids else None
+        for request in reversed(self._edited.get(question, [])):
+            if self.entries[request.id].reverted_in is None and request.id not in without:
+                return request.id
+        return None
 
     def _forget_requests(self) -> None:
         self.entries: dict[str, RequestEntry] = {}
-        self.warm_up: set[str] = set()
-        self._by_question: dict[str, list[str]] = {}
+        self.warm_up: dict[str, EditRequest] = {}
+        # By question, one upon the other: the topmost is current. What is reverted under it stays where it is, since
+        # it was done; what is reverted on top is gone.
+        self._edited: dict[str, list[EditRequest]] = {}
+        self._warmed_up: dict[str, list[EditRequest]] = {}
 
     def _take_in(self, step: Step) -> None:
         content = step.record.content
         if step.kind == "revert":
             for id in content["requests"]:
                 self.entries[id].reverted_in = step.turn
-                self._settle(self.entries[id].request.question)
+            for question in {self.entries[id].request.question for id in content["requests"]}:
+                self._settle(question)
             return
         for fields in content["requests"]:
             request = EditRequest(**fields)
             if step.kind == "warm_up":
-                self.warm_up.add(request.id)
+                self.warm_up[request.id] = request
+                self._warmed_up.setdefault(request.question, []).append(request)
             elif step.kind == "repair":
                 self.entries[request.id].repairs.append(step.turn)
             else:
                 self.entries[request.id] = RequestEntry(request.id, request, step.turn)
-                self._by_question.setdefault(request.question, []).append(request.id)
+                self._edited.setdefault(request.question, []).append(request)
                 self._settle(request.question)
 
     def _settle(self, question: str) -> None:
-        """Of the requests with one question that were not reverted, the last is current."""
-        current = self.predecessor(question)
-        for id in self._by_question[question]:
-            self.entries[id].superseded_by = current if id != current and current is not None else None
+        """The topmost is current; it supersedes those under it."""
+        entries = [self.entries[request.id] for request in self._edited[question]]
+        while entries and entries[-1].reverted_in is not None:
+            entries.pop().superseded_by = None
+        del self._edited[question][len(entries) :]
+        for entry in entries:
+            entry.superseded_by = entries[-1].id if entry is not entries[-1] else None
+
+
+def _done(edited: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> int:
+    """How many of the wanted requests, from the first on, are those that were edited last."""
+    for count in range(min(len(edited), len(wanted)), 0, -1):
+        if all(map(asks_for, wanted, edited[-count:])):
+            return count
+    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from stableedit_cpp.lifelong.history import STEPS, History
 from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
-from stableedit_cpp.lifelong.naming import with_ids
 
 __all__ = ["FORMAT", "LogEntry", "SessionStatus", "SessionView", "check_directory", "check_new_directory"]
 
@@ -115,14 +114,17 @@ class SessionView:
         rolled back. Their ids are set."""
         return self.history.current()
 
-    def pending(self, requests: Iterable[EditRequest], *, warm_up: bool = False) -> list[EditRequest]:
-        """Those of a file's requests that were not edited yet, with ids: what is left to do after a crash.
+    def pending(
+        self, requests: Iterable[EditRequest | Mapping[str, object]], *, warm_up: bool = False
+    ) -> list[EditRequest]:
+        """What is left of a file of requests, with ids: what is done is left out, what was reverted or superseded since
+        is not.
 
-        A request without an id is known again by its prompt and target; the second of the same in the list is the
-        second that was edited.
+        A request is known again by its prompt and target and, if it has one, its id; the second of the same in the file
+        is the second that was edited. One that is asked for again, or whose id another request had, gets a new id: that
+        with a number, "pope-2".
         """
-        done = self.history.warm_up if warm_up else self.history.entries
-        return [request for request in with_ids(list(requests)) if request.id not in done]
+        return self.history.pending(requests, warm_up=warm_up)
 
     def status(self) -> SessionStatus:
         """Where the session stands."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
@@ -18,8 +19,8 @@ _CREATE = "  stableedit session create edits/ --model smollm2-135m --warm-up tra
 _EDIT = """\
   stableedit session edit edits/ --requests monday.jsonl
 
-  Requests that the session knows are skipped, so the same file can be given again after a crash. A request is known by
-  its "id", else by its prompt and target."""
+  What is done is skipped, so the same file can be given again after a crash; what was reverted or superseded since is
+  edited again. A request is known again by its prompt and target and, if it has one, its "id"."""
 
 
 def add_parsers(actions) -> None:
@@ -76,7 +77,7 @@ def edit(options: argparse.Namespace) -> int:
         pending = session.pending(requests)
         session.editor.check(pending)
         _warm_up(session, warm_up)
-        _say_skipped(len(requests) - len(pending), options.requests)
+        _say_what_is_left(requests, pending, options.requests)
         report = session.edit(pending, progress=True)
         print(report)
     print(session.status())
@@ -91,11 +92,17 @@ def _read_warm_up(options: argparse.Namespace) -> list[EditRequest]:
 
 def _warm_up(session: LifelongSession, requests: list[EditRequest]) -> None:
     pending = session.pending(requests, warm_up=True)
-    _say_skipped(len(requests) - len(pending), "the warm-up file")
+    _say_what_is_left(requests, pending, "the warm-up file")
     if pending:
         print(session.warm_up(pending, progress=True))
 
 
-def _say_skipped(count: int, source: str) -> None:
-    if count:
-        print(f"{count} requests of {source} were edited before and are skipped")
+def _say_what_is_left(requests: Sequence[EditRequest], pending: Sequence[EditRequest], source: str) -> None:
+    skipped = len(requests) - len(pending)
+    if skipped:
+        print(f"{skipped} request{'s' * (skipped != 1)} of {source} {'is' if skipped == 1 else 'are'} done and skipped")
+    ids = {request.id for request in requests}
+    again = [request.id for request in pending if request.id not in ids and request.id.rpartition("-")[0] in ids]
+    if again:
+        names = ", ".join(again[:3]) + ", ..." * (len(again) > 3)
+        print(f"{len(again)} of {source}: the id was used before, so the request is edited under a new one: {names}")
