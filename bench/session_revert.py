@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import finish, new_parser, start
 from stableedit_cpp import StableEditConfig, TrunkCache, evaluate
-from stableedit_cpp.editors.config import load_config
+from stableedit_cpp.editors import load_config
 from stableedit_cpp.lifelong import LifelongSession, RevertReport
 from workload import add_model_options, pretrained, zsre
 

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stableedit_cpp as se
+from stableedit_cpp import load_config
 from stableedit_cpp.cli import main
 from stableedit_cpp.editors import turn as turn_module
-from stableedit_cpp.editors.config import load_config
 from stableedit_cpp.lifelong.repair import repair
 from support.commands import assert_one_error, tree
 from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
@@ -501,7 +501,7 @@ BAD = {
         ["--preset", "closed-loop", "--editor", "ultraedit"],
         ["--editor ultraedit, but --preset closed-loop is one of stableedit"],
     ),
-    "config version": (write("bad.json", '{"version": 9}'), ["--config", "bad.json"], ["version is 9"]),
+    "config version": (write("bad.json", '{"version": 9}'), ["--config", "bad.json"], ["of version 9"]),
     "config and editor": (
         write("good.json", se.UltraEditConfig().to_json()),
         ["--config", "good.json", "--editor", "stableedit"],

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stableedit_cpp import StableEditConfig, UltraEditConfig
-from stableedit_cpp.editors.config import load_config
+from stableedit_cpp import StableEditConfig, UltraEditConfig, load_config
 
 BOTH = [StableEditConfig, UltraEditConfig]
 MODULES = ["model.layers.1.mlp.down_proj"]
@@ -159,12 +158,21 @@ def test_absent_fields_take_their_defaults(cls):
         ("", "line 1, column 1: not valid JSON"),
         ('{"step_size": 1e-4,\n "ridge": }', "line 2, column 11: not valid JSON"),
         ("[]", "expected a JSON object with the fields of StableEditConfig"),
-        ('{"step_sise": 1}', "StableEditConfig has no field 'step_sise'; did you mean 'step_size'?"),
+        ('{"step_sise": 1}', "StableEditConfig has no field 'step_sise', did you mean 'step_size'?"),
         ('{"turnsize": 1}', "did you mean 'turn_size'?"),
-        ('{"zzz": 1}', "no field 'zzz'; known fields are edit_modules, step_size"),
+        ('{"zzz": 1}', "no field 'zzz'; known are: edit_modules, step_size"),
         ('{"unbiased_batches": true}', "no field 'unbiased_batches'"),
         ('{"editor": "ultraedit"}', "config of the editor 'ultraedit'; StableEditConfig is for 'stableedit'"),
-        ('{"version": 2}', "not a stableedit-config of version 1 (version is 2)"),
+        (
+            '{"version": 2}',
+            "of version 2 and may have fields of another meaning; this stableedit reads versions up to 1",
+        ),
+        (
+            '{"version": 9, "ridge": 1, "tilt": 2, "lean": 3}',
+            "of version 9 and may have fields of another meaning, among them 'tilt', 'lean', unknown",
+        ),
+        ('{"version": 0}', "not a stableedit-config of version 1 (version is 0)"),
+        ('{"version": "1"}', "version is '1'"),
         ('{"version": null}', "version is None"),
         ('{"format": "something-else"}', "not a stableedit-config"),
         ('{"step_size": -1}', "step_size must be greater than 0, not -1"),
@@ -190,7 +198,7 @@ def test_bad_json(tmp_path, text, words):
 def test_config_file_of_an_unknown_editor(tmp_path, editor):
     path = tmp_path / "config.json"
     path.write_text(f'{{"editor": {editor}}}')
-    with pytest.raises(ValueError, match=r"unknown editor .*; known are stableedit, ultraedit"):
+    with pytest.raises(ValueError, match=r"unknown editor .*; known are: stableedit, ultraedit"):
         load_config(path)
 
 

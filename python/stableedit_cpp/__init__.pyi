@@ -5,14 +5,21 @@ from . import core, data, editors, errors, evaluation, experiments, export, file
 from .data import iter_requests, read_requests
 from .data.request import EditRequest
 from .editors import (
+    EDITORS,
     EditInterrupted,
     Editor,
+    EditorConfig,
     EditReport,
+    LocalityGuard,
+    NamedEditor,
     StableEdit,
+    StableEditConfig,
     TurnReport,
     UltraEdit,
+    UltraEditConfig,
+    load_config,
+    register_editor,
 )
-from .editors.config import EditorConfig, StableEditConfig, UltraEditConfig
 from .errors import (
     DamagedJournal,
     DamagedSnapshot,
@@ -27,6 +34,8 @@ from .errors import (
 from .evaluation import Scores, evaluate, generate
 from .export.patch_recorder import PatchRecorder
 from .lifelong import LifelongSession
+from .lifelong.audit import audit
+from .lifelong.repair import repair
 from .model.load import load_model
 from .model.modules import default_edit_modules, find_modules
 from .model.trunk import TrunkCache
@@ -34,6 +43,7 @@ from .model.trunk import TrunkCache
 __version__: str
 
 __all__ = [
+    "EDITORS",
     "DamagedJournal",
     "DamagedSnapshot",
     "DriftLimitReached",
@@ -43,7 +53,9 @@ __all__ = [
     "Editor",
     "EditorConfig",
     "LifelongSession",
+    "LocalityGuard",
     "ModelBroken",
+    "NamedEditor",
     "OtherBits",
     "PatchRecorder",
     "Scores",
@@ -58,6 +70,7 @@ __all__ = [
     "UltraEdit",
     "UltraEditConfig",
     "__version__",
+    "audit",
     "core",
     "data",
     "default_edit_modules",
@@ -72,9 +85,12 @@ __all__ = [
     "generate",
     "iter_requests",
     "lifelong",
+    "load_config",
     "load_model",
     "model",
     "read_requests",
+    "register_editor",
+    "repair",
     "report",
     "sideeffects",
 ]

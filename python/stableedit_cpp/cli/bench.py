@@ -8,8 +8,9 @@ from pathlib import Path
 
 from stableedit_cpp.cli.options import DTYPES, default_device, new_parser, positive
 from stableedit_cpp.data import parse_fields
+from stableedit_cpp.editors.registry import load_plugins
 from stableedit_cpp.evaluation import METRICS
-from stableedit_cpp.experiments import ABLATIONS, EDITORS, Matrix, read_yaml, run_matrix
+from stableedit_cpp.experiments import EDITORS, Matrix, read_yaml, run_matrix
 from stableedit_cpp.model.load import load_model
 
 __all__ = ["add_parser", "run"]
@@ -29,12 +30,13 @@ _EXPERIMENTS = ("run", "ablations", "theory")
 # What an experiment has instead of the defaults of a matrix.
 _DEFAULTS = {
     "run": {},
-    "ablations": {"editors": list(ABLATIONS)},
+    "ablations": {"editors": ["stableedit", *(editor.name for editor in EDITORS.values() if editor.ablation)]},
     "theory": {"geometry": 8, "convergence": True, "cumulative": 500},
 }
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
+    load_plugins()
     width = max(map(len, EDITORS))
     listing = "\n".join(f"    {editor.name:<{width}}  {editor.summary}" for editor in EDITORS.values())
     parser = new_parser(commands, "bench", "edit streams of requests and measure along them", _EXAMPLE + listing)

@@ -10,8 +10,7 @@ from importlib import resources
 from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors import StableEdit
-from stableedit_cpp.editors.config import StableEditConfig
+from stableedit_cpp.editors import StableEdit, StableEditConfig
 from stableedit_cpp.evaluation import Scores, evaluate, generate
 from stableedit_cpp.files.table import Table, label, score
 from stableedit_cpp.model.load import SMOLLM2

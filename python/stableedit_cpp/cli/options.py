@@ -7,7 +7,8 @@ import dataclasses
 
 import torch
 
-from stableedit_cpp.editors.config import EditorConfig, StableEditConfig, UltraEditConfig, load_config
+from stableedit_cpp.editors import EDITORS, EditorConfig, load_config
+from stableedit_cpp.editors.registry import CLASSES, load_plugins
 from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.model.load import SMOLLM2, load_model
 
@@ -23,8 +24,6 @@ __all__ = [
     "positive",
 ]
 
-_CONFIGS = {cls.editor: cls for cls in (StableEditConfig, UltraEditConfig)}
-_PRESETS = {"closed-loop": StableEditConfig.closed_loop}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,13 +72,16 @@ def default_device(options: argparse.Namespace) -> str:
 
 
 def add_editor_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--editor", choices=list(_CONFIGS), help="default: stableedit, or what --config says")
+    load_plugins()
+    presets = [editor for editor in EDITORS.values() if not editor.ablation]
+    parser.add_argument("--editor", choices=list(CLASSES), help="default: stableedit, or what --config says")
     settings = parser.add_mutually_exclusive_group()
     settings.add_argument("--config", metavar="FILE", help="JSON config; the options below override it")
     settings.add_argument(
         "--preset",
-        choices=list(_PRESETS),
-        help="instead of a config; closed-loop: up to five passes a turn and past keys, so that nearly all edits hold",
+        choices=[editor.name for editor in presets],
+        metavar="NAME",
+        help="settings by name. " + ". ".join(f"{editor.name}: {editor.summary}" for editor in presets),
     )
     parser.add_argument(
         "--edit-modules",
@@ -94,15 +96,12 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
 def editor_config(options: argparse.Namespace) -> EditorConfig:
     """What ``add_editor_options`` was given."""
     if options.config:
-        config = load_config(options.config)
-        if options.editor and options.editor != config.editor:
-            raise ValueError(f"--editor {options.editor}, but {options.config} is a config of {config.editor}")
-    elif options.preset:
-        config = _PRESETS[options.preset]()
-        if options.editor not in (None, config.editor):
-            raise ValueError(f"--editor {options.editor}, but --preset {options.preset} is one of {config.editor}")
+        config, whose = load_config(options.config), f"{options.config} is a config"
     else:
-        config = _CONFIGS[options.editor or "stableedit"]()
+        name = options.preset or options.editor or "stableedit"
+        config, whose = EDITORS[name].config, f"--preset {name} is one"
+    if options.editor not in (None, config.editor):
+        raise ValueError(f"--editor {options.editor}, but {whose} of {config.editor}")
     names = ("edit_modules", "step_size", "turn_size")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return dataclasses.replace(config, **changes)

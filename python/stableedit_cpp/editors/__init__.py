@@ -1,12 +1,22 @@
 """Editors: one file each, on one base class with the turn loop."""
 
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
+from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport, TurnReport
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.interrupt import EditInterrupted
-from stableedit_cpp.editors.registry import EDITORS, make_editor
-from stableedit_cpp.editors.stableedit import StableEdit
-from stableedit_cpp.editors.ultraedit import UltraEdit
+from stableedit_cpp.editors.registry import (
+    EDITORS,
+    NamedEditor,
+    load_config,
+    make_editor,
+    named_editor,
+    parse_config,
+    register_editor,
+)
+from stableedit_cpp.editors.stableedit import StableEdit, StableEditConfig
+from stableedit_cpp.editors.ultraedit import UltraEdit, UltraEditConfig
 from stableedit_cpp.errors import DriftLimitReached
 
 __all__ = [
@@ -17,8 +27,17 @@ __all__ = [
     "EditInterrupted",
     "EditReport",
     "Editor",
+    "EditorConfig",
+    "LocalityGuard",
+    "NamedEditor",
     "StableEdit",
+    "StableEditConfig",
     "TurnReport",
     "UltraEdit",
+    "UltraEditConfig",
+    "load_config",
     "make_editor",
+    "named_editor",
+    "parse_config",
+    "register_editor",
 ]

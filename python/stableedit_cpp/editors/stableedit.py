@@ -2,12 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
-from stableedit_cpp.editors.config import StableEditConfig
+from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.registry import NamedEditor, register_editor
 from stableedit_cpp.editors.solver import Solver
 
-__all__ = ["StableEdit"]
+__all__ = ["StableEdit", "StableEditConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableEditConfig(EditorConfig):
+    """StableEdit (Algorithm 1): Lifelong Normalization with full whitening of the value gradients.
+
+    Attributes:
+        whitening: "full" (Sigma^(-1/2)), "diagonal" (ULTRAEDIT's) or "none" (the no-LN ablation).
+        warm_up_whitening: the same for the warm-up turns; the published code whitens these diagonally.
+        floor: lower bound on the eigenvalues of the covariance, >= 0.
+        refresh: reuse a whitening transform until the number of samples has grown by this fraction, in [0, 1]; 0
+            computes it anew every turn, as published.
+        floor_mode: "relative" to the mean eigenvalue, which suits any model and loss scale, or "absolute" (published).
+    """
+
+    editor: ClassVar[str] = "stableedit"
+
+    whitening: Literal["full", "diagonal", "none"] = "full"
+    warm_up_whitening: Literal["full", "diagonal", "none"] | None = None
+    floor: float = 0.1
+    floor_mode: Literal["relative", "absolute"] = "relative"
+    refresh: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        modes = ("none", "diagonal", "full")
+        self._check_choice("whitening", modes)
+        if self.warm_up_whitening is None:
+            weaker = min(self.whitening, "diagonal", key=modes.index)
+            object.__setattr__(self, "warm_up_whitening", weaker)
+        self._check_choice("warm_up_whitening", modes[: modes.index(self.whitening) + 1])
+        self._check_choice("floor_mode", ("relative", "absolute"))
+        self._check_number("floor", self.floor)
+        if self.floor < 0:
+            raise ValueError(f"floor must be at least 0, not {self.floor!r}")
+        self._check_number("refresh", self.refresh)
+        if not 0 <= self.refresh <= 1:
+            raise ValueError(f"refresh must be a fraction between 0 and 1, not {self.refresh!r}")
+
+    @classmethod
+    def closed_loop(cls, **changes) -> StableEditConfig:
+        """Up to five passes of a smaller step a turn, a margin and past keys: nearly all edits hold, at several times
+        the work; for a round of ``lifelong.repair`` afterwards, and ``editor.shrink`` where other answers
+        matter more. Found on SmolLM2-135M with ZsRE (docs/closed-loop.md)."""
+        preset = {"step_size": 2e-4, "max_passes": 5, "take_probability": 0.4, "past_key_weight": 0.02}
+        return cls(**(preset | {"retries_feed_statistics": False} | changes))
+
+    @classmethod
+    def published(cls, *, edit_modules: list[str] | None = None, step_size: float, **changes) -> StableEditConfig:
+        """The procedure of the published code: pooled statistics, diagonal warm-up turns, Psi0 = 0, division by
+        nu - v - 1, absolute eigenvalue floor 1e-6, ridge 10, turns of 100 in micro-batches of 10."""
+        preset = {"floor": 1e-6, "floor_mode": "absolute", "ridge": 10.0, "statistics": "shared"}
+        preset |= {"whitening": "full", "warm_up_whitening": "diagonal", "refresh": 0.0}
+        return cls(edit_modules=edit_modules, step_size=step_size, **(preset | changes))
 
 
 class _Solver(Solver):
@@ -38,3 +96,31 @@ class StableEdit(Editor):
     config: StableEditConfig
     config_class = StableEditConfig
     solver_class = _Solver
+
+
+def _ablation(name: str, summary: str, *, warm_up: bool = True, **changes: object) -> NamedEditor:
+    return NamedEditor(name, StableEditConfig(**changes), warm_up, summary, ablation=True)
+
+
+register_editor(
+    StableEdit,
+    NamedEditor("stableedit", StableEditConfig(), summary="StableEdit with our defaults"),
+    NamedEditor(
+        "stableedit-published",
+        StableEditConfig.published(step_size=StableEditConfig.step_size),
+        summary="StableEdit as its code has it: absolute floor 1e-6, a decomposition every turn",
+    ),
+    NamedEditor(
+        "closed-loop",
+        StableEditConfig.closed_loop(),
+        summary="StableEdit that checks each turn and solves again, with past keys: nearly all edits hold",
+    ),
+    _ablation("no-ln", "no Lifelong Normalization: keys and value gradients as they are", whitening="none"),
+    _ablation("no-warm-up", "no training stream first", warm_up=False),
+    _ablation("diagonal", "per-dimension instead of full whitening", whitening="diagonal"),
+    _ablation("per-module", "statistics of each module apart instead of pooled by shape", statistics="per_module"),
+    _ablation(
+        "absolute-floor", "eigenvalue floor 1e-6 instead of relative to the mean", floor_mode="absolute", floor=1e-6
+    ),
+    _ablation("frozen-statistics", "statistics of the warm-up, never updated after it", frozen_statistics=True),
+)

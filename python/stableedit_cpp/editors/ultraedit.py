@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from stableedit_cpp.core import LifelongNormalizer, WhiteningOptions
-from stableedit_cpp.editors.config import UltraEditConfig
+from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.registry import NamedEditor, register_editor
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
 
-__all__ = ["UltraEdit"]
+__all__ = ["UltraEdit", "UltraEditConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UltraEditConfig(EditorConfig):
+    """ULTRAEDIT: Lifelong Normalization per dimension, ridge 1, no warm-up.
+
+    Attributes:
+        unbiased_batches: weight the unbiased variance of each micro-batch with its size in the running variance, as
+            the published code does, instead of the exact update.
+    """
+
+    editor: ClassVar[str] = "ultraedit"
+
+    ridge: float = 1.0
+    unbiased_batches: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_flag("unbiased_batches")
+
+    @classmethod
+    def published(cls, *, edit_modules: list[str] | None = None, step_size: float, **changes) -> UltraEditConfig:
+        """The procedure of the published code: pooled statistics, diagonal, ridge 1, variance unbiased within a
+        micro-batch, turns of 100 in micro-batches of 10."""
+        preset = {"ridge": 1.0, "statistics": "shared", "unbiased_batches": True}
+        return cls(edit_modules=edit_modules, step_size=step_size, **(preset | changes))
 
 
 class _Solver(Solver):
@@ -46,3 +75,15 @@ class UltraEdit(Editor):
     config: UltraEditConfig
     config_class = UltraEditConfig
     solver_class = _Solver
+
+
+register_editor(
+    UltraEdit,
+    NamedEditor("ultraedit", UltraEditConfig(), False, "ULTRAEDIT: diagonal, ridge 1, no warm-up, exact variance"),
+    NamedEditor(
+        "ultraedit-published",
+        UltraEditConfig.published(step_size=UltraEditConfig.step_size),
+        False,
+        "ULTRAEDIT as its code has it: variance unbiased within each micro-batch",
+    ),
+)

@@ -1,6 +1,6 @@
 """Experiments on streams of edits: the benchmark, ablations, and what the theory predicts."""
 
-from stableedit_cpp.editors.presets import ABLATIONS, EDITORS, NamedEditor, named_editor
+from stableedit_cpp.editors import EDITORS, NamedEditor, named_editor
 from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.matrix import Matrix, read_yaml
 from stableedit_cpp.experiments.results import Results, Run, read_results, read_run
@@ -12,7 +12,6 @@ from stableedit_cpp.experiments.stream_run import StreamRun
 from stableedit_cpp.experiments.theory import theory_of, theory_table
 
 __all__ = [
-    "ABLATIONS",
     "DATASETS",
     "EDITORS",
     "Matrix",

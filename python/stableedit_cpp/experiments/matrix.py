@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from stableedit_cpp import sideeffects
-from stableedit_cpp.editors.presets import NamedEditor, named_editor
+from stableedit_cpp.editors import NamedEditor, named_editor
 from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import Source, find_source

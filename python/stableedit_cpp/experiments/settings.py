@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from stableedit_cpp.data.hub import HUB_PREFIX
-from stableedit_cpp.editors.presets import NamedEditor
+from stableedit_cpp.editors import NamedEditor
 from stableedit_cpp.evaluation.scores import check_metrics
 from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.sources import Source

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stableedit_cpp.editors.config import EditorConfig, load_config
+from stableedit_cpp.editors import EditorConfig, load_config
 from stableedit_cpp.files.environment import provenance
 
 __all__ = ["CONFIG_FILE", "REPORT_FILE", "Provenance", "read_provenance"]

@@ -13,8 +13,15 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
-from stableedit_cpp.editors import DriftLimitReached, EditInterrupted, Editor, EditReport, make_editor
-from stableedit_cpp.editors.config import EditorConfig, StableEditConfig
+from stableedit_cpp.editors import (
+    DriftLimitReached,
+    EditInterrupted,
+    Editor,
+    EditorConfig,
+    EditReport,
+    StableEditConfig,
+    make_editor,
+)
 from stableedit_cpp.errors import SessionClosed
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.files.lock import WriterLock

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from stableedit_cpp.files.words import check_whole, with_nearest
 from stableedit_cpp.sideeffects.downstream import RESERVED, TASKS, read_task
 from stableedit_cpp.sideeffects.hidden_states import read_prompts
 from stableedit_cpp.sideeffects.maps import MAPS
@@ -73,9 +73,7 @@ class SideEffectOptions:
         least = {"window": 2, "prompt_count": 2, "permutations": 1, "few_shots": 0, "max_tokens_per_forward": 1}
         least |= {name: 1 for name in ("perplexity_tokens", "limit") if getattr(self, name) is not None}
         for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"side effects: {name} must be a whole number, at least {low}, not {value!r}")
+            check_whole(f"side effects: {name}", getattr(self, name), low)
         for name, values in (("layers", self.layers), ("seed", [self.seed])):
             if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
                 raise ValueError(f"side effects: {name} must be whole numbers, not {getattr(self, name)!r}")
@@ -121,9 +119,7 @@ class SideEffectOptions:
 def _choose(name: str, values: Sequence[object], known: tuple[str, ...]) -> None:
     for value in values:
         if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
-            raise ValueError(f"side effects: {name} has {value!r}{hint} known are: {', '.join(known)}")
+            raise ValueError(f"side effects: {name} has {with_nearest(value, known)}")
 
 
 def _need(modules: list[str], what: str, command: str) -> None:

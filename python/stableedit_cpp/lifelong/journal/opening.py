@@ -7,8 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
-from stableedit_cpp.editors import Editor, make_editor
-from stableedit_cpp.editors.config import parse_config
+from stableedit_cpp.editors import Editor, make_editor, parse_config
 from stableedit_cpp.errors import DamagedJournal, SessionWriteError
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.environment import environment
