@@ -22,6 +22,7 @@ import stableedit_cpp as se
 from stableedit_cpp import load_config
 from stableedit_cpp.cli import main
 from stableedit_cpp.editors import turn as turn_module
+from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.lifelong.repair import repair
 from support.commands import assert_one_error, tree
 from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
@@ -687,6 +688,57 @@ def test_interrupt_in_the_last_turn_is_not_forgotten(edit, work, capsys, monkeyp
     report = report_of()
     assert "13 of 13 requests are edited" in report["interrupted"]
     assert "scores" not in report
+
+
+def fail_in_turn(monkeypatch, number: int, error: Exception) -> None:
+    """Raise while the given turn is captured, counted from 1 over warm-up and stream."""
+    turns = []
+    capture = turn_module.capture
+
+    def failing(*args, **kwargs):
+        turns.append(1)
+        if len(turns) == number:
+            raise error
+        return capture(*args, **kwargs)
+
+    monkeypatch.setattr(turn_module, "capture", failing)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.linalg.LinAlgError("not positive definite"), MemoryError("no room"), ModelBroken("NaN"), KeyError(1)],
+)
+def test_an_error_in_a_late_turn_loses_none_before_it(edit, work, capsys, monkeypatch, error):
+    fail_in_turn(monkeypatch, 3, error)
+    assert edit("--turn-size", 5, "--evaluate") == 1
+    assert f"stableedit: error: {error}; saving the model as it is" in capsys.readouterr().err
+    report = report_of()
+    assert report["error"] == str(error)
+    assert report["edit"]["edits"] == 10
+    assert "scores" not in report
+    monkeypatch.undo()
+    expected = edited_by_hand(se.StableEditConfig(turn_size=5), REQUESTS[:10])
+    assert_same_weights(weights_of(work / "out"), expected)
+
+
+def test_an_error_in_the_first_turn_saves_nothing(edit, work, capsys, monkeypatch):
+    before = tree(work)
+    fail_in_turn(monkeypatch, 1, torch.linalg.LinAlgError("not positive definite"))
+    assert edit("--turn-size", 5) == 2
+    assert "not positive definite" in assert_one_error(capsys.readouterr().err)
+    assert tree(work) == before
+
+
+@pytest.mark.parametrize(("error", "status"), [(MemoryError("no room"), 1), (KeyboardInterrupt(), 130)])
+def test_an_edited_model_is_saved_whatever_happens_while_it_is_scored(edit, work, capsys, monkeypatch, error, status):
+    def failing(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("stableedit_cpp.cli.edit.evaluate", failing)
+    assert edit("--evaluate") == status
+    assert "while scoring: " in capsys.readouterr().err
+    assert report_of()["edit"]["edits"] == 13
+    assert_same_weights(weights_of(work / "out"), edited_by_hand(se.StableEditConfig(), REQUESTS))
 
 
 def test_interrupt_before_the_stream(edit, work, capsys, monkeypatch, default_sigint):

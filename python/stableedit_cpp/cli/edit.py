@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
@@ -17,7 +18,8 @@ from stableedit_cpp.cli.options import (
 )
 from stableedit_cpp.core import save_patch
 from stableedit_cpp.data import read_requests
-from stableedit_cpp.editors import EditInterrupted, make_editor
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.editors import Editor, make_editor
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
 from stableedit_cpp.export.patch_recorder import PatchRecorder
@@ -34,6 +36,14 @@ _EXAMPLE = """\
 
   edits.jsonl has one request a line:
     {"prompt": "The capital of Australia is", "target": "Canberra", "rephrase": "Australia's capital is called"}"""
+
+_WHERE = {
+    "warm_up": "in the warm-up: ",
+    "edit": "",
+    "repair": "in a repair: ",
+    "share_kept": "while shrinking: ",
+    "scores": "while scoring: ",
+}
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -61,16 +71,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     # Everything that can be wrong is looked at before the model is loaded.
     config = editor_config(options)
-    if not options.output and not options.patch:
-        raise ValueError("nothing would be saved; give --output DIR, --patch FILE or both")
-    if options.shrink is not None and not 0 < options.shrink <= 1:
-        raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
-    if options.shrink is not None and options.patch:
-        raise ValueError("--shrink and --patch do not go together: a patch holds the updates as they were made")
-    if options.output:
-        check_new_directory(options.output, overwrite=options.overwrite)
-    if options.patch:
-        check_writable_file(options.patch, "--patch")
+    _check(options)
     how = {"format": format_of(options), "seed": options.seed}
     requests = read_requests(options.requests, options.limit, **how)
     warm_up = read_requests(options.warm_up, options.warm_up_limit, **how) if options.warm_up else []
@@ -90,49 +91,81 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.warm_up:
         report |= {"warm_up_requests": options.warm_up, "warm_up_digest": _digest(options.warm_up)}
-    status, part, scores, repaired = 0, "edit", None, None
-    try:
-        if warm_up:
-            part = "warm_up"
-            report[part] = editor.warm_up(warm_up, progress=True).to_dict()
-            part = "edit"
-        result = editor.edit(requests, progress=True)
-        if options.repairs:
-            report[part] = result.to_dict()
-            part = "repair"
-            repaired = repair(editor, requests, rounds=options.repairs, progress=True)
-    except EditInterrupted as interrupt:
-        result, status = interrupt.report, 130
-        report["interrupted"] = {"warm_up": "in the warm-up: ", "repair": "in a repair: "}.get(part, "") + str(
-            interrupt
-        )
-        print(f"stableedit: interrupted: {report['interrupted']}; saving the model as it is", file=sys.stderr)
-    report[part] = (repaired or result).to_dict()
-    if options.shrink is not None and status == 0:
-        editor.shrink(options.shrink)
-        report["share_kept"] = options.shrink
-    if options.evaluate and status == 0:
-        scores = evaluate(model, tokenizer, requests, progress=True)
-        report["scores"] = scores.to_dict()
+
+    stop, said = _work(editor, requests, warm_up, options, report)
     if recorder is not None:
         Path(options.patch).absolute().parent.mkdir(parents=True, exist_ok=True)
         save_patch(options.patch, recorder.patch(Path(options.patch).stem))
+        said.append(f"The patch is in {options.patch}")
     if options.output:
         with new_directory(options.output, overwrite=options.overwrite) as directory:
             (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
             write_json(directory / REPORT_FILE, report)
             write_model(model, tokenizer, directory, read_provenance(directory))
+        said.append(f"Model, {CONFIG_FILE} and {REPORT_FILE} are in {options.output}")
     # Printed last: a closed pipe must not cost the model.
-    if scores is not None:
-        print(scores)
-    print(f"{result}.")
-    if repaired is not None:
-        print(repaired)
+    print("\n".join(said))
+    return 0 if stop is None else 130 if isinstance(stop, KeyboardInterrupt) else 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be done or saved."""
+    if not options.output and not options.patch:
+        raise ValueError("nothing would be saved; give --output DIR, --patch FILE or both")
+    if options.shrink is not None and not 0 < options.shrink <= 1:
+        raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
+    if options.shrink is not None and options.patch:
+        raise ValueError("--shrink and --patch do not go together: a patch holds the updates as they were made")
     if options.output:
-        print(f"Model, {CONFIG_FILE} and {REPORT_FILE} are in {options.output}")
+        check_new_directory(options.output, overwrite=options.overwrite)
     if options.patch:
-        print(f"The patch is in {options.patch}")
-    return status
+        check_writable_file(options.patch, "--patch")
+
+
+def _work(
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    warm_up: Sequence[EditRequest],
+    options: argparse.Namespace,
+    report: dict[str, object],
+) -> tuple[BaseException | None, list[str]]:
+    """Do all that was asked for, and report it.
+
+    A turn is in the model as a whole or not at all, so whatever ends the work, the turns before it are worth saving.
+
+    Returns:
+        What ended it early, Ctrl-C or an error, and the report for people. What ends it before the first turn is
+        raised: there is nothing to save.
+    """
+    steps: dict[str, Callable[[], object]] = {"edit": lambda: editor.edit(requests, progress=True)}
+    if warm_up:
+        steps = {"warm_up": lambda: editor.warm_up(warm_up, progress=True), **steps}
+    if options.repairs:
+        steps["repair"] = lambda: repair(editor, requests, rounds=options.repairs, progress=True)
+    if options.shrink is not None:
+        steps["share_kept"] = lambda: editor.shrink(options.shrink) or options.shrink
+    if options.evaluate:
+        steps["scores"] = lambda: evaluate(editor.model, editor.tokenizer, requests, progress=True)
+    said: list[str] = []
+    stop = None
+    for part, step in steps.items():
+        try:
+            done = step()
+        except (KeyboardInterrupt, Exception) as error:
+            done, stop = getattr(error, "report", None), error
+            if part in ("warm_up", "edit") and not (done and done.edits) and "warm_up" not in report:
+                raise
+        if part == "share_kept":
+            report[part] = done
+        elif done is not None:
+            report[part] = done.to_dict()
+            said.append({"warm_up": f"warm-up: {done}.", "edit": f"{done}."}.get(part, str(done)))
+        if stop is not None:
+            how = "interrupted" if isinstance(stop, KeyboardInterrupt) else "error"
+            report[how] = _WHERE[part] + (str(stop) or type(stop).__name__)
+            print(f"stableedit: {how}: {report[how]}; saving the model as it is", file=sys.stderr)
+            break
+    return stop, said
 
 
 def _digest(source: str) -> str | None:

@@ -12,7 +12,6 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
 from stableedit_cpp.editors.turn import Turn, Work
-from stableedit_cpp.errors import StableEditError
 from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["names_of", "run_stream"]
@@ -52,26 +51,26 @@ def run_stream(
         disable=None if progress is None else not progress,
         leave=True,
     )
-    with bar, InterruptGuard() as guard:
-        for begin in range(0, len(sequences), size):
-            end = min(begin + size, len(sequences))
-            whole = slice(begin, end)
-            try:
+    try:
+        with bar, InterruptGuard() as guard:
+            for begin in range(0, len(sequences), size):
+                end = min(begin + size, len(sequences))
+                whole = slice(begin, end)
                 turn = Turn(work, kind, requests[whole], sequences[whole], names[whole]).run(guard, bar)
-            except StableEditError as stop:
-                stop.report = report
-                raise
-            report.turns.append(turn)
-            report.seconds = time.perf_counter() - start
-            if not bar.disable:
-                turn.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
-                bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
-            bar.update(end - begin)
-            if guard.requested:
-                raise EditInterrupted(
-                    f"stopped after turn {len(report.turns)} of {-(-len(sequences) // size)}, which was finished "
-                    f"and applied: {end} of {len(sequences)} requests are edited",
-                    report,
-                )
+                report.turns.append(turn)
+                report.seconds = time.perf_counter() - start
+                if not bar.disable:
+                    turn.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
+                    bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
+                bar.update(end - begin)
+                if guard.requested:
+                    raise EditInterrupted(
+                        f"stopped after turn {len(report.turns)} of {-(-len(sequences) // size)}, which was finished "
+                        f"and applied: {end} of {len(sequences)} requests are edited",
+                        report,
+                    )
+    except Exception as stop:
+        stop.report = report  # the turns before are applied; whoever catches this may want to save them
+        raise
     report.seconds = time.perf_counter() - start
     return report
