@@ -278,6 +278,18 @@ class TestRequests:
         assert not session.history.entries["f1"].current
 
 
+@pytest.mark.parametrize("least", [None, 0.0, 0.9])
+def test_audit_and_repair_ask_for_the_same(least, tokenizer, tmp_path):
+    """What an audit says holds, a repair does not solve again: both ask for the config's margin, or for one given."""
+    session = create(tmp_path / "s", tokenizer, config=config_of(max_passes=12, take_probability=0.3))
+    session.edit(stream(3))
+    found = session.audit(min_probability=least)
+    report = session.repair(min_probability=least)
+    assert found.min_probability == (0.3 if least is None else least)
+    assert found == report.before
+    assert sum(done.edits for done in report.rounds) == len(found.forgotten)
+
+
 @pytest.mark.parametrize("detail", DETAILS)
 def test_repairs_and_guarded_turns(detail, tokenizer, tmp_path):
     """What cannot be done again from the requests alone is written down in full."""

@@ -83,6 +83,8 @@ def test_audit_evaluate_repair_revert(session, capsys):
     assert "efficacy" in capsys.readouterr().out
     scores = json.loads(Path("scores.json").read_text())
     assert scores["counts"]["efficacy"]["scored"] == 8
+    assert session("audit", "s", "--device", "cpu", "--min-probability", 0.999) == 0
+    assert "0 of 8 edits hold with probability 0.999 or more" in capsys.readouterr().out
     assert session("repair", "s", "--device", "cpu", "--budget", 2) == 0
     assert "2 solved again in 1 rounds" in capsys.readouterr().out
     assert SessionView("s").log()[-1].kind == "repair"
@@ -157,6 +159,7 @@ def test_what_python_did_the_command_line_goes_on_with(session, model_directory)
     ("arguments", "message"),
     [
         (["export", "s", "--format", "model", "--output", "o", "--shrink", "2"], "--shrink must be greater than 0 and"),
+        (["audit", "s", "--min-probability", "1"], "min_probability must be at least 0 and less than 1, not 1.0"),
         (["status", "nowhere"], "nowhere is no session directory: it has no file 'journal'"),
         (["edit", "s", "--requests", "missing.json"], "there is no file missing.json"),
         (["rollback", "s", "--to-turn", "7"], "there is no turn 7; the turns are 0 (before the first) to 2"),

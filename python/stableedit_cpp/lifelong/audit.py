@@ -43,6 +43,7 @@ class AuditReport:
 
     Attributes:
         requests: how many current ones there are; superseded: how many a later request with the same prompt replaced.
+        min_probability: that every answer token had to have.
         entries: those that were looked at, in order.
     """
 
@@ -92,7 +93,8 @@ class AuditReport:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.3f}"
         sample = "" if len(self.entries) == self.requests else f", a sample of {len(self.entries)} of {self.requests}"
         superseded = f"; {self.superseded} superseded ones left out" if self.superseded else ""
-        return f"{held} of {len(self.entries)} edits hold ({self.held_share:.3f}{error}{sample}{superseded})"
+        least = f" with probability {self.min_probability:g} or more" if self.min_probability else ""
+        return f"{held} of {len(self.entries)} edits hold{least} ({self.held_share:.3f}{error}{sample}{superseded})"
 
 
 def audit(

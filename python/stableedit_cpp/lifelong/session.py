@@ -198,7 +198,7 @@ class LifelongSession(SessionView):
         sample: int | None = None,
         *,
         seed: int = 0,
-        min_probability: float = 0.0,
+        min_probability: float | None = None,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,
     ) -> AuditReport:
@@ -206,7 +206,7 @@ class LifelongSession(SessionView):
 
         Args:
             trunk: of ``editor.make_trunk_cache()``; makes the second audit, evaluation or repair cheaper. The others,
-                and what it raises: see ``lifelong.audit``.
+                their defaults, and what it raises: see ``lifelong.audit``.
         """
         self._check_open()
         settings = {"sample": sample, "seed": seed, "min_probability": min_probability}
@@ -242,12 +242,14 @@ class LifelongSession(SessionView):
         *,
         rounds: int = 1,
         budget: int | None = None,
+        min_probability: float | None = None,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,
     ) -> RepairReport:
-        """Solve again for the current requests that were forgotten (see ``lifelong.repair``), each turn recorded."""
+        """Solve again for the current requests that were forgotten: those that ``audit`` with the same
+        ``min_probability`` finds. Each turn is recorded. Arguments, result and errors: see ``lifelong.repair``."""
         self._check_open()
-        settings = {"rounds": rounds, "budget": budget, "trunk": trunk}
+        settings = {"rounds": rounds, "budget": budget, "min_probability": min_probability, "trunk": trunk}
         return repair(self.editor, self.current_requests(), **settings, progress=progress)
 
     def rollback(self, to_turn: int, *, progress: bool | None = None) -> None:

@@ -16,6 +16,7 @@ _REPAIR = "  stableedit session repair edits/ --rounds 2"
 def add_parsers(actions) -> None:
     parser = new_action(actions, "audit", "look which current edits still hold", _AUDIT, audit)
     parser.add_argument("--sample", type=positive, metavar="N", help="look at so many current requests (default: all)")
+    _add_least(parser)
     parser.add_argument("--json", action="store_true", help="as JSON, with every request")
     add_opening_options(parser)
 
@@ -28,13 +29,24 @@ def add_parsers(actions) -> None:
     parser = new_action(actions, "repair", "solve again for current edits that were forgotten", _REPAIR, repair)
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="at most (default 1)")
     parser.add_argument("--budget", type=positive, metavar="N", help="at most so many requests (default: no limit)")
+    _add_least(parser)
     parser.add_argument("--json", action="store_true", help="report as JSON, with every request")
     add_opening_options(parser)
 
 
+def _add_least(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-probability",
+        type=float,
+        metavar="X",
+        help="an edit holds if every answer token is the model's top choice, with at least this probability (default: "
+        "the config's take_probability)",
+    )
+
+
 def audit(options: argparse.Namespace) -> int:
     with opened(options) as session:
-        report = session.audit(options.sample, progress=True)
+        report = session.audit(options.sample, min_probability=options.min_probability, progress=True)
     _show(report, options)
     return 0
 
@@ -53,7 +65,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def repair(options: argparse.Namespace) -> int:
     with opened(options) as session:
-        report = session.repair(rounds=options.rounds, budget=options.budget, progress=True)
+        settings = {"rounds": options.rounds, "budget": options.budget, "min_probability": options.min_probability}
+        report = session.repair(**settings, progress=True)
     _show(report, options)
     return 0
 
