@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import Editor, make_editor
@@ -21,20 +22,22 @@ class Step:
     """A round of repair, or a shrinking.
 
     Attributes:
-        budget: of a repair: how many requests at most are solved again, those nearest to holding first; None takes all.
-        share: of what editing has added, that is kept; None for a repair.
+        amount: of a repair: how many requests at most are solved again, those nearest to holding first; None takes all.
+            Of a shrinking: the share of what editing has added that is kept.
         changes: of a repair: fields of the editor's config that are different meanwhile.
     """
 
-    budget: int | None = None
-    share: float | None = None
+    kind: Literal["repair", "shrink"]
+    amount: float | None = None
     changes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_whole("repair", self.budget, none=True)
-        if self.share is not None and not (isinstance(self.share, float) and 0 < self.share <= 1):
-            raise ValueError(f"shrink must be greater than 0 and at most 1, not {self.share!r}")
-        if self.share is not None and self.changes:
+        if self.kind == "repair":
+            check_whole("repair", self.amount, none=True)
+            return
+        if not isinstance(self.amount, (int, float)) or isinstance(self.amount, bool) or not 0 < self.amount <= 1:
+            raise ValueError(f"shrink must be greater than 0 and at most 1, not {self.amount!r}")
+        if self.changes:
             raise ValueError(f"shrink takes no fields of a config, not {', '.join(self.changes)}")
 
     @classmethod
@@ -51,20 +54,15 @@ class Step:
         kinds = [kind for kind in ("repair", "shrink") if isinstance(item, Mapping) and kind in item]
         if len(kinds) != 1:
             raise ValueError(f"a step after the stream is 'repair', 'repair=BUDGET' or 'shrink=SHARE', not {item!r}")
-        changes = {name: value for name, value in item.items() if name != kinds[0]}
-        value = item[kinds[0]]
-        if kinds == ["shrink"]:
-            return cls(share=float(value) if isinstance(value, int) and value is not True else value, changes=changes)
-        return cls(budget=value, changes=changes)
+        (kind,) = kinds
+        return cls(kind, item[kind], {name: value for name, value in item.items() if name != kind})
 
     def __str__(self) -> str:
-        if self.share is not None:
-            return f"shrink={self.share:g}"
-        return "repair" if self.budget is None else f"repair={self.budget}"
+        return self.kind if self.amount is None else f"{self.kind}={self.amount}"
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON, and for ``parse``."""
-        return {"shrink": self.share} if self.share is not None else {"repair": self.budget, **self.changes}
+        return {self.kind: self.amount, **self.changes}
 
     def config(self, config: EditorConfig) -> EditorConfig:
         """Of the editor that takes the step.
@@ -90,17 +88,17 @@ class Step:
         Returns:
             For its line in ``turns.jsonl``: ``kind``, ``requests`` solved again, ``seconds`` by part.
         """
-        if self.share is not None:
-            kept = before.share if before is not None and before.share is not None else 1.0
-            editor.shrink(self.share / kept)
-            return {"kind": "shrink", "requests": 0, "share": self.share, "seconds": {}}
+        if self.kind == "shrink":
+            kept = before.amount if before is not None and before.kind == "shrink" else 1.0
+            editor.shrink(self.amount / kept)
+            return {"kind": "shrink", "requests": 0, "seconds": {}}
         config = self.config(editor.config)
         worker = editor
         if config != editor.config:
             worker = make_editor(editor.model, editor.tokenizer, config)
             worker.keep_original_weights(editor.original_weights())
             worker.load_state_dict(editor.state_dict())
-        report = repair(worker, requests, budget=self.budget, trunk=trunk, progress=False)
+        report = repair(worker, requests, budget=self.amount, trunk=trunk, progress=False)
         if worker is not editor:
             editor.load_state_dict(worker.state_dict())
         solved, seconds = (sum(getattr(done, what) for done in report.rounds) for what in ("edits", "seconds"))
