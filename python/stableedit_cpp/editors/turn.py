@@ -22,7 +22,7 @@ from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["Turn", "Work"]
+__all__ = ["Guard", "Turn", "Work"]
 
 
 class Guard(Protocol):

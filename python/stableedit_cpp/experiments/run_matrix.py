@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from stableedit_cpp.errors import SessionBusy
 from stableedit_cpp.experiments.groups import grouped
 from stableedit_cpp.experiments.results import Run, write_theory
 from stableedit_cpp.experiments.run_directory import RunDirectory
@@ -16,7 +17,7 @@ from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.experiments.stream_run import StreamRun
 from stableedit_cpp.experiments.theory import cumulative_tables, theory_of, theory_table
 from stableedit_cpp.files.atomic import write_text
-from stableedit_cpp.files.lock import SessionBusy, WriterLock, writer
+from stableedit_cpp.files.lock import WriterLock, writer
 from stableedit_cpp.files.table import Table
 from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.model.trunk import TrunkCache
