@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 
@@ -123,6 +124,31 @@ def test_without_any_snapshot(session, tokenizer):
         session.snapshots.path(number).unlink()
     found = reopen(session.directory, tokenizer)
     assert_same_bits(state_of(found.editor), state_of(session.editor))
+
+
+def test_looking_on_while_another_writes(tokenizer, tmp_path):
+    """Snapshots come and go, the journal grows: whoever looks on sees a sound session at each moment."""
+    session = create(tmp_path / "s", tokenizer, snapshot_every=1, keep_snapshots=1)
+    looks, found = [], []
+    done = threading.Event()
+
+    def look_on() -> None:
+        while not done.is_set():
+            try:
+                looks.append(SessionView(session.directory).status().turn)
+                found.extend(verify(session.directory).problems)
+            except Exception as error:
+                found.append(repr(error))
+
+    thread = threading.Thread(target=look_on)
+    thread.start()
+    try:
+        session.edit(stream(60))
+    finally:
+        done.set()
+        thread.join()
+    assert found == []
+    assert len(set(looks)) > 3  # it did look on
 
 
 def test_repairing_what_another_writes(session, tokenizer):

@@ -7,8 +7,9 @@ from stableedit_cpp.lifelong.history import RequestEntry
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertedRequest, RevertReport
 from stableedit_cpp.lifelong.session import LifelongSession
+from stableedit_cpp.lifelong.status import LogEntry, SessionStatus
 from stableedit_cpp.lifelong.verify import VerifyReport, verify
-from stableedit_cpp.lifelong.view import LogEntry, SessionStatus, SessionView
+from stableedit_cpp.lifelong.view import SessionView
 
 # Their earlier names.
 SessionLocked, JournalDamaged, SnapshotDamaged = SessionBusy, DamagedJournal, DamagedSnapshot

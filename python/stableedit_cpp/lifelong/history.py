@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.lifelong.journal.codec import decode_requests
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.naming import asks_for, with_ids
 
@@ -160,8 +161,7 @@ class History:
             for question in {self.entries[id].request.question for id in content["requests"]}:
                 self._settle(question)
             return
-        for fields in content["requests"]:
-            request = EditRequest(**fields)
+        for request in decode_requests(content):
             if step.kind == "warm_up":
                 self.warm_up[request.id] = request
                 self._warmed_up.setdefault(request.question, []).append(request)

@@ -22,7 +22,7 @@ from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.lifelong.contribution import contribution
 from stableedit_cpp.lifelong.history import RequestEntry
-from stableedit_cpp.lifelong.journal.rebuild import applied_turn
+from stableedit_cpp.lifelong.journal.restore import applied_turn
 from stableedit_cpp.lifelong.view import SessionView
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence

@@ -28,8 +28,8 @@ from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.lifelong.journal.codec import encode_updates
-from stableedit_cpp.lifelong.journal.opening import begin, recover, restore
-from stableedit_cpp.lifelong.journal.rebuild import rebuild
+from stableedit_cpp.lifelong.journal.opening import begin, editor_on, recover
+from stableedit_cpp.lifelong.journal.restore import restore
 from stableedit_cpp.lifelong.journal.writer import Recorder
 from stableedit_cpp.lifelong.naming import cut_at_contradictions, with_ids
 from stableedit_cpp.lifelong.repair import RepairReport, repair
@@ -137,7 +137,7 @@ class LifelongSession(SessionView):
                 session = cls(directory, bar.update)
             recover(session)
             session._exact = exact
-            session._start(restore(session, model, tokenizer, exact=exact, progress=progress), lock)
+            session._start(editor_on(model, tokenizer, session, exact=exact, progress=progress), lock)
         except BaseException:
             lock.release()
             raise
@@ -267,7 +267,7 @@ class LifelongSession(SessionView):
         if not cut:
             raise ValueError(f"the session stands at turn {to_turn} already")
         with self.editor.weights.change(f"a rollback to turn {to_turn}", by=self._recorder) as change:
-            rebuild(self, self.editor, line, exact=self._exact, progress=progress)
+            restore(self, self.editor, line, exact=self._exact, progress=progress)
             self._recorder.rollback(change, {"kind": "rollback", "to_turn": to_turn, "cut": cut})
         self._recorder.prune()
 

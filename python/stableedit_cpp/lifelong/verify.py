@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from stableedit_cpp.errors import DamagedSnapshot
 from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.lifelong.history import STEPS
 from stableedit_cpp.lifelong.journal.journal import Damage
+from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.journal.writer import append
 from stableedit_cpp.lifelong.view import SessionView, check_directory
 
@@ -62,14 +64,16 @@ def verify(directory: str | Path, *, repair: bool = False) -> VerifyReport:
     check_directory(directory)
     lock = WriterLock(directory) if repair else None
     try:
-        return _verify(SessionView(directory), repair)
+        # Before the journal: a snapshot that a writer adds meanwhile is of a record that is not read any more.
+        numbers = Snapshots(directory / "snapshots", keep=1).numbers()
+        return _verify(SessionView(directory), numbers, repair)
     finally:
         if lock is not None:
             lock.release()
 
 
-def _verify(view: SessionView, repair: bool) -> VerifyReport:
-    report = VerifyReport(str(view.directory), len(view.journal.records), len(view.snapshots.numbers()))
+def _verify(view: SessionView, numbers: Sequence[int], repair: bool) -> VerifyReport:
+    report = VerifyReport(str(view.directory), len(view.journal.records))
     damage = view.journal.damage
     aside = (
         view.directory / "removed" / f"record-{damage.record}-at-{damage.offset}-{time.time_ns()}" if damage else None
@@ -82,7 +86,7 @@ def _verify(view: SessionView, repair: bool) -> VerifyReport:
         requests = _requests(damage)
         if requests:
             report.repairs.append(f"write {len(requests)} lost requests to {aside}.jsonl, to be edited again")
-    bad = _bad_snapshots(view, report)
+    bad = _bad_snapshots(view, numbers, report)
     if repair and report.problems:
         if damage is not None:
             _cut(view, damage, aside)
@@ -92,19 +96,22 @@ def _verify(view: SessionView, repair: bool) -> VerifyReport:
     return report
 
 
-def _bad_snapshots(view: SessionView, report: VerifyReport) -> list[Path]:
+def _bad_snapshots(view: SessionView, numbers: Sequence[int], report: VerifyReport) -> list[Path]:
     known = {step.record.number: turn for turn, step in view.history.steps.items()} | {0: 0}
     bad = []
-    for number in view.snapshots.numbers():
+    for number in numbers:
         path = view.snapshots.path(number)
         try:
             if number not in known:
                 raise DamagedSnapshot(f"the snapshot {path} is of a record that the journal does not have")
             view.snapshots.load(number, view.history.states[known[number]])
         except DamagedSnapshot as error:
+            if not path.exists():  # a writer has newer ones
+                continue
             bad.append(path)
             report.problems.append(f"{error}")
             report.repairs.append(f"remove {path}")
+        report.snapshots += 1
     return bad
 
 

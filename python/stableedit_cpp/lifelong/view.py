@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from stableedit_cpp.data.request import EditRequest
@@ -14,72 +13,11 @@ from stableedit_cpp.lifelong.history import STEPS, History
 from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
+from stableedit_cpp.lifelong.status import LogEntry, SessionStatus, describe
 
-__all__ = ["FORMAT", "LogEntry", "SessionStatus", "SessionView", "check_directory", "check_new_directory"]
+__all__ = ["FORMAT", "SessionView", "check_directory", "check_new_directory"]
 
 FORMAT = {"format": "stableedit-session", "version": 1}
-
-
-@dataclass(frozen=True)
-class SessionStatus:
-    """Where a session stands. ``str()`` is for people, ``asdict`` for JSON.
-
-    Attributes:
-        turn: the last step in the model. edits, warm_up: requests that were edited and are in the line of the model.
-        current, superseded, reverted: how many of the edits are what.
-        turns_since_snapshot: so many have to be done again after a crash.
-        damage: what is wrong with the journal, if anything.
-        writer: who has it open for writing.
-    """
-
-    directory: str
-    model: str | None
-    editor: str
-    detail: str
-    created: str
-    turn: int
-    edits: int
-    warm_up: int
-    current: int
-    superseded: int
-    reverted: int
-    records: int
-    journal_bytes: int
-    snapshots: int
-    snapshot_bytes: int
-    turns_since_snapshot: int
-    damage: str | None
-    writer: str | None
-
-    def __str__(self) -> str:
-        lines = [
-            f"session       {self.directory} ({self.editor}, {self.model or 'model of no recorded name'})",
-            f"created       {self.created}, journal of {self.detail}",
-            f"turn          {self.turn}",
-            f"requests      {self.current} current, {self.superseded} superseded, {self.reverted} reverted; "
-            f"{self.warm_up} of the warm-up",
-            f"journal       {self.records} records, {_size(self.journal_bytes)}",
-            f"snapshots     {self.snapshots}, {_size(self.snapshot_bytes)}; {self.turns_since_snapshot} turns since "
-            "the last",
-            f"writer        {'open ' + self.writer if self.writer else 'none'}",
-        ]
-        return "\n".join([*lines, f"DAMAGED       {self.damage}"] if self.damage else lines)
-
-
-@dataclass(frozen=True)
-class LogEntry:
-    """One record of the journal, for people. ``turn`` is None for what changes no weights."""
-
-    record: int
-    time: str
-    kind: str
-    turn: int | None
-    in_model: bool
-    text: str
-
-    def __str__(self) -> str:
-        turn = "" if self.turn is None else f"turn {self.turn}"
-        return f"{self.record:>5}  {self.time}  {turn:<10}{self.kind:<10}{self.text}"
 
 
 class SessionView:
@@ -129,7 +67,7 @@ class SessionView:
     def status(self) -> SessionStatus:
         """Where the session stands."""
         states = [entry.state.split()[0] for entry in self.history.entries.values()]
-        snapshots = self.snapshots.numbers()
+        snapshots = self.snapshots.sizes()
         line = [0, *(self.history.steps[turn].record.number for turn in self.history.line)]
         last = max((line.index(number) for number in snapshots if number in line), default=0)
         return SessionStatus(
@@ -147,7 +85,7 @@ class SessionView:
             records=len(self.journal.records),
             journal_bytes=self.journal.end,
             snapshots=len(snapshots),
-            snapshot_bytes=sum(self.snapshots.path(number).stat().st_size for number in snapshots),
+            snapshot_bytes=sum(snapshots.values()),
             turns_since_snapshot=len(line) - 1 - last,
             damage=str(self.journal.damage) if self.journal.damage else None,
             writer=writer(self.directory),
@@ -161,7 +99,7 @@ class SessionView:
         content = record.content
         kind, turn = content["kind"], content.get("turn")
         in_model = kind not in STEPS or turn in self.history.line
-        text = _TEXTS[kind](content)
+        text = describe(content)
         if not in_model:
             text += f" [rolled back in record {self.history.cut[turn]}]"
         return LogEntry(record.number, content["time"], kind, turn, in_model, text)
@@ -177,34 +115,3 @@ def check_new_directory(directory: Path) -> None:
     """Raise ValueError unless a session can be made there."""
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not an empty directory; choose another for the session")
-
-
-def _turn_text(content: dict) -> str:
-    report = content["report"]
-    text = f"{report['requests']} requests, {content['passes']} pass{'es' * (content['passes'] != 1)}"
-    text += f", efficacy before {report['efficacy_before']:.2f}"
-    for new, old in content.get("supersedes", {}).items():
-        text += f"; {new} supersedes {old}"
-    return text
-
-
-_TEXTS: dict[str, Callable[[dict], str]] = {
-    "created": lambda content: f"{content['config']['editor']} on {content['model']['source']}",
-    "warm_up": _turn_text,
-    "edit": _turn_text,
-    "repair": _turn_text,
-    "revert": lambda content: f"took out {', '.join(content['requests'])}",
-    "rollback": lambda content: (
-        f"back to turn {content['to_turn']}; out of the model: turns " + ", ".join(map(str, content["cut"]))
-    ),
-    "recovered": lambda content: f"{content['reason']}; {content['bytes']} bytes are kept in {content['aside']}",
-    "moved": lambda content: content["reason"],
-}
-
-
-def _size(count: float) -> str:
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        del units[0]
-    return f"{count:.3g} {units[0]}"

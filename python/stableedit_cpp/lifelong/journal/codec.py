@@ -12,7 +12,7 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedPass, AppliedTurn, TurnReport
 from stableedit_cpp.model.capture import CapturedTurn
 
-__all__ = ["decode_turn", "decode_updates", "encode_turn", "encode_updates"]
+__all__ = ["decode_requests", "decode_turn", "decode_updates", "encode_turn", "encode_updates"]
 
 
 def encode_turn(turn: AppliedTurn, *, factors: bool) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -43,6 +43,17 @@ def encode_turn(turn: AppliedTurn, *, factors: bool) -> tuple[dict, dict[str, to
             if not torch.equal(keys.to(update.right), update.right):
                 tensors[f"{number}/{name}/keys"] = _kept(keys)
     return content, tensors
+
+
+def decode_requests(content: dict) -> list[EditRequest]:
+    """The requests of a turn's record, as they were written.
+
+    A request drops blanks around its texts today; with those that an earlier version kept, other tokens were learned.
+    """
+    requests = [EditRequest(**fields) for fields in content["requests"]]
+    for request, fields in zip(requests, content["requests"], strict=True):
+        vars(request).update(fields)
+    return requests
 
 
 def encode_updates(updates: Mapping[str, LowRankUpdate], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -78,8 +89,7 @@ def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mappi
             correct=torch.empty(0),
         )
         passes.append(AppliedPass(captured, updates, tensors[f"{number}/request"], content["ridge"][number]))
-    requests = [EditRequest(**fields) for fields in content["requests"]]
-    return AppliedTurn(content["kind"], requests, passes, TurnReport(**content["report"]))
+    return AppliedTurn(content["kind"], decode_requests(content), passes, TurnReport(**content["report"]))
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -38,6 +39,14 @@ class Snapshots:
     def numbers(self) -> list[int]:
         """Records that there is a snapshot of, in order."""
         return sorted(int(path.stem.removeprefix("record-")) for path in self.directory.glob("record-*.safetensors"))
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes of each snapshot, by the number of its record; a writer may be removing some."""
+        sizes = {}
+        for number in self.numbers():
+            with contextlib.suppress(FileNotFoundError):
+                sizes[number] = self.path(number).stat().st_size
+        return sizes
 
     def path(self, number: int) -> Path:
         return self.directory / f"record-{number:06d}.safetensors"

@@ -9,37 +9,34 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.errors import DamagedSnapshot, OtherBits
 from stableedit_cpp.lifelong.history import Step
-from stableedit_cpp.lifelong.journal.codec import decode_turn, decode_updates
+from stableedit_cpp.lifelong.journal.codec import decode_requests, decode_turn, decode_updates
 from stableedit_cpp.lifelong.journal.snapshots import state_digests
 from stableedit_cpp.lifelong.view import SessionView
 
-__all__ = ["applied_turn", "rebuild"]
+__all__ = ["applied_turn", "restore"]
 
 
-def rebuild(
+def restore(
     view: SessionView,
     editor: Editor,
     line: Sequence[int],
     *,
     exact: bool = True,
-    from_first: bool = False,
     progress: bool | None = None,
 ) -> None:
     """Make weights and statistics those after the last turn of ``line``, bit for bit.
 
     Args:
-        from_first: begin at the first snapshot, not at the newest: to verify everything.
         exact: raise if that fails; else accept the difference, which another processor or library makes in the last
             digits.
 
     Raises:
         OtherBits: see ``exact``. DamagedSnapshot: if there is no snapshot to begin from.
     """
-    done = _load_snapshot(view, editor, [] if from_first else line)
+    done = _load_snapshot(view, editor, line)
     steps = [view.history.steps[turn] for turn in line[done:]]
     shown = None if progress is None else not progress
     for step in tqdm(steps, desc="Replaying", unit="turn", disable=shown, leave=False):
@@ -62,7 +59,7 @@ def applied_turn(view: SessionView, editor: Editor, turn: int) -> AppliedTurn:
     before = editor.checkpoint()
     seen: list[AppliedTurn] = []
     try:
-        rebuild(view, editor, view.history.line_until(turn)[:-1])
+        restore(view, editor, view.history.line_until(turn)[:-1])
         with editor.followers.silenced(seen.append):
             _redo(view, editor, step)
     finally:
@@ -100,9 +97,8 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
         elif content["factors"]:
             editor.replay(_decode(view, editor, step))
         else:
-            requests = [EditRequest(**fields) for fields in content["requests"]]
             call = editor.warm_up if step.kind == "warm_up" else editor.edit
-            call(requests, progress=False)
+            call(decode_requests(content), progress=False)
 
 
 def _decode(view: SessionView, editor: Editor, step: Step) -> AppliedTurn:
