@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import stableedit_cpp as se
 from stableedit_cpp.model.modules import default_edit_modules, describe_linear_maps, find_modules
-from support.tiny import ARCHITECTURES, LAYERS, pattern_of, tiny_model, tiny_tokenizer
+from support.tiny import ARCHITECTURES, FACTS, LAYERS, VOCABULARY, pattern_of, tiny_model, tiny_tokenizer
 
 
 def names(model, patterns) -> list[str]:
@@ -173,6 +174,72 @@ class TestDefaults:
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **sizes))
         assert default_edit_modules(model) == [f"model.layers.{layer}.mlp.down_proj" for layer in expected]
+
+    @pytest.mark.parametrize(
+        "kind, sizes, expected",
+        [
+            ("Lfm2", {}, "feed_forward.w2"),
+            ("FalconH1", {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_ssm": 32}, "feed_forward.down_proj"),
+            ("Jamba", {"use_mamba_kernels": False}, "feed_forward.down_proj"),
+            ("RecurrentGemma", {}, "mlp_block.down_proj"),
+            ("Phi3", {}, "mlp.down_proj"),  # one map for gate and up
+            ("Bloom", {}, "mlp.dense_4h_to_h"),
+            ("GPTBigCode", {}, "mlp.c_proj"),  # with two heads, query, key and value look like a gate and up
+            ("Qwen2Moe", {}, "mlp.shared_expert.down_proj"),
+            ("DeepseekV3", {}, "mlp.shared_experts.down_proj"),  # and not the MLP of the first layers
+        ],
+    )
+    def test_an_mlp_is_known_by_its_shape(self, kind, sizes, expected):
+        small = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+        small |= {"intermediate_size": 24, "vocab_size": 30, "pad_token_id": 0}
+        with torch.device("meta"):
+            config = getattr(transformers, f"{kind}Config")(**small, **sizes)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        found = default_edit_modules(model)
+        assert {name.split(".", 3)[-1] for name in found} == {expected}
+        assert all(int(name.split(".")[2]) >= 4 for name in found)
+
+    @pytest.mark.parametrize("kind", ["Mixtral", "Mamba", "Rwkv", "Bert"])
+    def test_none_where_there_is_no_such_mlp(self, kind):
+        config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2, vocab_size=30)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        with pytest.raises(ValueError, match="no default edit_modules are known for"):
+            default_edit_modules(model)
+
+    TEXT: ClassVar = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    TEXT |= {"num_key_value_heads": 1, "vocab_size": VOCABULARY, "head_dim": 8, "pad_token_id": 0}
+    MROPE: ClassVar = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    TOWER: ClassVar = {"hidden_size": 16, "num_hidden_layers": 9, "num_attention_heads": 2, "intermediate_size": 24}
+    TOWER |= {"image_size": 8, "patch_size": 4}
+
+    @pytest.mark.parametrize(
+        "kind, text, vision, expected",
+        [
+            (
+                "Qwen2VL",
+                {"model_type": "qwen2_vl_text", "rope_parameters": MROPE},
+                {"depth": 9, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+                "model.language_model.layers.2.mlp.down_proj",
+            ),
+            (
+                "Llava",
+                {"model_type": "llama"},
+                {"model_type": "clip_vision_model"} | TOWER,
+                "model.language_model.layers.2.mlp.down_proj",
+            ),
+            ("Gemma3", {}, TOWER, "model.language_model.layers.2.mlp.down_proj"),
+        ],
+    )
+    def test_a_vision_tower_is_not_the_language_model(self, kind, text, vision, expected, tokenizer):
+        """It has three times as many layers, as wide as those of the language model."""
+        config = getattr(transformers, f"{kind}Config")(text_config=self.TEXT | text, vision_config=vision)
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        tower = [name for name, _ in model.named_modules() if ".8." in name and "fc2" in name]
+        assert len(tower) == 1
+        assert default_edit_modules(model) == [expected]
+        report = se.StableEdit(model, tokenizer, se.StableEditConfig(max_passes=2)).edit([FACTS[0]])
+        assert report.edits == 1
 
     def test_unknown_architecture(self):
         model = nn.ModuleDict({"first": nn.Linear(3, 4), "act": nn.ReLU()})

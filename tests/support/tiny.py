@@ -36,6 +36,16 @@ ARCHITECTURES = {
         },
         "model.decoder.layers.*.fc2",
     ),
+    "falcon": (
+        "FalconConfig",
+        {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "ffn_hidden_size": 24},
+        "transformer.h.*.mlp.dense_4h_to_h",
+    ),
+    "mpt": (
+        "MptConfig",
+        {"d_model": 16, "n_layers": LAYERS, "n_heads": 2, "expansion_ratio": 2, "max_seq_len": 64},
+        "transformer.blocks.*.ffn.down_proj",
+    ),
 }
 
 

@@ -65,5 +65,5 @@ def locality(
 
 def _log_probabilities(model: nn.Module, sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """``[n, vocabulary]``, in float32 or better."""
-    with untouched(model), torch.inference_mode():
+    with untouched(model), torch.no_grad():
         return log_probabilities(answer_logits(model, collate(sequences, input_device(model))))

@@ -84,7 +84,7 @@ def _for_answers(
     """Hands over, batch by batch: indices of the sequences, answer tokens of each, logits ``[n, vocabulary]``, labels
     ``[n]``."""
     device = input_device(model)
-    with untouched(model), torch.inference_mode():
+    with untouched(model), torch.no_grad():
         for indices in pack_apart(sequences, max_tokens, trunk):
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device)

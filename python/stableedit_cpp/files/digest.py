@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,8 @@ _THREADS = 4  # on an accelerator, so many tensors are copied to the host at onc
 def model_digest(model: torch.nn.Module, exclude: Iterable[str] = ()) -> str:
     """BLAKE2b over the name, dtype, shape and bytes of every parameter and persistent buffer.
 
-    The same for a model saved and loaded again in its dtype, on any device, and whether weights are tied or only equal.
+    The same for a model saved and loaded again in its dtype, on any device, offloaded by accelerate or not, and whether
+    weights are tied or only equal.
 
     Args:
         exclude: names in the state dict to leave out, e.g. those of edited weights:
@@ -41,16 +42,19 @@ def model_digest(model: torch.nn.Module, exclude: Iterable[str] = ()) -> str:
         if tensors.pop(name, None) is None:
             raise ValueError(f"exclude: the model has no parameter or buffer {name!r}")
     whole = hashlib.blake2b(digest_size=_SIZE)
-    for name, digest in tensor_digests(tensors).items():
+    for name, digest in tensor_digests(tensors, lambda name: _in_memory(model, name, tensors[name])).items():
         whole.update(f"{name} {digest}\n".encode())
     return whole.hexdigest()
 
 
-def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """``tensor_digest`` of each of some named tensors, in the order of the names."""
-    names = sorted(tensors)
+def tensor_digests(
+    tensors: Mapping[str, torch.Tensor], fetch: Callable[[str], torch.Tensor] | None = None
+) -> dict[str, str]:
+    """``tensor_digest`` of each of some named tensors, in the order of the names; ``fetch`` gives one when it is its
+    turn."""
+    names, fetch = sorted(tensors), fetch or tensors.__getitem__
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib and copies to the host release the GIL
-        return dict(zip(names, pool.map(lambda name: tensor_digest(tensors[name], name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: tensor_digest(fetch(name), name), names), strict=True))
 
 
 def tensor_digest(tensor: torch.Tensor, name: str = "the tensor") -> str:
@@ -64,6 +68,17 @@ def tensor_digest(tensor: torch.Tensor, name: str = "the tensor") -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=_SIZE)
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _in_memory(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the state dict; one that accelerate has offloaded from where it keeps it."""
+    place, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(place), "_hf_hook", None) if tensor.is_meta else None
+    for part in getattr(hook, "hooks", [hook]):  # one, or several in a row
+        kept = getattr(part, "weights_map", None)
+        if kept is not None:
+            return kept[own]
+    return tensor
 
 
 def fingerprint(tensor: torch.Tensor) -> bytes:

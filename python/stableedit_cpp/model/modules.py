@@ -13,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = ["EditModule", "default_edit_modules", "describe_linear_maps", "find_modules"]
 
-# The output projection of the MLP, by architecture: Llama, Mistral, Qwen, Gemma; GPT-2; GPT-J; GPT-NeoX; Phi, OPT.
-_MLP_OUTPUTS = ("mlp.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.fc2", "fc2")
 # Where in the depth of the model the default modules lie: layers 22, 24, 26, 28 of 30.
 _DEFAULT_DEPTHS = (22 / 30, 24 / 30, 26 / 30, 28 / 30)
 
@@ -75,22 +73,36 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
 
 
 def default_edit_modules(model: nn.Module) -> list[str]:
-    """Names of the MLP output projections of four layers in the last third of the model.
+    """Names of the MLP output projections of four layers in the last third of the language model.
+
+    They are found by their shape, not by their name (see ``_mlp_output``), in the layers of the text decoder alone. In
+    a mixture of experts it is the expert that sees every token, if there is one.
 
     Raises:
-        ValueError: for an architecture whose MLP is not known (the message says what exists).
+        ValueError: for an architecture where at most a third of the layers hold such an MLP (the message says what
+            exists).
     """
-    layers: dict[int, str] = {}
-    for name, module in model.named_modules():
-        match = re.search(r"\.(\d+)\.(.+)$", name)
-        if match and match.group(2) in _MLP_OUTPUTS and _is_linear(module):
-            layers[int(match.group(1))] = name
-    if not layers:
+    count, width = _text_size(model)
+    found: dict[tuple, list[str]] = {}  # one entry for each place that has the shape of an MLP in a list of layers
+    for name, layers in _layer_lists(model).items():
+        places: dict[str, list[str]] = {}
+        for index, layer in enumerate(layers):
+            for place, block in layer.named_modules():
+                output = _mlp_output(block)
+                if output is not None and width in (None, EditModule(output, getattr(block, output)).shape[1]):
+                    inside = f"{place}.{output}".lstrip(".")
+                    places.setdefault(inside, []).append(f"{name}.{index}.{inside}")
+        for inside, names in places.items():
+            if 3 * len(names) > len(layers):
+                # Adapters beside an MLP are of its shape, but narrower. The decoder comes after the encoder.
+                inner = EditModule(inside, model.get_submodule(names[0])).shape[0]
+                found[len(layers) == count, len(layers), inner, len(found)] = names
+    if not found:
         raise ValueError(
             f"no default edit_modules are known for {type(model).__name__}; name them. The model has:\n"
             f"{describe_linear_maps(model)}"
         )
-    names = [layers[layer] for layer in sorted(layers)]
+    names = found[max(found)]
     return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
 
 
@@ -115,6 +127,39 @@ def describe_linear_maps(model: nn.Module) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and getattr(module.weight, "ndim", 0) == 2
+
+
+def _text_size(model: nn.Module) -> tuple[int | None, int | None]:
+    """Number of layers and width of the language model; None for what its config does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    return getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+
+
+def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists of modules by name: those of what the model calls its decoder, which leaves out a vision tower."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(part) for part in decoder.modules()}
+    return {name: part for name, part in lists.items() if id(part) in inside} or lists
+
+
+def _mlp_output(block: nn.Module) -> str | None:
+    """Name of the linear map in a block that leads back to the width from which the others start; None if the block is
+    no MLP.
+
+    An MLP has one or two maps from width d to another width m (two with a gate, or one to 2m for both) and one from m
+    back to d. Attention has other shapes: four maps, or one to 3d; and what has a convolution is a recurrent layer.
+    """
+    children = dict(block.named_children())
+    maps = {name: EditModule(name, child).shape for name, child in children.items() if _is_linear(child)}
+    if not 2 <= len(maps) <= 3 or any(isinstance(child, nn.Conv1d) for child in children.values()):
+        return None
+    for down, (m, d) in reversed(maps.items()):
+        ups = [shape for name, shape in maps.items() if name != down]
+        if m != d and (all(up == (d, m) for up in ups) or ups == [(d, 2 * m)]):
+            return down
+    return None
 
 
 def _check_editable(model: nn.Module, module: EditModule) -> None:

@@ -52,7 +52,7 @@ def batches(
     for indices in pack_apart(sequences, max_tokens, trunk):
         chosen = [sequences[index] for index in indices]
         batch = collate(chosen, device)
-        with untouched(model), torch.inference_mode():
+        with untouched(model), torch.no_grad():
             logits = answer_logits(model, batch, trunk, chosen)
         yield AnswerBatch(
             indices, [len(sequence.answer) for sequence in chosen], logits, batch.labels.to(logits.device)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
@@ -96,13 +97,13 @@ class TrunkCache:
             self._proven = self.objection is None
             if not self._proven:
                 return
-        fingerprint = self._weights_fingerprint()
-        if self._states and fingerprint != self._fingerprint:
+        present = self._weights_fingerprint()
+        if self._states and present != self._fingerprint:
             raise ValueError(
                 f"weights outside the layers from {self._depth} on have changed since the trunk cache was filled; "
                 "clear() it first"
             )
-        self._fingerprint = fingerprint
+        self._fingerprint = present
         self._vouched = None if self._vouched is None else True
 
     @contextmanager
@@ -188,7 +189,7 @@ class TrunkCache:
         limit, self.max_bytes = self.max_bytes, sys.maxsize
         try:
             self._weights_fingerprint()
-            with untouched(self._model), torch.inference_mode():
+            with untouched(self._model), torch.no_grad():
                 plain = self._logits(pair, cached=False)
                 kept = self._logits(pair, cached=True)
                 # What a layer may have left behind for those above it must not be that of the pair.
@@ -199,7 +200,7 @@ class TrunkCache:
             if not torch.equal(plain, kept) or not torch.equal(plain, reused):
                 return f"from the states before layer {self._depth} alone the model computes other logits"
         except Exception as error:  # whatever a model makes of it, it works in full
-            return f"{type(error).__name__}: {error}"
+            return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         finally:
             self.max_bytes = limit
             self.clear()
@@ -228,8 +229,7 @@ class TrunkCache:
                 continue
             if parameter.is_meta:
                 raise ValueError(f"{name} is not in memory (offloaded), so changes of it would go unseen")
-            bits = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(_sums(bits).cpu().numpy().tobytes())
+            digest.update(fingerprint(parameter))
         return digest.digest()
 
 
@@ -249,15 +249,6 @@ def pack_apart(sequences: Sequence[TokenSequence], max_tokens: int, trunk: Trunk
         for group in (kept, rest)
         for batch in pack([sequences[index] for index in group], max_tokens)
     ]
-
-
-def _sums(bits: torch.Tensor) -> torch.Tensor:
-    """Column sums of the bytes laid out in rows of words: any changed weight, and nearly any exchange of two, changes
-    one. 64-bit words, because their sum runs at the speed of the memory."""
-    width = 4093 * 8
-    whole = bits.numel() // width * width
-    rows = bits[:whole].view(torch.int64).view(-1, width // 8).sum(0)
-    return torch.cat([rows, bits[whole:].long()])
 
 
 def _trunk(model: nn.Module, modules: Sequence[EditModule]) -> tuple[nn.ModuleList, int]:

@@ -36,12 +36,23 @@ def untouched(model: nn.Module) -> Iterator[Linears]:
         for module in [module for module in model.modules() if module.training]:
             stack.callback(setattr, module, "training", True)
             module.training = False
-        for parameter in [parameter for parameter in model.parameters() if parameter.requires_grad]:
-            stack.callback(parameter.requires_grad_, True)
-            parameter.requires_grad_(False)
+        for module, name in _trainable(model):
+            stack.callback(_ask_for_gradient, module, name, True)
+            _ask_for_gradient(module, name, False)
         linears = Linears()
         stack.enter_context(linears.replaced(model))
         yield linears
+
+
+def _trainable(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Module and name of each parameter that requires a gradient: not the parameter itself, in whose place accelerate
+    puts another one whenever an offloaded module runs."""
+    found = [(module, name, part) for module in model.modules() for name, part in module._parameters.items()]
+    return [(module, name) for module, name, part in found if part is not None and part.requires_grad]
+
+
+def _ask_for_gradient(module: nn.Module, name: str, flag: bool) -> None:
+    getattr(module, name).requires_grad_(flag)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -86,7 +86,7 @@ def hidden_states(
         if not sequence.ids or (limit is not None and len(sequence) > limit):
             raise ValueError(f"the prompt {prompt!r:.60} has {len(sequence)} tokens; expected 1 to {limit}")
     found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(prompts) for layer in wanted}
-    with untouched(model), torch.inference_mode():
+    with untouched(model), torch.no_grad():
         for indices in pack(sequences, max_tokens):
             batch = collate([sequences[index] for index in indices], input_device(model))
             # The model without its output embedding: nobody looks at the logits.
