@@ -85,7 +85,7 @@ class _Solver(Solver):
 class StableEdit(Editor):
     """StableEdit (Algorithm 1). Warm up on a training stream first; without it the first turns rest on few samples.
 
-    Equivalent, for one module and one turn with keys H and value gradients G, to::
+    Equivalent, for one module and one turn with keys H and value gradients G, to
 
         normalizer.observe(H, G)                                  # (m, kappa, Psi, nu), key mean and std
         g_hat = (G - m) @ inverse_root(floored(Psi / (nu - v - 1)))
