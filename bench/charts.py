@@ -1,4 +1,4 @@
-"""Draws docs/charts/*.png from bench/results/*.json; needs matplotlib.
+"""Draws docs/charts/*.png from bench/results/*.json, as the charts of ``stableedit report``; needs matplotlib.
 
 example:
   python bench/charts.py
@@ -11,16 +11,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-try:
-    import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-except ModuleNotFoundError:
-    raise SystemExit("bench/charts.py needs matplotlib: pip install matplotlib") from None
+from stableedit_cpp.report.pictures import GREY, chart_settings, logarithmic, new_figure, png_of, style
 
 _ROOT = Path(__file__).resolve().parent.parent
-_OURS, _OTHER, _LIMIT = "#1f6fb2", "#c44e3a", "#8a8a8a"
+_OURS, _OTHER, _LIMIT = style(0).color, style(1).color, GREY
 
 
 def main() -> None:
@@ -32,18 +29,16 @@ def main() -> None:
     if not found:
         parser.error(f"there are no results in {options.results}")
     options.output.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     for name, draw in CHARTS.items():
         if name not in found:
             print(f"{name}: no result, no chart")
             continue
-        figure = draw(found[name])
         machine = found[name]["machine"]
         where = f"{machine['device']}, torch {machine['torch']}, {machine['date'][:10]}"
-        figure.suptitle(f"bench/{name}.py on {where}", fontsize=9, color="#555555")
-        figure.tight_layout()
-        figure.savefig(options.output / f"{name}.png", dpi=130)
-        plt.close(figure)
+        with chart_settings():
+            figure = draw(found[name])
+            figure.suptitle(f"bench/{name}.py on {where}", fontsize=9)
+            (options.output / f"{name}.png").write_bytes(png_of(figure))
         print(options.output / f"{name}.png")
 
 
@@ -66,20 +61,20 @@ def _rank(document: dict) -> tuple[bool, bool, str]:
     return settings.get("shape") == "mistral-7b", settings.get("edits", 0) <= 1000, document["machine"]["date"]
 
 
-def editing_math(result: dict) -> plt.Figure:
+def editing_math(result: dict) -> Figure:
     shape, ours = result["shape"], result["ours"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = new_figure(2, width=5.5, height=4)
     rows = [("dense products alone", result["dense_products_ms"], _LIMIT)]
     rows += [(f"ours, {mode}", ours[mode]["ms_per_turn"], _OURS) for mode in ("late", "early", "exact")]
     if "published" in result:
         rows.append(("published", result["published"]["ms_per_turn"], _OTHER))
-    bars(left, [(label, value / 1000, colour) for label, value, colour in rows], "s", logarithmic=True)
+    bars(left, [(label, value / 1000, colour) for label, value, colour in rows], "s", steep=True)
     left.set_xlabel("seconds a turn (logarithmic)")
     left.set_title(f"{result['settings']['shape']}: k {shape['k']}, v {shape['v']}, {shape['modules']} modules")
     bottom = [0.0] * 3
-    for part in ours["late"]["ms_by_part"]:
+    for index, part in enumerate(ours["late"]["ms_by_part"]):
         values = [ours[mode]["ms_by_part"][part] / 1000 for mode in ("late", "early", "exact")]
-        right.bar(["late", "early", "exact"], values, bottom=bottom, label=part)
+        right.bar(["late", "early", "exact"], values, bottom=bottom, label=part, color=style(index).color)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     right.set_ylabel("seconds a turn")
     right.set_title("ours by part")
@@ -87,10 +82,10 @@ def editing_math(result: dict) -> plt.Figure:
     return figure
 
 
-def whitening(result: dict) -> plt.Figure:
+def whitening(result: dict) -> Figure:
     spectra = [name for name in ("smollm2", "steep") if name in result]
-    figure, axes = plt.subplots(1, len(spectra), figsize=(5.5 * len(spectra), 4), squeeze=False)
-    for axis, spectrum in zip(axes[0], spectra, strict=True):
+    figure, axes = new_figure(len(spectra), width=5.5, height=4)
+    for axis, spectrum in zip(axes, spectra, strict=True):
         found = result[spectrum]
         rows = []
         for name, method in found["methods"].items():
@@ -105,8 +100,8 @@ def whitening(result: dict) -> plt.Figure:
     return figure
 
 
-def capture(result: dict) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+def capture(result: dict) -> Figure:
+    figure, (axis,) = new_figure(width=7.5, height=3.2)
     colours = {"limit": _LIMIT, "ours": _OURS, "published": _OTHER}
     bars(axis, [(name, result[name]["median_ms"] / 1000, colour) for name, colour in colours.items()], "s")
     axis.set_xlabel("seconds a turn, median")
@@ -118,27 +113,26 @@ def capture(result: dict) -> plt.Figure:
     return figure
 
 
-def stream(result: dict) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+def stream(result: dict) -> Figure:
+    figure, (left, right) = new_figure(2, width=5, height=3.6)
     rows = [("ours", result["edits_per_second_ours"], _OURS)]
     rows.append(("published", result["edits_per_second_published"], _OTHER))
     bars(left, rows, "edits/s")
     left.set_xlabel("edits a second")
     left.set_title(f"{result['edits']} ZsRE edits: {result['speedup']:.1f} times faster")
     pairs = [("ours", result["seconds_by_part_ours"]), ("published", result["seconds_by_part_published"])]
-    for part, colour in (("capture", "#7fb3d8"), ("mathematics", "#f0a35e"), ("apply", "#7a9a5a")):
+    for index, part in enumerate(("capture", "mathematics", "apply")):
         before = [sum(list(parts.values())[: list(parts).index(part)]) if part in parts else 0 for _, parts in pairs]
-        right.bar(
-            [name for name, _ in pairs], [p.get(part, 0) for _, p in pairs], bottom=before, label=part, color=colour
-        )
+        values, colour = [parts.get(part, 0) for _, parts in pairs], style(index).color
+        right.bar([name for name, _ in pairs], values, bottom=before, label=part, color=colour)
     right.set_ylabel("seconds in all")
     right.set_title(f"ours: mathematics {100 * result['mathematics_share']:.1f} % of a turn")
     right.legend(fontsize=8)
     return figure
 
 
-def scaling(result: dict) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+def scaling(result: dict) -> Figure:
+    figure, (left, right) = new_figure(2, width=5, height=3.6)
     deciles = range(1, 11)
     left.plot(deciles, result["ms_per_turn_by_decile"], "o-", color=_OURS, label="mean")
     left.plot(deciles, result["median_ms_per_turn_by_decile"], "s--", color=_LIMIT, label="median")
@@ -156,8 +150,8 @@ def scaling(result: dict) -> plt.Figure:
     return figure
 
 
-def evaluation(result: dict) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+def evaluation(result: dict) -> Figure:
+    figure, (axis,) = new_figure(width=7.5, height=3.2)
     seconds = result["seconds"]
     middle = sorted(seconds["without"])[len(seconds["without"]) // 2]
     later = sorted(seconds["with_later"])[len(seconds["with_later"]) // 2]
@@ -169,17 +163,18 @@ def evaluation(result: dict) -> plt.Figure:
     return figure
 
 
-def closed_loop(result: dict) -> plt.Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True)
+def closed_loop(result: dict) -> Figure:
+    figure, axes = new_figure(2, width=5.5, height=4.4)
     records = {record["setting"]: record["points"] for record in result["settings_done"]}
     unedited = records.pop("unedited")[0]
     for axis, metric in zip(axes, ("specificity", "generalization"), strict=True):
-        for name, points in records.items():
-            solved = [point for point in points if not point["after"].startswith("share")]
-            (line,) = axis.plot(*along(solved, metric), "o-", markersize=4, label=name)
+        for index, (name, points) in enumerate(records.items()):
+            colour = style(index).color
+            solved = [point for point in points if not point["after"].startswith(("share", "shrink"))]
+            axis.plot(*along(solved, metric), "o-", markersize=4, color=colour, label=name)
             if len(solved) < len(points):
                 shrunk = [solved[-1], *points[len(solved) :]]
-                axis.plot(*along(shrunk, metric), "x:", markersize=5, color=line.get_color(), label=f"{name}, shrunk")
+                axis.plot(*along(shrunk, metric), "x:", markersize=5, color=colour, label=f"{name}, shrunk")
         axis.set_xlabel("efficacy")
         axis.set_ylabel(metric)
     axes[0].axhline(unedited["specificity"], color=_LIMIT, linestyle="--", label="unedited")
@@ -194,11 +189,12 @@ def along(points: list[dict], metric: str) -> tuple[list[float], list[float]]:
     return [point["efficacy"] for point in points], [point[metric] for point in points]
 
 
-def lora_rank(result: dict) -> plt.Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+def lora_rank(result: dict) -> Figure:
+    figure, (left, right) = new_figure(2, width=5.5, height=4)
     rows, chosen = result["ranks"], result["chosen"]
     ranks = [row["rank"] for row in rows]
-    for metric, colour in (("efficacy", _OURS), ("generalization", "#7a9a5a"), ("specificity", _OTHER)):
+    for index, metric in enumerate(("efficacy", "specificity", "generalization")):
+        colour = style(index).color
         left.plot(ranks, [row[metric] for row in rows], "o-", color=colour, label=f"adapter, {metric}", markersize=4)
         left.axhline(result["edited"][metric], color=colour, linestyle="--", linewidth=1)
         left.axhline(result["unedited"][metric], color=colour, linestyle=":", linewidth=1)
@@ -218,18 +214,18 @@ def lora_rank(result: dict) -> plt.Figure:
     return figure
 
 
-def bars(axis: plt.Axes, rows: list[tuple[str, float, str]], unit: str, logarithmic: bool = False) -> None:
+def bars(axis: Axes, rows: list[tuple[str, float, str]], unit: str, steep: bool = False) -> None:
     """Horizontal bars, the first on top, each with its value."""
     labels, values, colours = zip(*rows, strict=True)
     drawn = axis.barh(labels, values, color=colours)
     axis.bar_label(drawn, [f" {value:.3g} {unit}" for value in values], fontsize=9)
     axis.invert_yaxis()
-    if logarithmic:
-        axis.set_xscale("log")
     axis.margins(x=0.2)
+    if steep:
+        logarithmic(axis.xaxis)
 
 
-CHARTS: dict[str, Callable[[dict], plt.Figure]] = {
+CHARTS: dict[str, Callable[[dict], Figure]] = {
     draw.__name__: draw
     for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop, lora_rank)
 }

@@ -49,6 +49,7 @@ def _label(runs: list[Run]) -> None:
     ways = (
         lambda run: run.settings["editor"],
         lambda run: f"{run.settings['editor']}, seed {run.settings['seed']}",
+        lambda run: f"{run.settings['editor']} in {run.path.parent.name}",
         lambda run: run.document["name"],
         lambda run: str(run.path),
     )

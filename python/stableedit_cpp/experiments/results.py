@@ -16,7 +16,6 @@ from stableedit_cpp.files.words import check_format
 
 __all__ = [
     "MEASUREMENTS",
-    "RECORDS",
     "RUN",
     "RUN_FILE",
     "TURNS_FILE",
@@ -24,10 +23,11 @@ __all__ = [
     "Run",
     "read_results",
     "read_run",
+    "records_file",
     "write_theory",
 ]
 
-RUN_FILE, TURNS_FILE, RECORDS = "run.json", "turns.jsonl", "requests/{}.jsonl"
+RUN_FILE, TURNS_FILE = "run.json", "turns.jsonl"
 RUN = {"format": "stableedit-bench-run", "version": 1}
 _THEORY_FILE, _THEORY = "theory.json", {"format": "stableedit-bench-theory", "version": 1}
 MEASUREMENTS = ("geometry", "probe")  # parts of a turn's seconds that are not editing
@@ -89,6 +89,11 @@ class Run:
         found = ((checkpoint["edits"], (checkpoint.get("side_effects") or {})) for checkpoint in self.checkpoints)
         return [(edits, effects[part]) for edits, effects in found if effects.get(part)]
 
+    def records(self, checkpoint: dict) -> list[dict]:
+        """One record a request that was scored at a checkpoint."""
+        text = (self.path / records_file(checkpoint)).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
     @cached_property
     def turns(self) -> list[dict]:
         """The lines of ``turns.jsonl``.
@@ -124,6 +129,11 @@ class Results:
 
     runs: list[Run]
     theories: list[tuple[Path, dict]]
+
+
+def records_file(checkpoint: dict) -> str:
+    """Where the records of a checkpoint are, below the run's directory."""
+    return f"requests/{checkpoint['edits']:08d}" + (f"-{checkpoint['step']}" if "step" in checkpoint else "") + ".jsonl"
 
 
 def read_run(directory: str | Path) -> dict:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from stableedit_cpp.experiments.results import RECORDS, RUN, RUN_FILE, TURNS_FILE, read_run
+from stableedit_cpp.experiments.results import RUN, RUN_FILE, TURNS_FILE, read_run, records_file
 from stableedit_cpp.experiments.settings import baseline, differences
 from stableedit_cpp.files.atomic import new_file, write_json, write_text
 from stableedit_cpp.files.environment import provenance
@@ -95,8 +95,7 @@ class RunDirectory:
     def add_checkpoint(self, entry: dict, records: Iterable[Mapping], cost: Mapping[str, object]) -> None:
         """Keep what was measured at a checkpoint; the same once more takes the place of what is there."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        name = f"{entry['edits']:08d}" + (f"-{entry['step']}" if "step" in entry else "")
-        write_text(self.path / RECORDS.format(name), lines)
+        write_text(self.path / records_file(entry), lines)
         others = [old for old in self.document["checkpoints"] if old["turn"] != entry["turn"]]
         self.document["checkpoints"] = sorted([*others, entry], key=lambda one: one["turn"])
         self.document["cost"] = dict(cost)
@@ -112,7 +111,7 @@ class RunDirectory:
         own = baseline(self.document["settings"])
         if entry is None or own is None or baseline(document["settings"]) != own:
             return False
-        for name in (RECORDS.format(f"{0:08d}"), f"side_effects/{HIDDEN_STATES.format(0)}"):
+        for name in (records_file(entry), f"side_effects/{HIDDEN_STATES.format(0)}"):
             if (other / name).exists():
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(other / name, self.path / name)

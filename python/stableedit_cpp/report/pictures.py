@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,8 +13,22 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
-__all__ = ["GREY", "INK", "PALETTE", "Picture", "Style", "draw", "edits_axis", "logarithmic", "style", "thinned"]
+__all__ = [
+    "GREY",
+    "INK",
+    "PALETTE",
+    "Picture",
+    "chart_settings",
+    "draw",
+    "edits_axis",
+    "logarithmic",
+    "new_figure",
+    "png_of",
+    "style",
+    "thinned",
+]
 
 # CSS variable -> (light, dark). Charts are drawn in the light colours; in the SVG each is replaced by its variable.
 PALETTE = {
@@ -39,9 +54,13 @@ _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
 _POINTS = 100  # more turns than this are averaged over: nobody could see them apart
 _WIDTH = 4.6  # inches: readable when it fills a phone
 
+_MARKS = re.compile(r"(<g[^>]*)>((?:\s*<use [^>]*/>)+\s*)</g>")
+_STYLE = re.compile(r' style="[^"]*"')
+
 _SETTINGS = {
     "font.size": 10,
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # an SVG names the whole list with every text
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -111,6 +130,27 @@ def logarithmic(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def chart_settings(salt: str = "") -> AbstractContextManager:
+    """Within it charts look alike; ``salt`` makes the ids of an SVG its own."""
+    import matplotlib
+
+    return matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": salt})
+
+
+def new_figure(panels: int = 1, *, height: float = 3.0, width: float = _WIDTH) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, within ``chart_settings``; height and width of each in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(panels * width, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def png_of(figure: Figure) -> bytes:
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png", dpi=160, facecolor=PALETTE["--page"][0])
+    return pixels.getvalue()
+
+
 def draw(
     name: str,
     title: str,
@@ -127,22 +167,16 @@ def draw(
         paint: draws into the axes. height: inches. legend: how many entries a legend below the axes has.
         columns: of the legend.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": slug}):
-        size = (_WIDTH, height + 0.22 * -(-legend // columns))
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
+    with chart_settings(slug):
+        figure, (axes,) = new_figure(height=height + 0.22 * -(-legend // columns))
         paint(axes)
         figure.suptitle(title, x=0.02, ha="left", fontsize=10.5, fontweight="bold")
         if legend:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns)
-        vector, pixels = io.StringIO(), io.BytesIO()
+        vector = io.StringIO()
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
-        figure.savefig(pixels, format="png", dpi=160, facecolor=PALETTE["--page"][0])
-    return Picture(slug, title, alt, _themed(vector.getvalue(), slug), pixels.getvalue())
+        return Picture(slug, title, alt, _themed(vector.getvalue(), slug), png_of(figure))
 
 
 def _themed(svg: str, slug: str) -> str:
@@ -152,6 +186,15 @@ def _themed(svg: str, slug: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{sha256(slug.encode()).hexdigest()[:8]}-", svg)
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*" ([^>]*?)height="[^"]*"', r"<svg \1\2", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
+    svg = _MARKS.sub(_styled_once, svg).replace("xlink:href=", "href=")
     for variable, (light, _) in PALETTE.items():
         svg = svg.replace(light, f"var({variable})")
     return svg
+
+
+def _styled_once(found: re.Match[str]) -> str:
+    """The style that all marks of a group have, on the group: a map has hundreds of them."""
+    styles = set(_STYLE.findall(found[2]))
+    if len(styles) != 1 or found[2].count("<use") != found[2].count("style="):
+        return found[0]
+    return f"{found[1]}{styles.pop()}>{_STYLE.sub('', found[2])}</g>"
