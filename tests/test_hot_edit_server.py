@@ -21,6 +21,7 @@ import torch
 from stableedit_cpp import core, generate, load_model
 from stableedit_cpp.cli import main
 from stableedit_cpp.model.modules import find_modules
+from support.processes import one_process_at_a_time
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ import mutate  # noqa: E402
 from client import Refused, Server  # noqa: E402
 
 # Where `make test-cpp` builds; another place can be named.
-BUILD = Path(os.environ.get("STABLEEDIT_BUILD_DIR", ROOT / "build/cmake")) / "cpp/examples/hot_edit_server"
+BUILD = Path(os.environ.get("STABLEEDIT_BUILD_DIR", ROOT / "build/editable")) / "cpp/examples/hot_edit_server"
 MODULES = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
 PROMPTS = ["The capital of Peru:", "Gold", "2 + 2 =", "Österreich, 日本", "x", "Snow is white and"]
 
@@ -47,13 +48,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cached_export(request) -> Callable[[str, str], Path]:
     """Exports a model (name, what to load) and keeps it between runs: compiling takes half a minute, or minutes."""
-    sources = [EXAMPLE / "export_model.py", Path(__file__).with_name("tiny.py")]
+    sources = [EXAMPLE / "export_model.py", ROOT / "tests/support/tiny.py"]
     key = hashlib.sha256(torch.__version__.encode() + b"".join(source.read_bytes() for source in sources)).hexdigest()
 
     def cached(name: str, source: str) -> Path:
         directory = Path(request.config.cache.mkdir("hot_edit_server")) / f"{name}-{key[:16]}"
-        if not directory.exists():
-            assert export_model.main(["--model", source, "--output", str(directory), "--max-length", "64"]) == 0
+        with one_process_at_a_time(directory):
+            if not directory.exists():
+                assert export_model.main(["--model", source, "--output", str(directory), "--max-length", "64"]) == 0
         return directory
 
     return cached

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stableedit_cpp import load_model
 
 ROOT = Path(__file__).parents[1]
-BUILD = Path(os.environ.get("STABLEEDIT_BUILD_DIR", ROOT / "build/cmake")) / "cpp/examples/hot_edit_server"
+BUILD = Path(os.environ.get("STABLEEDIT_BUILD_DIR", ROOT / "build/editable")) / "cpp/examples/hot_edit_server"
 
 pytestmark = [
     pytest.mark.slow,

@@ -84,7 +84,7 @@ def assert_equals_loop(model, tokenizer, requests: list[se.EditRequest], probes:
                 assert record[probe] == pytest.approx(expected, abs=1e-12), (record["id"], probe)
 
 
-def synthetic(name: str, count: int = 200) -> list[dict[str, object]]:
+def synthetic(name: str, count: int) -> list[dict[str, object]]:
     """Records of a format whose prompts and answers have many lengths; answers that a random model gives at times."""
     records = []
     for index in range(count):
@@ -116,12 +116,13 @@ def synthetic(name: str, count: int = 200) -> list[dict[str, object]]:
     return records
 
 
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [format_.name for format_ in se.data.FORMATS])
-def test_200_requests_of_each_format_equal_a_plain_loop(name, tmp_path):
+def test_requests_of_each_format_equal_a_plain_loop(name, count, tmp_path):
     path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(synthetic(name)))
+    path.write_text(json.dumps(synthetic(name, count)))
     requests = list(iter_requests(path))
-    assert len(requests) == 200
+    assert len(requests) == count
     probes = {"efficacy", "generalization", "specificity"}
     probes |= {"multi_hop", "persona"} if name == "wikibigedit" else set()
     assert_equals_loop(tiny_model("llama", torch.float64), tiny_tokenizer(bos=True), requests, probes)

@@ -234,8 +234,8 @@ REAL = [
     ("zsre/zsre_edit_5k.json", 5_000),
     ("counterfact/counterfact_train_10k.json", 10_000),
     ("counterfact/counterfact_edit_10k.json", 10_000),
-    ("entityquestions/stream_train_20k.jsonl.gz", 20_000),
-    ("entityquestions/stream_edit_100k.jsonl.gz", 100_000),
+    pytest.param("entityquestions/stream_train_20k.jsonl.gz", 20_000, marks=pytest.mark.slow),
+    pytest.param("entityquestions/stream_edit_100k.jsonl.gz", 100_000, marks=pytest.mark.slow),
     ("wikifactdiff/wikifactdiff_en_4k.json", 4_360),
 ]
 

@@ -175,6 +175,7 @@ def test_the_published_subsets_are_read_whole():
 # --- lm-eval ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra 'harness')")
 def test_the_harness_scores_a_task_over_local_json_as_we_do(tmp_path, tokenizer):
     records = [record_of("sst2", index % 2, f"review {index}") for index in range(RESERVED + 12)]

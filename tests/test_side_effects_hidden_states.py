@@ -98,7 +98,8 @@ def test_mmd_sees_a_shift_of_the_same_prompts_only_in_pairs():
     assert relative_shift(x, x) == 0
 
 
-@pytest.mark.parametrize("method", ["pca", "umap"])
+# numba compiles UMAP for a minute, anew in every clone: its cache goes by where the package lies.
+@pytest.mark.parametrize("method", ["pca", pytest.param("umap", marks=pytest.mark.slow)])
 def test_maps_show_two_clouds_as_two(method):
     if method == "umap":
         pytest.importorskip("umap", reason="umap-learn is not installed (extra 'sideeffects')")
@@ -111,6 +112,7 @@ def test_maps_show_two_clouds_as_two(method):
     np.testing.assert_array_equal(again[0], before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 def test_maps_leave_torch_its_threads(threads):
     pytest.importorskip("umap", reason="umap-learn is not installed (extra 'sideeffects')")

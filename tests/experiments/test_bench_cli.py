@@ -95,6 +95,7 @@ editor_options: {{edit_modules: {json.dumps(MODULES)}, turn_size: 10}}
     assert read_run("out/ultraedit-mine-tiny-seed0")["settings"]["config"]["editor"] == "ultraedit"
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on(work, model):
     command = [sys.executable, "-m", "stableedit_cpp", "bench", "--model", model, "--dataset", "zsre", "--data", "data"]
     command += ["--output", "out", *SMALL, "--snapshot-every", "0"]

@@ -142,12 +142,17 @@ class Killed(BaseException):
     """Stands for a kill: nothing is tidied up."""
 
 
-@pytest.mark.parametrize("editor", ["stableedit", "ultraedit", "closed-loop"])
-@pytest.mark.parametrize("at", [1, 2, 4, 6])
+KILLS = [("stableedit", 1), ("closed-loop", 2), ("ultraedit", 4), ("stableedit", 6)]
+MORE_KILLS = [(editor, at) for editor in ("stableedit", "ultraedit", "closed-loop") for at in (1, 2, 4, 6)]
+MORE_KILLS = [kill for kill in MORE_KILLS if kill not in [*KILLS, ("ultraedit", 6)]]  # which ends after turn 4
+
+
+@pytest.mark.parametrize(
+    ("editor", "at"), [*KILLS, *(pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE_KILLS)]
+)
 def test_a_run_goes_on_as_if_it_had_not_been_killed(data, tmp_path, monkeypatch, editor, at):
     options = {"editors": [editor], "cumulative": 10, "convergence": True, "geometry": 2, "sample": 15}
     warm_up_turns = 0 if editor == "ultraedit" else 2
-    at = min(at, 4 + warm_up_turns)
     whole = bench(data, tmp_path / "whole", **options)[0]
     turn = StreamRun._turn
 

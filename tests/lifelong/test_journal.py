@@ -179,7 +179,8 @@ def test_a_failed_append_leaves_no_trace(journal):
     assert len(Journal(journal.path.parent).records) == 9
 
 
-def test_killed_in_the_middle_of_appending(journal):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_appending(journal, kills):
     """A child that appends as fast as it can is killed: all it was told is done is there."""
     code = (
         "import sys, pathlib, torch\n"
@@ -191,7 +192,7 @@ def test_killed_in_the_middle_of_appending(journal):
     )
     source = random.Random(0)
     count = len(journal.records)
-    for _ in range(3):
+    for _ in range(kills):
         command = [sys.executable, "-c", code, str(journal.path.parent)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             told = 0

@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "bench" / "session_kills.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detail", ["factors", "requests"])
 def test_killed_at_random_instants(detail, tmp_path):
     """The bits are those of a run that nobody killed."""

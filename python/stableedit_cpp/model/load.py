@@ -87,8 +87,11 @@ def _smollm2_directory() -> Path:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(scratch)
         scratch.chmod(0o755)
-        if not target.exists():  # another process may have been faster
+        try:
             scratch.rename(target)
+        except OSError:
+            if not (target / "config.json").exists():  # or else another process was faster
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
