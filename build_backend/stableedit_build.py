@@ -4,6 +4,9 @@ A package that uses torch's C++ API works only with the minor version of torch t
 torch in `build-system.requires` would compile against whatever a fresh resolve picks (and download gigabytes of CUDA
 packages to do so), hence this wrapper: it looks for the torch that is already installed, hands its directory to CMake,
 and asks for torch as a build requirement only when there is none. Set STABLEEDIT_TORCH_ROOT to name one yourself.
+
+The headers of nlohmann/json are in a source distribution (`make vendor` puts them there); they are asked for only where
+they are missing.
 """
 
 import itertools
@@ -16,6 +19,8 @@ from pathlib import Path
 from scikit_build_core import build as _backend
 from scikit_build_core.build import *  # noqa: F403  the hooks that need no change
 
+_JSON = Path(__file__).parents[1] / "third_party/nlohmann_json/include/nlohmann/json.hpp"
+
 # Prints torch's directory, without importing torch. Extension modules fit one minor version of Python only.
 _FIND_TORCH = f"""
 import importlib.util, sys
@@ -25,11 +30,11 @@ print(spec.submodule_search_locations[0] if spec and spec.origin else "")
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return _backend.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    return _backend.get_requires_for_build_wheel(config_settings) + _requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return _backend.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    return _backend.get_requires_for_build_editable(config_settings) + _requirements()
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
@@ -42,8 +47,10 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     return _backend.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
-def _torch_requirement() -> list[str]:
-    return [] if _torch_root() else ["torch"]
+def _requirements() -> list[str]:
+    """What is neither installed nor part of this source tree."""
+    headers = [] if _JSON.is_file() else ["nlohmann-json>=3.11"]
+    return headers if _torch_root() else [*headers, "torch"]
 
 
 def _export_torch_root() -> None:
