@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from stableedit_cpp._build_info import version
+from stableedit_cpp.cli.process import settle
 from stableedit_cpp.errors import StableEditError
 
 __all__ = ["main"]
@@ -37,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 a defect of this program, 2 bad input, 130 interrupted, 141 output not read.
     """
-    # oneDNN keeps a compiled kernel for every shape of a batch, a thousand of them in two caches: 300 MiB along a
-    # stream whose batches hardly ever have the same shape twice. It reads this when it compiles the first.
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")
+    settle()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options = _parser(argv).parse_args(argv)
