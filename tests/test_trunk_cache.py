@@ -7,6 +7,7 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.model import trunk
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.running import answer_logits
 from stableedit_cpp.model.tokens import collate, tokenize
@@ -116,6 +117,27 @@ def test_capture_detects_changed_position_embeddings(tokenizer):
     model.transformer.wpe.weight.data[5, 1] += 1e-3
     with pytest.raises(ValueError, match="have changed since the trunk cache was filled"):
         capture(model, modules, sequences, micro_batch=4, max_tokens=64, trunk=cache)
+
+
+def test_a_turn_reads_the_weights_once(tokenizer, monkeypatch):
+    """However many passes, checks and guarded prompts it has; and what changes between two turns is seen."""
+    reads, real = [], trunk.fingerprint
+    editor = se.StableEdit(
+        tiny_model("llama"),
+        tokenizer,
+        se.StableEditConfig(edit_modules="*.2.mlp.down_proj", max_passes=4, turn_size=13),
+    )
+    editor.guard = se.LocalityGuard(editor, ["Sugar is"], limit=1e6)
+    monkeypatch.setattr(trunk, "fingerprint", lambda weight: reads.append(weight) or real(weight))
+    cache = editor.make_trunk_cache()
+    for _ in range(2):
+        reads.clear()
+        assert editor.edit(FACTS, trunk=cache).turns[0].passes == 4
+        (embeddings,) = {id(weight) for weight in reads if weight is editor.model.model.embed_tokens.weight}
+        assert [id(weight) for weight in reads].count(embeddings) == 2  # one for the turn's cache, one for the guard's
+    editor.model.model.embed_tokens.weight.data[5] += 1
+    with pytest.raises(ValueError, match="have changed since the trunk cache was filled"):
+        editor.edit(FACTS, trunk=cache)
 
 
 def test_edited_first_layer_leaves_no_trunk():

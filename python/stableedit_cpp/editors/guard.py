@@ -80,7 +80,7 @@ class LocalityGuard:
         self._model = editor.model
         self._max_tokens = editor.config.max_tokens_per_forward
         self._sequences = _sequences(editor, prompts)
-        self._trunk = editor.make_trunk_cache()
+        self.trunk = editor.make_trunk_cache()
         self._reference: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
         bar = tqdm(total=len(prompts), desc="Guard", unit="prompt", disable=None if progress is None else not progress)
         with bar, editor.unedited():
@@ -117,7 +117,7 @@ class LocalityGuard:
 
     def _log_probabilities(self) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Batch by batch: indices of the prompts and ``[prompts, vocabulary]`` log-probabilities, float32 at least."""
-        for batch in batches(self._model, self._sequences, max_tokens=self._max_tokens, trunk=self._trunk):
+        for batch in batches(self._model, self._sequences, max_tokens=self._max_tokens, trunk=self.trunk):
             yield batch.indices, log_probabilities(batch.logits)
 
 

@@ -20,7 +20,7 @@ from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores, token_accuracy
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
-from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.trunk import TrunkCache, trusted
 
 __all__ = ["Guard", "Turn", "Work"]
 
@@ -90,7 +90,9 @@ class Turn:
         if work.trunk is not None and not work.trunk_is_lent:
             work.trunk.clear()  # of use within the turn: its checks and retries repeat the same prompts
         followers = work.weights.followers
-        with work.weights.change() as change:
+        guarding = work.guard.trunk if work.guard is not None else None
+        # Nobody but us can change weights before the followers are called: reading them once is enough.
+        with work.weights.change() as change, trusted(work.trunk, guarding):
             turn = AppliedTurn(
                 self.kind, self.requests, self._passes(interrupts, bar, keep=bool(followers)), self.report
             )

@@ -21,7 +21,7 @@ from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
 from stableedit_cpp.model.untouched import input_device, untouched
 
-__all__ = ["TrunkCache", "pack_apart"]
+__all__ = ["TrunkCache", "pack_apart", "trusted"]
 
 _PROOF_TOKENS = 8
 
@@ -43,6 +43,7 @@ class TrunkCache:
     Attributes:
         objection: why the cache stands aside; None while it does not.
         bytes: of the kept states, in host memory.
+        vouched: inside ``trusted``, whether the weights were read since it began; None outside.
 
     Raises:
         ValueError: if the modules lie in no list of layers, or below nothing that could be kept.
@@ -55,7 +56,7 @@ class TrunkCache:
         self._as_tuple: int | None = None  # length of the tuple that a layer returns; None for a plain tensor
         self._fingerprint: bytes | None = None
         self._proven = False
-        self._vouched: bool | None = None  # inside ``trusted``: whether the weights were read since it began
+        self.vouched: bool | None = None
         self.objection: str | None = None
         self.max_bytes = max_bytes
         self.bytes = 0
@@ -79,7 +80,7 @@ class TrunkCache:
         self._states.clear()
         self.bytes = 0
         self._fingerprint = None
-        self._vouched = None if self._vouched is None else False
+        self.vouched = None if self.vouched is None else False
 
     def check(self, sequences: Sequence[TokenSequence]) -> None:
         """Make sure that the cache may be used for these sequences; call before a series of uses.
@@ -90,34 +91,25 @@ class TrunkCache:
         Raises:
             ValueError: if these weights have changed.
         """
-        if self.objection is not None or self._vouched or not sequences:
+        if self.objection is not None or self.vouched or not sequences:
             return
-        if not self._proven:
-            self.objection = self._objection(sequences[0])
-            self._proven = self.objection is None
+        try:
+            present = self._weights_fingerprint()
             if not self._proven:
-                return
-        present = self._weights_fingerprint()
+                self._prove(sequences[0])
+                self._proven = True
+        except Exception as error:  # whatever stands in the way, everything works in full
+            self.objection = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self._proven = False
+            self.clear()
+            return
         if self._states and present != self._fingerprint:
             raise ValueError(
                 f"weights outside the layers from {self._depth} on have changed since the trunk cache was filled; "
                 "clear() it first"
             )
         self._fingerprint = present
-        self._vouched = None if self._vouched is None else True
-
-    @contextmanager
-    def trusted(self) -> Iterator[None]:
-        """Within this context the caller vouches that no weights change but those that are edited: ``check`` reads them
-        once."""
-        if self._vouched is not None:  # inside another one
-            yield
-            return
-        self._vouched = False
-        try:
-            yield
-        finally:
-            self._vouched = None
+        self.vouched = None if self.vouched is None else True
 
     @contextmanager
     def attached(self, sequences: Sequence[TokenSequence], batch: Batch) -> Iterator[None]:
@@ -180,31 +172,31 @@ class TrunkCache:
             states[row, : len(state)] = state
         return states
 
-    def _objection(self, sequence: TokenSequence) -> str | None:
-        """Why this model cannot be served; None if a small batch, made of tokens of the sequence, gives the same logits
-        in full, while its states are kept, and from the kept states alone."""
+    def _prove(self, sequence: TokenSequence) -> None:
+        """Run a small batch, made of tokens of the sequence, in full, while its states are kept, and from the kept
+        states alone.
+
+        Raises:
+            ValueError: if the logits are not the same; and whatever the model raises.
+        """
         ids = sequence.ids[:_PROOF_TOKENS]
         pair = [TokenSequence(part, part) for part in (ids, ids[: len(ids) // 2 + 1])]
         other = [TokenSequence(ids[::-1], ids[::-1])]
         limit, self.max_bytes = self.max_bytes, sys.maxsize
         try:
-            self._weights_fingerprint()
             with untouched(self._model), torch.no_grad():
                 plain = self._logits(pair, cached=False)
                 kept = self._logits(pair, cached=True)
                 # What a layer may have left behind for those above it must not be that of the pair.
                 self._logits(other, cached=False)
                 reused = self._logits(pair, cached=True)
-            if not plain.isfinite().all():
-                return "the model's logits are NaN or infinite"
-            if not torch.equal(plain, kept) or not torch.equal(plain, reused):
-                return f"from the states before layer {self._depth} alone the model computes other logits"
-        except Exception as error:  # whatever a model makes of it, it works in full
-            return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         finally:
             self.max_bytes = limit
             self.clear()
-        return None
+        if not plain.isfinite().all():
+            raise ValueError("the model's logits are NaN or infinite")
+        if not torch.equal(plain, kept) or not torch.equal(plain, reused):
+            raise ValueError(f"from the states before layer {self._depth} alone the model computes other logits")
 
     def _logits(self, sequences: Sequence[TokenSequence], cached: bool) -> torch.Tensor:
         """At all tokens, ``[n, vocabulary]``."""
@@ -231,6 +223,20 @@ class TrunkCache:
                 raise ValueError(f"{name} is not in memory (offloaded), so changes of it would go unseen")
             digest.update(fingerprint(parameter))
         return digest.digest()
+
+
+@contextmanager
+def trusted(*caches: TrunkCache | None) -> Iterator[None]:
+    """Within this context the caller vouches that no weights change but those that are edited: each cache reads the
+    others once, at its first ``check``, and not before every use."""
+    entered = [cache for cache in caches if cache is not None and cache.vouched is None]
+    for cache in entered:
+        cache.vouched = False
+    try:
+        yield
+    finally:
+        for cache in entered:
+            cache.vouched = None
 
 
 def pack_apart(sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None) -> list[list[int]]:
