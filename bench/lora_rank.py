@@ -54,6 +54,8 @@ def main() -> None:
     with swapped({base.get_parameter(name): tensor for name, tensor in change.tensors.items()}):
         edited = evaluate(base, tokenizer, requests, trunk=trunk, progress=False)
 
+    if edited.efficacy <= unedited.efficacy:
+        parser.error(f"{options.edited} has no higher efficacy on these requests than the base model")
     spectra = change.spectra
     results = {
         "config": json.loads(provenance.config.to_json()) if provenance.config else None,

@@ -1,0 +1,128 @@
+"""The scripts of bench/: each says what it takes, and all but the server's run, on a tiny model and little data."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from stableedit_cpp import StableEdit, StableEditConfig, load_model, read_requests
+from support.exports import TAKES
+from support.streams import MODULES, record
+from support.tiny import save_tiny
+
+pytestmark = pytest.mark.slow
+
+BENCH = Path(__file__).parent.parent / "bench"
+HELPERS = ("common", "published", "published_math", "roots", "synthetic", "workload")
+SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in HELPERS)
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """By name. Their own names are common ones (``stream``, ``capture``), so they are forgotten afterwards."""
+    before, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield importlib.import_module
+    finally:
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCH:
+                del sys.modules[name]
+        sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny model, the same edited, and data sets under the names that the scripts look for."""
+    place = tmp_path_factory.mktemp("bench")
+    save_tiny(place / "model")
+    (place / "zsre").mkdir()
+    for part, begin in (("edit", 0), ("train", 1000)):
+        records = [record(begin + index) for index in range(40)]
+        (place / "zsre" / f"zsre_{part}_5k.json").write_text(json.dumps(records))
+    model, tokenizer = load_model(place / "model")
+    facts = read_requests(place / "zsre" / "zsre_edit_5k.json", 13)
+    StableEdit(model, tokenizer, StableEditConfig(edit_modules=MODULES, **TAKES)).edit(facts, progress=False)
+    model.save_pretrained(place / "edited")
+    tokenizer.save_pretrained(place / "edited")
+    return place
+
+
+def call(script: ModuleType, monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    script.main()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(scripts, name, monkeypatch, capsys):
+    if name == "charts":
+        pytest.importorskip("matplotlib", reason="charts need the extra 'report'")
+    with pytest.raises(SystemExit) as end:
+        call(scripts(name), monkeypatch, "--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "example:" in text and f"python bench/{name}.py" in text
+
+
+def test_the_readme_names_every_script():
+    text = (BENCH / "README.md").read_text(encoding="utf-8")
+    assert [name for name in (*SCRIPTS, "published") if f"{name}.py" not in text] == []
+
+
+TINY = ["--model", "{place}/model", "--data", "{place}", "--edit-modules", *MODULES]
+RUNS = {
+    "capture": ("over_limit", [*TINY, "--requests", 4, "--repeats", 1]),
+    "closed_loop": ("settings_done", [*TINY, "--edits", 20, "--warm-up", 10, "--settings", "closed-loop"]),
+    "dry_run": ("records_per_second", ["--records", 2000, "--turn-size", 50]),
+    "editing_math": (
+        "speedup_late",
+        ["--shape", "smollm2-135m", "--modules", 1, "--rows", 40, "--turns", 1, "--exact-turns", 1],
+    ),
+    "evaluation": ("identical_scores", [*TINY, "--requests", 6, "--edits", 2, "--evaluations", 2]),
+    "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
+    "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
+    "reading": ("json", ["--records", 1000]),
+    "scaling": ("decompositions", ["--turns", 20, "--key-dim", 16, "--value-dim", 8, "--rows", 8]),
+    "session_damage": ("detected", ["--count", 4]),
+    "session_kills": ("bits_equal", ["--kills", 2, "--turns", 8, "--warm-up", 2]),
+    "session_revert": ("back_share", [*TINY, "--edits", 20, "--warm-up", 10, "--reverts", 2]),
+    "stream": ("scores", [*TINY, "--edits", 20, "--warm-up", 10, "--turn-size", 10, "--score"]),
+    "whitening": ("fastest", ["--dim", 32, "--repeats", 1]),
+}
+
+
+def test_all_run_but_those_that_need_more():
+    assert set(SCRIPTS) - set(RUNS) == {"charts", "server", "ultraeditbench"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_tiny_run(scripts, place, tmp_path, monkeypatch, name):
+    if name == "lora_rank":
+        pytest.importorskip("peft", reason="a LoRA adapter is loaded by peft")
+    key, arguments = RUNS[name]
+    arguments = [str(argument).format(place=place) for argument in arguments]
+    call(scripts(name), monkeypatch, *arguments, "--json", tmp_path / "result.json")
+    document = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert document["benchmark"] == name
+    assert document["machine"]["torch"]
+    assert document[key] not in (None, False, {}, [])
+
+
+def test_charts_of_the_kept_results(scripts, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="charts need the extra 'report'")
+    script = scripts("charts")
+    call(script, monkeypatch, "--output", tmp_path)
+    drawn = {path.stem for path in tmp_path.iterdir()}
+    assert drawn == set(script.CHARTS) and "no chart" not in capsys.readouterr().out
+
+
+def test_a_synthetic_data_set(scripts, tmp_path, monkeypatch):
+    with contextlib.suppress(SystemExit):
+        call(scripts("ultraeditbench"), monkeypatch, "--records", 10, tmp_path / "data.json")
+    assert len(json.loads((tmp_path / "data.json").read_text())) == 10
