@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
+#include "stableedit/contribution.hpp"
 #include "stableedit/master_weight.hpp"
 #include "stableedit/module_editor.hpp"
 #include "stableedit/ridge.hpp"
@@ -73,6 +74,27 @@ Equivalent to:
         py::arg("keys"), py::arg("targets"), py::arg("ridge"), py::kw_only(),
         py::arg("past_keys") = nullptr, py::arg("past_key_weight") = 0.0,
         "The same solution as a LowRankUpdate of a [v, k] weight (D^T), one row an answer token.");
+}
+
+void bind_contribution(py::module_& m) {
+  m.def("contribution",
+        no_gil([](const LowRankUpdate& update, const at::Tensor& owned, std::optional<double> ridge,
+                  const std::optional<at::Tensor>& keys) {
+          TORCH_CHECK_VALUE(ridge.has_value() != keys.has_value(),
+                            "contribution needs either ridge (an update without past keys) or keys "
+                            "(an update with past keys)");
+          return ridge ? contribution(update, owned, *ridge) : contribution(update, owned, *keys);
+        }),
+        py::arg("update"), py::arg("owned"), py::kw_only(), py::arg("ridge") = py::none(),
+        py::arg("keys") = py::none(), R"(
+What the answer tokens `owned`, [n] bool, contributed to an update of `ridge_update`: the difference
+to the update of the other tokens alone, as a LowRankUpdate with one row an owned token.
+
+Give `ridge`, which the update was solved with, or, where past keys took part, the turn's `keys`
+[n, k] instead.
+
+Equivalent to:
+    update.dense() - ridge_update(keys[~owned], targets[~owned], ridge).dense())");
 }
 
 void bind_module_editor(py::module_& m) {
@@ -166,6 +188,7 @@ WeightLayout weight_layout(const std::string& name) {
 void bind_update(py::module_& m) {
   bind_low_rank(m);
   bind_ridge(m);
+  bind_contribution(m);
   bind_module_editor(m);
   bind_master_weight(m);
 }

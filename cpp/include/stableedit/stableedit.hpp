@@ -20,6 +20,7 @@
 /// The library.
 namespace stableedit {}
 
+#include "stableedit/contribution.hpp"
 #include "stableedit/low_rank.hpp"
 #include "stableedit/master_weight.hpp"
 #include "stableedit/module_editor.hpp"
