@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from stableedit_cpp.core import LowRankUpdate
+from stableedit_cpp.core import LowRankUpdate, contribution
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.edit_report import TurnReport
 from stableedit_cpp.model.capture import CapturedTurn
@@ -26,12 +26,26 @@ class AppliedPass:
             token i, so that ``update.select(rows)`` is the share of the requests that own these rows.
         request: index into the turn's requests that owns each row, ``[n]`` int64 on the CPU.
         ridge: that it was solved with; the configured one, unless a guard asked for a stronger.
+        past_keys: whether the keys of earlier turns took part; if not, ``right`` holds the keys themselves.
     """
 
     captured: CapturedTurn
     updates: dict[str, LowRankUpdate]
     request: torch.Tensor
     ridge: float
+    past_keys: bool
+
+    def contribution(self, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
+        """What the rows that ``owned`` marks, ``[n]`` bool, added: subtracting it leaves the pass of the others alone.
+
+        By module name; see ``core.contribution``.
+        """
+        return {
+            name: contribution(update, owned, keys=self.captured.keys[name])
+            if self.past_keys
+            else contribution(update, owned, ridge=self.ridge)
+            for name, update in self.updates.items()
+        }
 
 
 @dataclass(frozen=True)

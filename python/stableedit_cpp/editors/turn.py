@@ -114,7 +114,9 @@ class Turn:
             if number == 0:
                 first = captured
             if keep:
-                passes.append(AppliedPass(captured, updates, torch.tensor(pending)[captured.request], ridge))
+                owners = torch.tensor(pending)[captured.request]
+                past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
+                passes.append(AppliedPass(captured, updates, owners, ridge, past_keys))
             if number + 1 < allowed:
                 with report.timed("capture"):
                     pending = self._not_taken()

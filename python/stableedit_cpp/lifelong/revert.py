@@ -1,10 +1,10 @@
 """Takes single requests out of a model again, and says what that did to them and to the others.
 
-Two steps. The first takes out what the requests added (``contribution``); the model then treats their prompts like any
-other that was never edited. After a long stream that is not what the unedited model answered, because every edit moves
-all prompts a little. So the second step solves for the answers that are to come back, like an edit, with the keys of
-other current requests held in place: D = (H^T H + P^T P + ridge I)^(-1) H^T V for protected keys P. Neither feeds the
-running statistics, which keep what they have seen.
+Two steps. The first takes out what the requests added (``AppliedPass.contribution``); the model then treats their
+prompts like any other that was never edited. After a long stream that is not what the unedited model answered, because
+every edit moves all prompts a little. So the second step solves for the answers that are to come back, like an edit,
+with the keys of other current requests held in place: D = (H^T H + P^T P + ridge I)^(-1) H^T V for protected keys P.
+Neither feeds the running statistics, which keep what they have seen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
-from stableedit_cpp.lifelong.contribution import contribution
 from stableedit_cpp.lifelong.history import RequestEntry
 from stableedit_cpp.lifelong.journal.restore import applied_turn
 from stableedit_cpp.lifelong.view import SessionView
@@ -188,9 +187,9 @@ class _Revert:
         for applied in reversed(turn.passes):
             for share, sign in ((ids | gone, -1.0), (gone, 1.0)):
                 owned = torch.tensor([request.id in share for request in turn.requests])[applied.request]
-                updates = contribution(applied, owned)
-                if updates:
-                    self._add({name: LowRankUpdate(u.left * sign, u.right) for name, u in updates.items()})
+                if owned.any():
+                    shares = applied.contribution(owned)
+                    self._add({name: LowRankUpdate(u.left * sign, u.right) for name, u in shares.items()})
 
     def bring_back(self, wanted: Sequence[TokenSequence], progress: bool | None) -> int:
         """Solve until the model gives these answers; returns how many passes that took."""

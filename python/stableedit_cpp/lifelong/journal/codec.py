@@ -39,9 +39,8 @@ def encode_turn(turn: AppliedTurn, *, factors: bool) -> tuple[dict, dict[str, to
         for name, update in applied.updates.items():
             tensors |= encode_updates({name: update}, f"{number}/")
             tensors[f"{number}/{name}/gradients"] = _kept(captured.value_gradients[name])
-            keys = captured.keys[name]
-            if not torch.equal(keys.to(update.right), update.right):
-                tensors[f"{number}/{name}/keys"] = _kept(keys)
+            if applied.past_keys:
+                tensors[f"{number}/{name}/keys"] = _kept(captured.keys[name])
     return content, tensors
 
 
@@ -88,7 +87,9 @@ def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mappi
             losses=torch.empty(0),
             correct=torch.empty(0),
         )
-        passes.append(AppliedPass(captured, updates, tensors[f"{number}/request"], content["ridge"][number]))
+        past_keys = any(f"{number}/{name}/keys" in tensors for name in homes)
+        request, ridge = tensors[f"{number}/request"], content["ridge"][number]
+        passes.append(AppliedPass(captured, updates, request, ridge, past_keys))
     return AppliedTurn(content["kind"], decode_requests(content), passes, TurnReport(**content["report"]))
 
 
