@@ -29,15 +29,15 @@ def main() -> None:
     if not found:
         parser.error(f"there are no results in {options.results}")
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, draw in CHARTS.items():
-        if name not in found:
-            print(f"{name}: no result, no chart")
+    for name, (benchmark, draw) in CHARTS.items():
+        if benchmark not in found:
+            print(f"{name}: no result of {benchmark}, no chart")
             continue
-        machine = found[name]["machine"]
+        machine = found[benchmark]["machine"]
         where = f"{machine['device']}, torch {machine['torch']}, {machine['date'][:10]}"
         with chart_settings():
-            figure = draw(found[name])
-            figure.suptitle(f"bench/{name}.py on {where}", fontsize=9)
+            figure = draw(found[benchmark])
+            figure.suptitle(f"bench/{benchmark}.py on {where}", fontsize=9)
             (options.output / f"{name}.png").write_bytes(png_of(figure))
         print(options.output / f"{name}.png")
 
@@ -185,6 +185,33 @@ def closed_loop(result: dict) -> Figure:
     return figure
 
 
+def scores(result: dict) -> Figure:
+    """The closed loop's scores, for the README: what is gained, and what is lost elsewhere."""
+    figure, (axis,) = new_figure(1, width=7.5, height=3.4)
+    records = {record["setting"]: record["points"] for record in result["settings_done"]}
+    points = {point["after"]: point for point in records["closed-loop"]}
+    shown = {
+        "unedited": records["unedited"][0],
+        "after the stream": points["stream"],
+        "after one round of repairs": points["repair 1"],
+        "the same, shrunk to 0.9": points.get("shrink 0.9") or points["share 0.9"],
+    }
+    metrics = ("efficacy", "generalization", "specificity")
+    for index, (label, point) in enumerate(shown.items()):
+        places = [place + (index - 1.5) * 0.2 for place in range(len(metrics))]
+        colour = GREY if index == 0 else style(index - 1).color
+        drawn = axis.bar(places, [point[metric] for metric in metrics], 0.19, color=colour, label=label)
+        axis.bar_label(drawn, fmt="%.2f", fontsize=8)
+    axis.set_xticks(range(len(metrics)), ["asked as edited", "in other words", "unrelated questions"])
+    axis.set_ylim(0, 1.1)
+    axis.set_ylabel("answer tokens right (teacher-forced)")
+    axis.grid(axis="x", visible=False)
+    axis.legend(loc="upper right", fontsize=8)
+    count = f"{result['settings']['edits']:,}"
+    axis.set_title(f"SmolLM2-135M, {count} ZsRE edits, closed loop", fontsize=11)
+    return figure
+
+
 def along(points: list[dict], metric: str) -> tuple[list[float], list[float]]:
     return [point["efficacy"] for point in points], [point[metric] for point in points]
 
@@ -225,10 +252,11 @@ def bars(axis: Axes, rows: list[tuple[str, float, str]], unit: str, steep: bool 
         logarithmic(axis.xaxis)
 
 
-CHARTS: dict[str, Callable[[dict], Figure]] = {
-    draw.__name__: draw
+# File of the chart -> the benchmark whose result it shows, and how.
+CHARTS: dict[str, tuple[str, Callable[[dict], Figure]]] = {
+    draw.__name__: (draw.__name__, draw)
     for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop, lora_rank)
-}
+} | {"scores": ("closed_loop", scores)}
 
 if __name__ == "__main__":
     main()
