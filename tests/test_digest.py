@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from stableedit_cpp.files.digest import file_digest, model_digest, tensor_digest
+from stableedit_cpp.files.digest import file_digest, fingerprint, model_digest, tensor_digest
 from support.tiny import ARCHITECTURES, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -104,6 +105,51 @@ def test_tensor_digest():
     assert tensor_digest(torch.tensor(0.0)) != tensor_digest(torch.tensor(-0.0))
     assert tensor_digest(torch.zeros(0, 3)) != tensor_digest(torch.zeros(3, 0))
     assert tensor_digest(tensor.view(2, 3).t()) == tensor_digest(tensor.view(2, 3).t().contiguous())
+
+
+def fingerprint_by_hand(tensor: torch.Tensor) -> bytes:
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    words, columns = [], [0] * 509
+    whole = len(data) // (8 * 64 * 509) * 64 * 509
+    for index in range(whole):
+        columns[index % 509] += int.from_bytes(data[8 * index : 8 * index + 8], "little", signed=True)
+        if (index + 1) % (64 * 509) == 0:
+            words += columns
+            columns = [0] * 509
+    words += data[8 * whole :]
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=16)
+    digest.update(b"".join((word % 2**64).to_bytes(8, "little") for word in words))
+    return digest.digest()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (300, 401), (2, 509 * 64), (513, 509)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_fingerprint_is_what_it_says(shape, dtype):
+    tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e6).to(dtype)
+    assert fingerprint(tensor) == fingerprint_by_hand(tensor)
+
+
+def test_fingerprint_shows_what_differs():
+    """Single bits, rounding of a few numbers up and down, rows and columns exchanged; not how it lies in memory."""
+    source = torch.Generator().manual_seed(0)
+    tensor = torch.randn(400, 1024, generator=source)
+    known = {fingerprint(tensor), fingerprint(tensor.view(1024, 400)), fingerprint(tensor.double())}
+    for place in (0, 1, 70_000, 260_000, tensor.numel() - 1):
+        changed = tensor.clone()
+        changed.view(-1).view(torch.int32)[place] ^= 1
+        known.add(fingerprint(changed))
+    for _ in range(50):
+        changed = tensor.clone()
+        up, down = torch.randperm(tensor.numel(), generator=source)[:2]
+        changed.view(-1).view(torch.int32)[up] += 1
+        changed.view(-1).view(torch.int32)[down] -= 1
+        known.add(fingerprint(changed))
+    known |= {fingerprint(tensor.roll(1, 0)), fingerprint(tensor.roll(2, 1)), fingerprint(tensor.flip(0))}
+    assert len(known) == 3 + 5 + 50 + 3
+    whole = torch.zeros(400 * 1024 + 1)
+    whole[1:] = tensor.view(-1)
+    for same in (tensor.t().contiguous().t(), whole[1:].view(400, 1024)):
+        assert fingerprint(same) == fingerprint(tensor)
 
 
 def test_file_digest(tmp_path):

@@ -17,7 +17,7 @@ __all__ = ["file_digest", "fingerprint", "model_digest", "tensor_digest", "tenso
 
 _SIZE = 32  # bytes
 _CHUNK = 1 << 20
-_WORDS = 4093  # a prime, so that equal rows of a matrix do not lie one below the other
+_ROWS, _COLUMNS = 64, 509  # of words; a prime, so that equal rows of a matrix do not lie one below the other
 _THREADS = 4  # on an accelerator, so many tensors are copied to the host at once
 
 
@@ -82,15 +82,18 @@ def _in_memory(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch
 
 
 def fingerprint(tensor: torch.Tensor) -> bytes:
-    """Depends on dtype, shape and every bit of a tensor, wherever it is, at the cost of reading it once.
+    """Depends on dtype, shape and every bit of a tensor, wherever it is, at a tenth of the cost of ``tensor_digest``.
 
-    Any changed word and nearly any exchange of two shows; it is no protection against somebody who means to deceive.
+    BLAKE2b with 16 bytes over dtype and shape, as there, and over sums of 64-bit words: in blocks of 64 rows of 509
+    words, the sum of each column; then the rest of the bytes, each as a word. What differs shows unless it cancels in
+    all of these sums; it is no protection against somebody who means to deceive.
     """
     bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if bits.storage_offset() % 8:  # a view into a larger tensor, which cannot be read in words
         bits = bits.clone()
-    whole = bits.numel() // (8 * _WORDS) * (8 * _WORDS)
-    sums = bits[:whole].view(torch.int64).view(-1, _WORDS).sum(0)
+    block = 8 * _ROWS * _COLUMNS
+    whole = bits.numel() // block * block
+    sums = bits[:whole].view(torch.int64).view(-1, _ROWS, _COLUMNS).sum(1).flatten()
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=16)
     digest.update(torch.cat([sums, bits[whole:].long()]).cpu().numpy())
     return digest.digest()

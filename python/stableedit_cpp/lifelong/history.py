@@ -58,7 +58,7 @@ class History:
 
     Attributes:
         steps: all there ever were, by turn number. line: turn numbers of those that are in the model, in order.
-        states: digests of the state after each turn, 0 included, by name of its tensors.
+        states: fingerprints of the state after each turn, 0 included, by name of its tensors (``is_state``).
         cut: by turn number, the number of the rollback record that took a step out.
         entries: the requests of the edits that are in the line, by id, in order.
         warm_up: the warm-up requests in the line, by id, in order.

@@ -17,7 +17,8 @@ from stableedit_cpp.lifelong.status import LogEntry, SessionStatus, describe
 
 __all__ = ["FORMAT", "SessionView", "check_directory", "check_new_directory"]
 
-FORMAT = {"format": "stableedit-session", "version": 1}
+# Version 1 had digests of the state in its records, which the reader tells by their length.
+FORMAT = {"format": "stableedit-session", "version": 2}
 
 
 class SessionView:
@@ -43,7 +44,8 @@ class SessionView:
                 f"{self.journal.path}: {self.journal.damage}; without its first record a session is lost"
             )
         self.manifest = self.journal.records[0].content
-        check_format(self.manifest, **FORMAT, what=f"the session {directory}", writer="`stableedit session create`")
+        known = FORMAT | ({"version": 1} if self.manifest.get("version") == 1 else {})
+        check_format(self.manifest, **known, what=f"the session {directory}", writer="`stableedit session create`")
         self.history = History(self.journal.records)
         self.snapshots = Snapshots(self.directory / "snapshots", self.manifest["keep_snapshots"])
 

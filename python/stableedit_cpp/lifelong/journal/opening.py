@@ -15,7 +15,7 @@ from stableedit_cpp.files.environment import environment
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.restore import restore
-from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_digests
+from stableedit_cpp.lifelong.journal.snapshots import Snapshots, is_state, state_fingerprints
 from stableedit_cpp.lifelong.journal.writer import append
 from stableedit_cpp.lifelong.view import FORMAT, SessionView
 
@@ -41,7 +41,7 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
         **settings,
         "config": json.loads(editor.config.to_json()),
         "model": {"source": source, **_identity(editor)},
-        "state": state_digests(state),
+        "state": state_fingerprints(state),
         "environment": environment(),
     }
     try:
@@ -102,10 +102,10 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
             originals = view.snapshots.load(0, view.history.states[0])["weights"]
             dtypes = {module.name: module.weight.dtype for module in editor.modules}
             editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
-    state = state_digests(editor.state_dict())
-    if state != view.history.states[view.history.turn]:
+    state = editor.state_dict()
+    if not is_state(state, view.history.states[view.history.turn]):
         reason = "the turns before were done again with other bits, on another machine or library"
-        append(view, {"kind": "moved", "turn": view.history.turn, "state": state, "reason": reason})
+        append(view, {"kind": "moved", "turn": view.history.turn, "state": state_fingerprints(state), "reason": reason})
     return editor
 
 

@@ -13,7 +13,7 @@ from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.errors import DamagedSnapshot, OtherBits
 from stableedit_cpp.lifelong.history import Step
 from stableedit_cpp.lifelong.journal.codec import decode_requests, decode_turn, decode_updates
-from stableedit_cpp.lifelong.journal.snapshots import state_digests
+from stableedit_cpp.lifelong.journal.snapshots import is_state
 from stableedit_cpp.lifelong.view import SessionView
 
 __all__ = ["applied_turn", "restore"]
@@ -42,7 +42,7 @@ def restore(
     for step in tqdm(steps, desc="Replaying", unit="turn", disable=shown, leave=False):
         with editor.followers.silenced():  # what is done again is not recorded again
             _redo(view, editor, step)
-        if exact and state_digests(editor.state_dict()) != view.history.states[step.turn]:
+        if exact and not is_state(editor.state_dict(), view.history.states[step.turn]):
             raise OtherBits(
                 f"{view.directory}: doing turn {step.turn} again gives other bits than were recorded, as it can on "
                 "another machine, device or library version; open the session where it was written, or with "
@@ -80,7 +80,7 @@ def _load_snapshot(view: SessionView, editor: Editor, line: Sequence[int]) -> in
                 continue
             editor.load_state_dict(state)
             return done
-    if state_digests(editor.state_dict()) == view.history.states[0]:
+    if is_state(editor.state_dict(), view.history.states[0]):
         return 0
     raise DamagedSnapshot(
         f"{view.directory}: there is no usable snapshot to begin from; open the session with its unedited model"

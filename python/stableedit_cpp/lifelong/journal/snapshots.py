@@ -10,19 +10,33 @@ import torch
 
 from stableedit_cpp.core import load_state, save_state
 from stableedit_cpp.errors import DamagedSnapshot
-from stableedit_cpp.files.digest import tensor_digests
+from stableedit_cpp.files.digest import fingerprint, tensor_digests
 
-__all__ = ["Snapshots", "State", "state_digests"]
+__all__ = ["Snapshots", "State", "is_state", "state_digests", "state_fingerprints"]
 
 # As Editor.state_dict() gives it.
 State = Mapping[str, Mapping[str, torch.Tensor]]
 
 
+def state_fingerprints(state: State) -> dict[str, str]:
+    """``fingerprint`` of each tensor of a state in hexadecimal digits, by "<component>/<name>": what a record says of
+    the state after it."""
+    return {name: fingerprint(tensor).hex() for name, tensor in _tensors(state).items()}
+
+
 def state_digests(state: State) -> dict[str, str]:
-    """Digest of each tensor of a state, by "<component>/<name>"."""
-    return tensor_digests(
-        {f"{part}/{name}": tensor for part, fields in state.items() for name, tensor in fields.items()}
-    )
+    """``tensor_digest`` of each tensor of a state, by "<component>/<name>": what records of version 1 say."""
+    return tensor_digests(_tensors(state))
+
+
+def is_state(state: State, recorded: Mapping[str, str]) -> bool:
+    """Whether a state is, bit for bit, the one that was recorded, in either way."""
+    strong = any(len(digest) == 64 for digest in recorded.values())
+    return (state_digests if strong else state_fingerprints)(state) == recorded
+
+
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    return {f"{part}/{name}": tensor for part, fields in state.items() for name, tensor in fields.items()}
 
 
 class Snapshots:
@@ -69,7 +83,7 @@ class Snapshots:
         """Read a snapshot.
 
         Args:
-            digests: of the state's tensors, as the record has them.
+            digests: of the state's tensors, as the record has them (``is_state``).
 
         Raises:
             DamagedSnapshot: unless it is exactly that state.
@@ -79,7 +93,7 @@ class Snapshots:
             state, _config = load_state(path)
         except (OSError, ValueError) as error:
             raise DamagedSnapshot(f"the snapshot cannot be used: {error}") from None
-        if state_digests(state) != digests:
+        if not is_state(state, digests):
             raise DamagedSnapshot(f"the snapshot {path} does not hold the state of record {number}")
         return state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from hashlib import blake2b
 
 import torch
@@ -13,11 +12,10 @@ from stableedit_cpp.editors.followers import Follower
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
 from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import SessionWriteError
-from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.record import Record
-from stableedit_cpp.lifelong.journal.snapshots import state_digests
+from stableedit_cpp.lifelong.journal.snapshots import state_fingerprints
 from stableedit_cpp.lifelong.view import SessionView
 
 __all__ = ["Recorder", "append"]
@@ -149,11 +147,8 @@ class Recorder(Follower):
     def _append_step(self, content: dict, tensors: dict[str, torch.Tensor]) -> None:
         stamp = {"turn": self.view.history.next_turn, "threads": torch.get_num_threads(), "config": self._config_digest}
         stand = self._fingerprints()
-        append(self.view, {**content, **stamp, "state": state_digests(self.editor.state_dict())}, tensors)
+        append(self.view, {**content, **stamp, "state": stand}, tensors)
         self._stand = stand
 
-    def _fingerprints(self) -> Mapping[str, bytes]:
-        state = self.editor.state_dict()
-        return {
-            f"{part}/{name}": fingerprint(field) for part, fields in state.items() for name, field in fields.items()
-        }
+    def _fingerprints(self) -> dict[str, str]:
+        return state_fingerprints(self.editor.state_dict())
