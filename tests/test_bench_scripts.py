@@ -93,6 +93,10 @@ RUNS = {
     "session_kills": ("bits_equal", ["--kills", 2, "--turns", 8, "--warm-up", 2]),
     "session_revert": ("back_share", [*TINY, "--edits", 20, "--warm-up", 10, "--reverts", 2]),
     "stream": ("scores", [*TINY, "--edits", 20, "--warm-up", 10, "--turn-size", 10, "--score"]),
+    "threads": (
+        "same_weights",
+        [*TINY, "--edits", 4, "--turn-size", 2, "--busy", 1, "--rounds", 1, "--ways", "torch's own", "stableedit"],
+    ),
     "whitening": ("fastest", ["--dim", 32, "--repeats", 1]),
 }
 
