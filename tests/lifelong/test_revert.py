@@ -46,7 +46,7 @@ def test_greedy_answers_are_those_of_generate(tokenizer):
         assert tokenizer.decode(ids) == text or tokenizer.eos_token_id in ids
 
 
-@pytest.mark.parametrize("detail", ["factors", "requests"])
+@pytest.mark.parametrize("detail", ["factors", pytest.param("requests", marks=pytest.mark.slow)])
 def test_the_unedited_answers_come_back(detail, tokenizer, tmp_path):
     session = create(tmp_path / "s", tokenizer, config=config_of(max_passes=4), detail=detail)
     facts = stream(12)
