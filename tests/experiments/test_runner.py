@@ -83,6 +83,29 @@ def test_turns_cost_and_table(data, tmp_path):
     assert document["settings"]["config"]["edit_modules"] == MODULES
 
 
+def test_a_prompt_that_comes_twice_in_a_turn(data, tmp_path):
+    """The turn is written down in two parts, and checkpoints stay where they are."""
+    path = data / "zsre" / "zsre_edit.json"
+    records = json.loads(path.read_text())
+    records[13] = {**records[13], "src": records[11]["src"]}
+    path.write_text(json.dumps(records))
+    document = bench(data, tmp_path / "out", editors=["ultraedit"])[0]
+    turns = lines(tmp_path / "out" / document["name"] / "turns.jsonl")
+    assert [turn["edits"] for turn in turns] == [10, 13, 20, 30, 40]
+    assert [turn["turn"] for turn in turns] == [1, 2, 3, 4, 5]
+    assert [turn["requests"] for turn in turns] == [10, 3, 7, 10, 10]
+    assert [bool(turn["geometry"]) for turn in turns] == [True, False, True, True, True]
+    assert [entry["edits"] for entry in document["checkpoints"]] == [0, 20, 40]
+
+    model, tokenizer = load("tiny")
+    editor = se.UltraEdit(model, tokenizer, se.UltraEditConfig(**OPTIONS))
+    requests = list(find_source("zsre", data=data).requests(0, 40))
+    for begin in range(0, 40, 10):
+        editor.edit(requests[begin : begin + 10], progress=False)
+    after = se.evaluate(model, tokenizer, requests, metrics=["locality"], reference=editor.unedited, progress=False)
+    assert document["checkpoints"][-1]["scores"]["locality_kl"]["mean"] == after.means()["locality_kl"]
+
+
 @pytest.mark.parametrize(
     ("position", "order"),
     [

@@ -1,13 +1,47 @@
-"""What an edit did: one record a turn."""
+"""What an edit did: one record a turn, and which requests took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["EditReport", "TurnReport"]
+from stableedit_cpp.data.request import EditRequest
+
+__all__ = ["EditReport", "Failure", "Outcome", "TurnReport"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that had not taken when its turn was done.
+
+    Attributes:
+        index: in the turn.
+        id: of the request.
+        answer: what the model answered freely then, in as many tokens as the target has; None where nobody asked. It is
+            the target where the model was only not sure enough of it (``take_probability``).
+    """
+
+    index: int
+    id: str | None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request, when its turn was done.
+
+    Attributes:
+        index: in the call.
+        took: whether the model gave the target, with at least ``take_probability``.
+        answer: see ``Failure``; None also where it took.
+    """
+
+    index: int
+    request: EditRequest
+    took: bool
+    answer: str | None
 
 
 @dataclass
@@ -23,8 +57,10 @@ class TurnReport:
         drift: what the guard measured last, in nats; None without one.
         loss_before, efficacy_before: mean over requests, seen during the first capture.
         efficacy_after: over a sample of the turn, if a progress bar was shown; else None.
+        failed: the requests that had not taken after the last pass; None where nobody looked.
         update_norms: Frobenius norm of the last pass's update, by module.
-        seconds: wall time by part: "capture", "mathematics", "apply", and "guard" if there is one.
+        seconds: wall time by part: "capture", "mathematics", "apply", "guard" if there is one, and "outcomes" for what
+            it took to find out ``failed``.
     """
 
     requests: int = 0
@@ -37,8 +73,13 @@ class TurnReport:
     loss_before: float = 0.0
     efficacy_before: float = 0.0
     efficacy_after: float | None = None
+    failed: list[Failure] | None = None
     update_norms: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.failed is not None:  # as JSON has them
+            self.failed = [one if isinstance(one, Failure) else Failure(**one) for one in self.failed]
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -52,11 +93,17 @@ class TurnReport:
 
 @dataclass
 class EditReport:
-    """All turns of one ``edit`` or ``warm_up`` call; ``to_dict`` is ready for JSON, ``str`` for people."""
+    """All turns of one ``edit`` or ``warm_up`` call; ``to_dict`` is ready for JSON, ``str`` for people.
+
+    Attributes:
+        seconds: wall time of the turns; not that of looking at a sample for the progress bar.
+        requests: of the call, in its order; those of the turns come first. Not in ``to_dict``.
+    """
 
     editor: str
     turns: list[TurnReport] = field(default_factory=list)
     seconds: float = 0.0
+    requests: Sequence[EditRequest] = field(default=(), repr=False)
 
     @property
     def edits(self) -> int:
@@ -67,6 +114,32 @@ class EditReport:
     def edits_per_second(self) -> float:
         return self.edits / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What became of each request whose turn was applied.
+
+        Raises:
+            ValueError: where nobody looked; see ``outcomes`` of ``Editor.edit``.
+        """
+        found: list[Outcome] = []
+        for turn in self.turns:
+            if turn.failed is None:
+                raise ValueError("nobody looked which requests took; ask for it with edit(..., outcomes=True)")
+            answers = {failure.index: failure.answer for failure in turn.failed}
+            for index in range(turn.requests):
+                request = self.requests[len(found)]
+                found.append(Outcome(len(found), request, index not in answers, answers.get(index)))
+        return found
+
+    @property
+    def failed(self) -> list[EditRequest]:
+        """The requests that had not taken when their turns were done, to be given to ``edit`` or ``repair`` again.
+
+        Raises:
+            ValueError: as ``outcomes``.
+        """
+        return [outcome.request for outcome in self.outcomes if not outcome.took]
+
     def seconds_by_part(self) -> dict[str, float]:
         """Wall time of the parts, summed over turns."""
         parts = {part for turn in self.turns for part in turn.seconds}
@@ -74,7 +147,9 @@ class EditReport:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds_by_part().items())
-        return f"{self.edits} edits in {self.seconds:.1f} s ({self.edits_per_second:.1f} edits/s: {parts})"
+        looked = [turn for turn in self.turns if turn.failed is not None]
+        failed = f"; {sum(len(turn.failed) for turn in looked)} did not take" if looked else ""
+        return f"{self.edits} edits in {self.seconds:.1f} s ({self.edits_per_second:.1f} edits/s: {parts}){failed}"
 
     def to_dict(self) -> dict[str, object]:
         return {

@@ -102,14 +102,22 @@ class Editor:
         requests: Iterable[EditRequest | Mapping[str, object]],
         *,
         trunk: TrunkCache | None = None,
+        outcomes: bool | None = None,
         progress: bool | None = None,
     ) -> EditReport:
         """Edit a stream of requests in turns of ``config.turn_size``; a last, incomplete turn is edited like any other.
+
+        A turn ends early before a request whose prompt it has already: of two answers the later is to hold, and must
+        see the earlier one done.
 
         Args:
             requests: EditRequest or dicts with "prompt" and "target" (or the fields of a published data set).
             trunk: of ``make_trunk_cache()``; keeps the trunk's output of the requests beyond their turn, for audits and
                 repairs, and uses what it holds already.
+            outcomes: True finds out after each turn which requests took, and what the model answers to the others
+                (``report.failed``, ``report.outcomes``): a forward pass over the turn, and one over what failed for
+                each token of an answer. None finds out only which took, and only where ``max_passes`` is more than
+                one, so that the layers below the edited ones have run already. False looks at nothing.
             progress: show a bar with edits/s and efficacy; None shows it on a terminal.
 
         Returns:
@@ -120,14 +128,16 @@ class Editor:
                 finite; turns before the failing one stay applied, nothing of the failing one is.
             EditInterrupted: after Ctrl-C, once the turn in flight is finished.
             DriftLimitReached: if a turn would take the model beyond the guard's limit.
+            Whatever ends the stream has ``report``: the turns before it, which are applied.
         """
-        return self._run(requests, "edit", progress, trunk)
+        return self._run(requests, "edit", trunk, outcomes, progress)
 
     def warm_up(
         self,
         requests: Iterable[EditRequest | Mapping[str, object]],
         *,
         trunk: TrunkCache | None = None,
+        outcomes: bool | None = None,
         progress: bool | None = None,
     ) -> EditReport:
         """Edit a training stream first, so that the statistics are settled when the real stream begins.
@@ -135,13 +145,14 @@ class Editor:
         The warm-up edits stay in the model; each turn is solved once, whatever ``max_passes`` says. Arguments, result
         and errors as ``edit``.
         """
-        return self._run(requests, "warm_up", progress, trunk)
+        return self._run(requests, "warm_up", trunk, outcomes, progress)
 
     def repair(
         self,
         requests: Iterable[EditRequest | Mapping[str, object]],
         *,
         trunk: TrunkCache | None = None,
+        outcomes: bool | None = None,
         progress: bool | None = None,
     ) -> EditReport:
         """Solve again for requests that were edited before and no longer hold (``lifelong.repair`` finds them).
@@ -150,7 +161,7 @@ class Editor:
         second time, and it feeds the statistics only with ``config.retries_feed_statistics``. Arguments, result and
         errors as ``edit``.
         """
-        return self._run(requests, "repair", progress, trunk)
+        return self._run(requests, "repair", trunk, outcomes, progress)
 
     def check(self, requests: Iterable[EditRequest | Mapping[str, object]]) -> None:
         """Raise what ``edit`` would raise for bad requests, without editing: before a long warm-up, say."""
@@ -271,12 +282,24 @@ class Editor:
         self,
         requests: Iterable,
         kind: Literal["edit", "warm_up", "repair"],
-        progress: bool | None,
         trunk: TrunkCache | None,
+        outcomes: bool | None,
+        progress: bool | None,
     ) -> EditReport:
         requests = as_requests(requests)
         sequences = self.tokenize(requests)
         lent = trunk is not None
         trunk = trunk if lent else self.trunk
-        work = Work(self.model, self.config, self.weights, self.solver, self.guard, trunk, lent)
+        work = Work(
+            self.model,
+            self.tokenizer,
+            self.config,
+            self.weights,
+            self.solver,
+            self.guard,
+            trunk,
+            lent,
+            outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),
+            answers=bool(outcomes),
+        )
         return run_stream(work, kind, requests, sequences, progress)

@@ -1,9 +1,9 @@
-"""A stream of requests, turn by turn: progress, and where Ctrl-C or a drift limit ends it."""
+"""A stream of requests: cut into turns, progress, and where Ctrl-C or an error ends it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from tqdm.auto import tqdm
@@ -14,7 +14,7 @@ from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
 from stableedit_cpp.editors.turn import Turn, Work
 from stableedit_cpp.model.tokens import TokenSequence
 
-__all__ = ["names_of", "run_stream"]
+__all__ = ["names_of", "run_stream", "turns_of"]
 
 # With a progress bar, so many requests of each turn are checked after it: a few percent of the turn's time.
 _PROBE = 8
@@ -24,6 +24,19 @@ _TITLES = {"edit": "Editing", "warm_up": "Warm-up", "repair": "Repairing"}
 def names_of(requests: Sequence[EditRequest]) -> list[str]:
     """What to call each request in a message."""
     return [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]
+
+
+def turns_of(requests: Sequence[EditRequest], turn_size: int) -> Iterator[slice]:
+    """Cut a stream into turns of that size, or shorter ones: no turn holds two requests with one question, which it
+    would answer half and half. The later one begins a new turn, and sees the earlier one done."""
+    begin, asked = 0, set()
+    for index, request in enumerate(requests):
+        if len(asked) == turn_size or request.question in asked:
+            yield slice(begin, index)
+            begin, asked = index, set()
+        asked.add(request.question)
+    if asked:
+        yield slice(begin, len(requests))
 
 
 def run_stream(
@@ -41,9 +54,8 @@ def run_stream(
     names = names_of(requests)
     work.weights.attach()
 
-    report = EditReport(work.config.editor)
-    start = time.perf_counter()
-    size = work.config.turn_size
+    report = EditReport(work.config.editor, requests=requests)
+    turns = list(turns_of(requests, work.config.turn_size))
     bar = tqdm(
         total=len(sequences),
         desc=_TITLES[kind],
@@ -53,24 +65,22 @@ def run_stream(
     )
     try:
         with bar, InterruptGuard() as guard:
-            for begin in range(0, len(sequences), size):
-                end = min(begin + size, len(sequences))
-                whole = slice(begin, end)
+            for whole in turns:
+                start = time.perf_counter()
                 turn = Turn(work, kind, requests[whole], sequences[whole], names[whole]).run(guard, bar)
                 report.turns.append(turn)
-                report.seconds = time.perf_counter() - start
-                if not bar.disable:
+                report.seconds += time.perf_counter() - start
+                if not bar.disable:  # not in the seconds: the speed is the same with and without a terminal
                     turn.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
                     bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
-                bar.update(end - begin)
+                bar.update(whole.stop - whole.start)
                 if guard.requested:
                     raise EditInterrupted(
-                        f"stopped after turn {len(report.turns)} of {-(-len(sequences) // size)}, which was finished "
-                        f"and applied: {end} of {len(sequences)} requests are edited",
+                        f"stopped after turn {len(report.turns)} of {len(turns)}, which was finished and applied: "
+                        f"{whole.stop} of {len(requests)} requests are edited",
                         report,
                     )
-    except Exception as stop:
+    except BaseException as stop:
         stop.report = report  # the turns before are applied; whoever catches this may want to save them
         raise
-    report.seconds = time.perf_counter() - start
     return report

@@ -13,10 +13,11 @@ from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
-from stableedit_cpp.editors.edit_report import TurnReport
+from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
+from stableedit_cpp.evaluation.greedy import greedy_answers
 from stableedit_cpp.evaluation.teacher_forcing import answer_scores, token_accuracy
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
@@ -45,15 +46,19 @@ class Work:
     Attributes:
         trunk: outputs of the layers below the edited ones; None where there is no use for them.
         trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
+        outcomes: find out which requests took. answers: and what the model answers to the others.
     """
 
     model: torch.nn.Module
+    tokenizer: object
     config: EditorConfig
     weights: EditedWeights
     solver: Solver
     guard: Guard | None
     trunk: TrunkCache | None
     trunk_is_lent: bool
+    outcomes: bool
+    answers: bool
 
     def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """Share of each answer's tokens that are the model's top choice."""
@@ -124,6 +129,9 @@ class Turn:
                 bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{report.taken[-1]}/{count}"})
                 if not pending:
                     break
+        if self.work.outcomes:
+            with report.timed("outcomes"):
+                report.failed = self._failures(self._not_taken() if pending else [])
         self.work.solver.remember(self.kind, first)
         return passes
 
@@ -202,3 +210,12 @@ class Turn:
             scores = answer_scores(self.work.model, self.sequences, max_tokens=limit, trunk=trunk)
             taken = (scores.accuracy == 1.0) & (scores.probability >= config.take_probability)
         return [index for index in range(len(self.sequences)) if not taken[index]]
+
+    def _failures(self, indices: Sequence[int]) -> list[Failure]:
+        """The requests with these indices, and what the model answers to them."""
+        work, texts = self.work, [None] * len(indices)
+        if work.answers:
+            sequences = [self.sequences[index] for index in indices]
+            answers = greedy_answers(work.model, sequences, max_tokens=work.config.max_tokens_per_forward)
+            texts = [work.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        return [Failure(index, self.requests[index].id, text) for index, text in zip(indices, texts, strict=True)]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp import sideeffects
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors import EditInterrupted, make_editor
+from stableedit_cpp.editors import EditInterrupted, TurnReport, make_editor
 from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.experiments.convergence import Convergence
 from stableedit_cpp.experiments.cost import Cost
@@ -179,7 +179,8 @@ class StreamRun:
             streams["warm_up"] = settings.source.warm_up_requests(cost.warm_up, settings.warm_up.size)
         while cost.edits < settings.edits or self._warm_up_is_next():
             kind = "warm_up" if self._warm_up_is_next() else "edit"
-            requests = list(islice(streams[kind], self._turn_size))
+            done = self._cost.warm_up if kind == "warm_up" else self._cost.edits
+            requests = list(islice(streams[kind], self._turn_size - done % self._turn_size))
             if not requests:
                 raise ValueError(f"the stream of {settings.source.name} ended early: its files changed during the run")
             yield kind, requests
@@ -189,24 +190,38 @@ class StreamRun:
         return bool(settings.warm_up) and cost.warm_up < settings.warm_up.size and cost.edits >= settings.warm_up_place
 
     def _turn(self, kind: str, requests: list[EditRequest]) -> tuple[dict, bool]:
-        """Edit one turn and write its line; also whether Ctrl-C was pressed meanwhile."""
+        """Edit one turn and write its line, or several where the editor cuts at a prompt that comes twice; the last
+        line, and whether Ctrl-C was pressed meanwhile."""
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
-        interrupted, cost, settings = False, self._cost, self.settings
+        interrupted, cost = False, self._cost
         try:
-            report = call(requests, trunk=self._editing_trunk, progress=False)
+            report = call(requests, trunk=self._editing_trunk, outcomes=False, progress=False)
         except EditInterrupted as interrupt:
             report, interrupted = interrupt.report, True
-        turn = asdict(report.turns[0])
-        begin = time.perf_counter()
-        limit = settings.editor.config.max_tokens_per_forward
+        begin = 0
+        for turn in report.turns:
+            line = self._line(kind, requests[begin : begin + turn.requests], turn, report.seconds / len(report.turns))
+            if turn is not report.turns[-1]:
+                line["geometry"] = None  # only the last is known
+            begin += turn.requests
+            self._add_turn(line)
+        if self._convergence:
+            self._convergence.look(self.editor, cost.turns, cost.edits + cost.warm_up)
+        return line, interrupted
+
+    def _line(self, kind: str, requests: list[EditRequest], report: TurnReport, whole: float) -> dict:
+        """What is written down of a turn that took ``whole`` seconds."""
+        cost, turn, begin = self._cost, asdict(report), time.perf_counter()
+        del turn["failed"]  # nobody looked
+        limit = self.settings.editor.config.max_tokens_per_forward
         probe = self.editor.tokenize(requests[:_PROBE])
         right = token_accuracy(self._model, probe, max_tokens=limit, trunk=self.editor.trunk)
         turn["efficacy_after"] = float(right.mean())
         seconds = turn.pop("seconds")
         if self._geometry:
             seconds["geometry"] = self._geometry.seconds
-        seconds |= {"other": report.seconds - sum(seconds.values()), "probe": time.perf_counter() - begin}
-        line = {
+        seconds |= {"other": whole - sum(seconds.values()), "probe": time.perf_counter() - begin}
+        return {
             "turn": cost.turns + 1,
             "kind": kind,
             "edits": cost.edits + len(requests) * (kind == "edit"),
@@ -216,10 +231,6 @@ class StreamRun:
             "resident_bytes": resident_bytes(),
             "geometry": self._geometry.latest if self._geometry else None,
         }
-        self._add_turn(line)
-        if self._convergence:
-            self._convergence.look(self.editor, cost.turns, cost.edits + cost.warm_up)
-        return line, interrupted
 
     def _add_turn(self, line: dict) -> None:
         self.directory.add_turn(line)

@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from stableedit_cpp.data.request import EditRequest
 
-__all__ = ["asks_for", "cut_at_contradictions", "with_ids"]
+__all__ = ["asks_for", "with_ids"]
 
 
 def with_ids(requests: Sequence[EditRequest], taken: Container[str] = ()) -> list[EditRequest]:
@@ -41,21 +41,3 @@ def asks_for(request: EditRequest, edited: EditRequest) -> bool:
         return False
     stem, _dash, number = edited.id.rpartition("-")
     return request.id in (None, edited.id) or (request.id == stem and number.isdigit())
-
-
-def cut_at_contradictions(requests: Sequence[EditRequest], turn_size: int) -> list[list[EditRequest]]:
-    """Cut a stream so that no turn holds two requests with one prompt: the later one has to see the earlier one done.
-
-    Within each piece, turns are cut by size from its beginning.
-    """
-    pieces: list[list[EditRequest]] = [[]]
-    turn: set[str] = set()
-    for request in requests:
-        if len(turn) == turn_size:
-            turn = set()
-        elif request.question in turn:
-            turn = set()
-            pieces.append([])
-        turn.add(request.question)
-        pieces[-1].append(request)
-    return [piece for piece in pieces if piece]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors import (
-    DriftLimitReached,
     EditInterrupted,
     Editor,
     EditorConfig,
@@ -31,7 +29,7 @@ from stableedit_cpp.lifelong.journal.codec import encode_updates
 from stableedit_cpp.lifelong.journal.opening import begin, editor_on, recover
 from stableedit_cpp.lifelong.journal.restore import restore
 from stableedit_cpp.lifelong.journal.writer import Recorder
-from stableedit_cpp.lifelong.naming import cut_at_contradictions, with_ids
+from stableedit_cpp.lifelong.naming import with_ids
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertReport, revert
 from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
@@ -169,11 +167,16 @@ class LifelongSession(SessionView):
                 self._lock = None
 
     def edit(
-        self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
+        self,
+        requests: Iterable[EditRequest | Mapping[str, object]],
+        *,
+        outcomes: bool | None = None,
+        progress: bool | None = None,
     ) -> EditReport:
         """Edit a stream of requests; each turn is on the disk before the next begins.
 
-        A request whose prompt is that of a current one supersedes it. Requests without an id get one.
+        A request whose prompt is that of a current one supersedes it. Requests without an id get one. What did not take
+        (``outcomes``, see ``Editor.edit``) is for ``repair``: its ids are used.
 
         Returns:
             What each turn did.
@@ -184,14 +187,18 @@ class LifelongSession(SessionView):
             EditInterrupted: after Ctrl-C, once the turn in flight is done.
             DriftLimitReached: see ``LocalityGuard``.
         """
-        return self._run("edit", requests, progress)
+        return self._run("edit", requests, outcomes, progress)
 
     def warm_up(
-        self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
+        self,
+        requests: Iterable[EditRequest | Mapping[str, object]],
+        *,
+        outcomes: bool | None = None,
+        progress: bool | None = None,
     ) -> EditReport:
         """Edit a training stream first, so that the statistics are settled; it stays in the model, but its requests are
         not among the current ones. Arguments, result and errors as ``edit``."""
-        return self._run("warm_up", requests, progress)
+        return self._run("warm_up", requests, outcomes, progress)
 
     def audit(
         self,
@@ -317,7 +324,7 @@ class LifelongSession(SessionView):
         self._recorder.snapshot_if_due()
         return report
 
-    def _run(self, kind: str, requests: Iterable, progress: bool | None) -> EditReport:
+    def _run(self, kind: str, requests: Iterable, outcomes: bool | None, progress: bool | None) -> EditReport:
         self._check_open()
         requests = as_requests(requests)
         done = self.history.warm_up if kind == "warm_up" else self.history.entries
@@ -328,28 +335,15 @@ class LifelongSession(SessionView):
                     "out what was done (session.pending)"
                 )
         requests = with_ids(requests, done)
-        self.editor.check(requests)
-        report = EditReport(self.editor.config.editor)
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
-        start = time.perf_counter()
-        for piece in cut_at_contradictions(requests, self.editor.config.turn_size):
-            try:
-                report.turns += call(piece, progress=progress).turns
-            except DriftLimitReached as stop:
-                report.turns += stop.report.turns
-                report.seconds = time.perf_counter() - start
-                stop.report = report
-                raise
-            except EditInterrupted as interrupt:
-                report.turns += interrupt.report.turns
-                report.seconds = time.perf_counter() - start
-                raise EditInterrupted(
-                    f"stopped after turn {self.history.turn}, which is done: {report.edits} of {len(requests)} "
-                    "requests are edited",
-                    report,
-                ) from None
-        report.seconds = time.perf_counter() - start
-        return report
+        try:
+            return call(requests, outcomes=outcomes, progress=progress)
+        except EditInterrupted as interrupt:
+            raise EditInterrupted(
+                f"stopped after turn {self.history.turn}, which is done: {interrupt.report.edits} of {len(requests)} "
+                "requests are edited",
+                interrupt.report,
+            ) from None
 
     def _check_open(self) -> None:
         if self._lock is None:
