@@ -81,7 +81,7 @@ class LocalityGuard:
         self._max_tokens = editor.config.max_tokens_per_forward
         self._sequences = _sequences(editor, prompts)
         self.trunk = editor.make_trunk_cache()
-        self._reference: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+        self._reference: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(prompts)
         bar = tqdm(total=len(prompts), desc="Guard", unit="prompt", disable=None if progress is None else not progress)
         with bar, editor.unedited():
             for indices, likely in self._log_probabilities():
@@ -96,7 +96,7 @@ class LocalityGuard:
 
     def drift(self) -> Drift:
         """Measure the drift of the model as it is now."""
-        found = torch.zeros(len(self), dtype=torch.float64)
+        found = torch.zeros(len(self), dtype=torch.float64, device="cpu")
         for indices, likely in self._log_probabilities():
             reference = torch.stack([self._reference[index] for index in indices]).to(likely)
             # Rounded to half precision it is no longer a distribution to the last digit, and the divergence could

@@ -119,7 +119,7 @@ class Turn:
             if number == 0:
                 first = captured
             if keep:
-                owners = torch.tensor(pending)[captured.request]
+                owners = torch.tensor(pending, device="cpu")[captured.request]
                 past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
                 passes.append(AppliedPass(captured, updates, owners, ridge, past_keys))
             if number + 1 < allowed:

@@ -76,8 +76,8 @@ def fit_rate(points: list[dict], total: int) -> dict[str, float | None]:
     chosen = [point for point in points if point["distance"] > 0]
     if len(chosen) < 3:
         return {"rate": None, "rate_standard_error": None}
-    x = torch.tensor([1 / point["samples"] - 1 / total for point in chosen], dtype=torch.float64).log()
-    y = torch.tensor([point["distance"] for point in chosen], dtype=torch.float64).log()
+    x = torch.tensor([1 / point["samples"] - 1 / total for point in chosen], dtype=torch.float64, device="cpu").log()
+    y = torch.tensor([point["distance"] for point in chosen], dtype=torch.float64, device="cpu").log()
     x_mean, y_mean = x.mean(), y.mean()
     spread = (x - x_mean).square().sum()
     rate = ((x - x_mean) * (y - y_mean)).sum() / spread

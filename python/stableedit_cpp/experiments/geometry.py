@@ -104,7 +104,7 @@ class Geometry:
             for label, update in updates.items()
             for name, part in update.items()
         }
-        return {**state, "geometry": {"turns": torch.tensor(self._turns)}}
+        return {**state, "geometry": {"turns": torch.tensor(self._turns, device="cpu")}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Go on from ``state_dict``; the editor's own state is there already."""

@@ -105,6 +105,10 @@ class PatchRecorder(Follower):
 
 
 def _sum(updates: list[LowRankUpdate], key_dim: int, value_dim: int) -> LowRankUpdate:
-    left = torch.cat([torch.empty(value_dim, 0), *(update.left for update in updates)], dim=1)
-    right = torch.cat([torch.empty(0, key_dim), *(update.right for update in updates)])
+    left = torch.cat(
+        [torch.empty(value_dim, 0, dtype=torch.float32, device="cpu"), *(update.left for update in updates)], dim=1
+    )
+    right = torch.cat(
+        [torch.empty(0, key_dim, dtype=torch.float32, device="cpu"), *(update.right for update in updates)]
+    )
     return LowRankUpdate(left, right)

@@ -126,8 +126,7 @@ def capture(
             losses.append(loss)
             hits.append(hit)
 
-    cpu = {"device": "cpu"}  # whatever the default device is
-    request = torch.tensor([index for index in order for _ in sequences[index].answer], dtype=torch.long, **cpu)
+    request = torch.tensor([index for index in order for _ in sequences[index].answer], dtype=torch.long, device="cpu")
     loss, hit = torch.cat(losses).cpu(), torch.cat(hits).cpu()
     keys = {name: torch.cat(piece[0]) for name, piece in pieces.items()}
     # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
@@ -141,8 +140,8 @@ def capture(
         gradients,
         request,
         group[request],
-        torch.zeros(len(sequences), dtype=loss.dtype, **cpu).index_add_(0, request, loss) / answers,
-        torch.zeros(len(sequences), dtype=torch.float32, **cpu).index_add_(0, request, hit.float()) / answers,
+        torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").index_add_(0, request, loss) / answers,
+        torch.zeros(len(sequences), dtype=torch.float32, device="cpu").index_add_(0, request, hit.float()) / answers,
     )
 
 

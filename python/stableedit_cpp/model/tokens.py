@@ -145,17 +145,18 @@ def collate(sequences: Sequence[TokenSequence], device: torch.device, padding_si
         padding_side: ``"right"``, or ``"left"`` for prompts that the model goes on from.
     """
     width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    host = {"dtype": torch.long, "device": "cpu"}  # whatever the default device is
+    ids = torch.zeros(len(sequences), width, **host)
+    mask = torch.zeros(len(sequences), width, **host)
     for row, sequence in enumerate(sequences):
         begin = width - len(sequence) if padding_side == "left" else 0
-        ids[row, begin : begin + len(sequence)] = torch.tensor(sequence.ids)
+        ids[row, begin : begin + len(sequence)] = torch.tensor(sequence.ids, **host)
         mask[row, begin : begin + len(sequence)] = 1
-    positions = torch.tensor(answer_positions(sequences, width, padding_side), dtype=torch.long)
-    labels = torch.tensor([token for sequence in sequences for token in sequence.answer], dtype=torch.long)
+    positions = torch.tensor(answer_positions(sequences, width, padding_side), **host)
+    labels = torch.tensor([token for sequence in sequences for token in sequence.answer], **host)
     return Batch(*(_place(tensor, device) for tensor in (ids, mask, positions, labels)))
 
 
 def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Without making the host wait for the device: from pinned memory, behind what is queued there."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

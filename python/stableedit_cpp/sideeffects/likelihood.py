@@ -38,7 +38,7 @@ def answer_log_probabilities(
         sharing.setdefault((sequence.ids, len(sequence.answer)), []).append(index)
     groups = list(sharing.values())
     different = [sequences[group[0]] for group in groups]
-    found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+    found: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(sequences)
     for batch in batches(model, different, max_tokens=max_tokens, trunk=trunk):
         logits = batch.logits.to(torch.promote_types(batch.logits.dtype, torch.float32))
         parts = zip(batch.indices, logits.split(batch.sizes), logits.logsumexp(-1).split(batch.sizes), strict=True)

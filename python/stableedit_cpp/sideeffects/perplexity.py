@@ -77,7 +77,7 @@ def perplexity(
         raise ValueError("no text has two tokens, so none has a perplexity")
     found = answer_log_probabilities(model, windows, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
     losses = torch.stack([-values.sum() for values in found])
-    sizes = torch.tensor([len(values) for values in found], dtype=torch.float64)
+    sizes = torch.tensor([len(values) for values in found], dtype=torch.float64, device="cpu")
     mean = losses.sum() / sizes.sum()
     error = None
     if len(found) > 1:

@@ -84,8 +84,8 @@ def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mappi
             value_gradients={name: tensors[f"{number}/{name}/gradients"].to(home) for name, home in homes.items()},
             request=tensors[f"{number}/captured/request"],
             micro_batch=tensors[f"{number}/captured/micro_batch"],
-            losses=torch.empty(0),
-            correct=torch.empty(0),
+            losses=torch.empty(0, device="cpu"),
+            correct=torch.empty(0, device="cpu"),
         )
         past_keys = any(f"{number}/{name}/keys" in tensors for name in homes)
         request, ridge = tensors[f"{number}/request"], content["ridge"][number]
