@@ -58,16 +58,16 @@ def stopped_after(turns: int, data: Path, output: Path, monkeypatch, **changes) 
 
 def test_what_a_bench_has_written_becomes_a_report(data, tmp_path):
     pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
-    documents = bench(data, tmp_path / "out", seeds=[0, 1], **everything(data))
+    documents = bench(data, tmp_path / "out", **everything(data), metrics=["accuracy"])
     assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     for title in ("Along the stream", "Retention by age", "Geometry", "Hidden states", "Downstream tasks", "Cost"):
         assert title in text
-    for table in ("comparison", "over-seeds", "theory", "hidden-states", "cost", "provenance"):
+    for table in ("comparison", "theory", "hidden-states", "cost", "provenance"):
         assert f'<table data-name="{table}">' in text, table
     kinds = {re.split(r"[-.]", path.name)[0] for path in (tmp_path / "page" / "charts").iterdir()}
     assert kinds >= {"curve", "retention", "final", "geometry", "map", "perplexity", "memory", "time", "convergence"}
-    score = documents[0]["checkpoints"][-1]["scores"]["locality_kl"]
+    score = documents[0]["checkpoints"][-1]["scores"]["efficacy"]
     assert f"{score['mean']:.3f} ± {score['standard_error']:.3f}" in text
 
 
