@@ -18,6 +18,7 @@ from .editors import (
     UltraEdit,
     UltraEditConfig,
     load_config,
+    load_editor,
     register_editor,
 )
 from .errors import (
@@ -86,6 +87,7 @@ __all__ = [
     "iter_requests",
     "lifelong",
     "load_config",
+    "load_editor",
     "load_model",
     "model",
     "read_requests",

@@ -125,7 +125,7 @@ class TestOpen:
         [
             (lambda: tiny_model("mistral"), "the model is a MistralForCausalLM, not a LlamaForCausalLM"),
             (lambda: tiny_model("llama", torch.bfloat16), "the model is in bfloat16, not in float32"),
-            (lambda: tiny_model("llama", seed=1), "weights of the model that the session does not edit"),
+            (lambda: tiny_model("llama", seed=1), "weights of the model outside the edited modules are others"),
         ],
     )
     def test_another_model(self, model, message, tokenizer, directory):

@@ -18,6 +18,7 @@ import torch
 
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.files.words import with_nearest
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "EDITORS",
     "NamedEditor",
     "load_config",
+    "load_editor",
     "load_plugins",
     "make_editor",
     "named_editor",
@@ -95,6 +97,12 @@ def load_plugins() -> None:
 def make_editor(model: torch.nn.Module, tokenizer, config: EditorConfig) -> Editor:
     """The editor that ``config`` belongs to."""
     return _class(config.editor)(model, tokenizer, config)
+
+
+def load_editor(model: torch.nn.Module, tokenizer, path: str | Path) -> Editor:
+    """The editor of whatever class that ``Editor.save`` wrote; see ``Editor.load``."""
+    saved = SavedEditor.read(path)
+    return _class(parse_config(saved.config).editor).load(model, tokenizer, saved)
 
 
 def parse_config(text: str) -> EditorConfig:

@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 from stableedit_cpp.editors import Editor, make_editor, parse_config
+from stableedit_cpp.editors.identity import check_identity, edited_weights, identity
 from stableedit_cpp.errors import DamagedJournal, SessionWriteError
 from stableedit_cpp.files.atomic import new_directory
-from stableedit_cpp.files.digest import model_digest, tensor_digests, tokenizer_digest
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.journal import Journal
@@ -40,7 +40,7 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
         "turn": 0,
         **settings,
         "config": json.loads(editor.config.to_json()),
-        "model": {"source": source, **_identity(editor)},
+        "model": {"source": source, **identity(editor.model, editor.tokenizer, editor.modules)},
         "state": state_fingerprints(state),
         "environment": environment(),
     }
@@ -88,15 +88,17 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
         ValueError: for another model or tokenizer. OtherBits: see ``restore``. In both cases the model is as it was.
     """
     editor = make_editor(model, tokenizer, parse_config(json.dumps(view.manifest["config"])))
-    _check_identity(editor, view.manifest["model"], view.directory)
-    found, unedited = _edited_weights(editor), view.manifest["model"]["edited"]
+    remedy, created = f"load what the session {view.directory} was created with", view.manifest["model"]
+    given = identity(model, tokenizer, editor.modules)
+    check_identity(given, created, remedy)
+    found, unedited = given["edited"], created["edited"]
     with editor.weights.change("opening a session"):
         restore(view, editor, view.history.line, exact=exact, progress=progress)
         # A model that this session itself left behind may be handed back.
-        if found not in (unedited, _edited_weights(editor)):
+        if found not in (unedited, edited_weights(editor.modules)):
             raise ValueError(
                 "the edited modules of the model hold neither the unedited weights nor those that the session left; "
-                f"load what the session {view.directory} was created with"
+                + remedy
             )
         if found != unedited:  # the editor takes what it is given for the original, unless told better
             originals = view.snapshots.load(0, view.history.states[0])["weights"]
@@ -107,37 +109,3 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
         reason = "the turns before were done again with other bits, on another machine or library"
         append(view, {"kind": "moved", "turn": view.history.turn, "state": state_fingerprints(state), "reason": reason})
     return editor
-
-
-def _identity(editor: Editor) -> dict[str, object]:
-    """What tells an editor's model and tokenizer from others, for the first record of a session."""
-    names = [f"{module.name}.weight" for module in editor.modules]
-    return {
-        "class": type(editor.model).__name__,
-        "dtype": str(editor.modules[0].weight.dtype).removeprefix("torch."),
-        "outside": model_digest(editor.model, exclude=names),
-        "edited": _edited_weights(editor),
-        "tokenizer": tokenizer_digest(editor.tokenizer),
-    }
-
-
-def _edited_weights(editor: Editor) -> dict[str, str]:
-    """Digests of the weights of the edited modules, as they are now."""
-    return tensor_digests({module.name: module.weight for module in editor.modules})
-
-
-def _check_identity(editor: Editor, expected: dict[str, object], session: object) -> None:
-    """
-    Raises:
-        ValueError: if the editor's model or tokenizer is not the ``expected``; its edited weights may be others.
-    """
-    found = _identity(editor)
-    for name, what in (
-        ("class", "the model is a {found}, not a {expected}"),
-        ("dtype", "the model is in {found}, not in {expected}"),
-        ("outside", "weights of the model that the session does not edit are not those of its model"),
-        ("tokenizer", "the tokenizer is another"),
-    ):
-        if found[name] != expected[name]:
-            what = what.format(found=found[name], expected=expected[name])
-            raise ValueError(f"{what}; load what the session {session} was created with")

@@ -1,0 +1,57 @@
+"""How a model and its tokenizer are known again, by who kept something that belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stableedit_cpp.files.digest import model_digest, tensor_digests, tokenizer_digest
+from stableedit_cpp.model.modules import EditModule
+
+__all__ = ["check_identity", "edited_weights", "identity"]
+
+
+def identity(
+    model: torch.nn.Module,
+    tokenizer,
+    modules: Sequence[EditModule],
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, object]:
+    """What tells a model and a tokenizer from others, ready for JSON. Reads every weight once.
+
+    Args:
+        modules: that are edited.
+        weights: theirs, by module name, if not the present ones.
+    """
+    return {
+        "class": type(model).__name__,
+        "dtype": str(modules[0].weight.dtype).removeprefix("torch."),
+        "outside": model_digest(model, exclude=[f"{module.name}.weight" for module in modules]),
+        "edited": edited_weights(modules) if weights is None else tensor_digests(weights),
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def edited_weights(modules: Sequence[EditModule]) -> dict[str, str]:
+    """Digests of the weights of the edited modules, as they are now, by module name."""
+    return tensor_digests({module.name: module.weight for module in modules})
+
+
+def check_identity(found: Mapping[str, object], expected: Mapping[str, object], remedy: str) -> None:
+    """Refuse another model or tokenizer; the edited weights are left to the caller.
+
+    Args:
+        remedy: the end of the message, e.g. "load what the session s/ was created with".
+
+    Raises:
+        ValueError: with what differs.
+    """
+    for name, what in (
+        ("class", "the model is a {found}, not a {expected}"),
+        ("dtype", "the model is in {found}, not in {expected}"),
+        ("outside", "weights of the model outside the edited modules are others"),
+        ("tokenizer", "the tokenizer is another"),
+    ):
+        if found[name] != expected[name]:
+            raise ValueError(f"{what.format(found=found[name], expected=expected[name])}; {remedy}")
