@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.tokens import TokenSequence
@@ -113,7 +113,7 @@ def test_accuracy_of_answers_that_are_partly_right(architecture, tokenizer):
     expected = [accuracy_of_one(model, sequence) for sequence in sequences]
     assert min(expected) > 0 and max(expected) < 1
     for max_tokens in (1, 100, 10_000):
-        assert token_accuracy(model, sequences, max_tokens=max_tokens).tolist() == pytest.approx(expected)
+        assert answer_scores(model, sequences, max_tokens=max_tokens).accuracy.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stableedit_cpp.editors import turn as turns
-from stableedit_cpp.evaluation.teacher_forcing import AnswerScores
+from stableedit_cpp.evaluation.answers import AnswerScores
 from support.captures import sequences_of
 from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
 from support.tiny import FACTS, tiny_model

@@ -153,7 +153,7 @@ def test_standard_error(successor, tokenizer, count):
 @pytest.mark.parametrize("requests", [[], iter([])])
 def test_no_requests(successor, tokenizer, requests):
     scores = evaluate(successor, tokenizer, requests, progress=False)
-    assert scores == Scores(None, None, None, dict.fromkeys(METRICS), [])
+    assert scores == Scores(METRICS, [])
 
 
 @pytest.mark.parametrize(

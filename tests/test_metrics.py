@@ -15,7 +15,7 @@ import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.data import iter_requests, read_requests
 from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, judge
-from stableedit_cpp.evaluation.probes import PROBES
+from stableedit_cpp.evaluation.scores import PROBES
 from stableedit_cpp.model.tokens import TokenSequence, answer_positions, collate, tokenize
 from support.answers import Successor, readable
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -159,7 +159,7 @@ def test_null_multi_hop_questions_are_skipped_and_counted(tmp_path, tokenizer):
 def test_scores_without_such_questions_do_not_mention_them(tokenizer):
     scores = se.evaluate(tiny_model("gpt2"), tokenizer, [{"prompt": "p", "target": "t"}], progress=False)
     assert set(scores.standard_errors) == {"efficacy", "generalization", "specificity"}
-    assert (scores.multi_hop, scores.persona, scores.further) == (None, None, {})
+    assert (scores.multi_hop, scores.persona) == (None, None)
 
 
 def test_exact_match(tokenizer):
@@ -179,7 +179,7 @@ def test_exact_match(tokenizer):
         {"id": "wrong", "efficacy": pytest.approx(2 / 3), "efficacy_exact_match": 0.0, **none}
         | {"specificity": None, "specificity_exact_match": None},
     ]
-    assert scores.further["efficacy_exact_match"] == scores.means()["efficacy_exact_match"] == 0.5
+    assert scores["efficacy_exact_match"].mean == scores.means()["efficacy_exact_match"] == 0.5
     assert scores.standard_errors["efficacy_exact_match"] == pytest.approx(0.5)
 
 
@@ -261,7 +261,7 @@ def test_generation_scores(tokenizer):
     assert (wrong["efficacy_contains"], wrong["efficacy_contains_and_stops"], wrong["efficacy_text"]) == (0, 0, said)
     assert wrong["generalization_contains"] is None
     assert not any(name.startswith("specificity_") for name in wrong)
-    assert scores.further["efficacy_contains"] == 0.5
+    assert scores["efficacy_contains"].mean == 0.5
     assert scores.counts()["generalization_contains"] == {"scored": 1, "skipped": 1}
 
 
@@ -271,6 +271,10 @@ LOCAL = [
     {"prompt": "p", "target": "t", "locality_prompt": f"{'very ' * (n % 3)}unrelated", "locality_target": "xyz"[:n]}
     for n in (1, 2, 3, 1, 2, 3)
 ] + [{"prompt": "q", "target": "t"}]
+
+
+def local_means(scores: se.Scores) -> dict[str, float]:
+    return {name: scores[name].mean for name in ("locality_agreement", "locality_kl")}
 
 
 def test_locality_by_the_definition(tokenizer):
@@ -293,7 +297,7 @@ def test_locality_by_the_definition(tokenizer):
             same.append(p.index(max(p)) == q.index(max(q)))
         assert record["locality_kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-6)
         assert record["locality_agreement"] == pytest.approx(sum(same) / len(same))
-    assert scores.further["locality_kl"] > 0
+    assert scores["locality_kl"].mean > 0
     assert "nats   (6 requests, 1 without the prompt)" in str(scores)
 
 
@@ -304,14 +308,14 @@ def test_locality_against_the_editor_without_a_second_model(tokenizer):
 
     def locality() -> dict:
         options = {"metrics": ["locality"], "reference": editor.unedited, "progress": False}
-        return se.evaluate(model, tokenizer, LOCAL, **options).further
+        return local_means(se.evaluate(model, tokenizer, LOCAL, **options))
 
     assert locality() == {"locality_agreement": 1.0, "locality_kl": 0.0}
     editor.edit([{"prompt": f"fact {n}", "target": "new"} for n in range(8)], progress=False)
     edited = locality()
     assert edited["locality_kl"] > 1e-6
-    other = se.evaluate(model, tokenizer, LOCAL, reference=tiny_model("llama"), progress=False).further
-    assert edited == pytest.approx(other, rel=1e-5)
+    other = se.evaluate(model, tokenizer, LOCAL, reference=tiny_model("llama"), progress=False)
+    assert edited == pytest.approx(local_means(other), rel=1e-5)
 
 
 def test_a_token_that_the_unedited_model_rules_out(tokenizer):
@@ -334,8 +338,8 @@ def test_a_token_that_the_unedited_model_rules_out(tokenizer):
             return output
 
     model = RuledOut(tiny_model("gpt2"))
-    further = se.evaluate(model, tokenizer, LOCAL, reference=model, progress=False).further
-    assert further == {"locality_agreement": 1.0, "locality_kl": 0.0}
+    scores = se.evaluate(model, tokenizer, LOCAL, reference=model, progress=False)
+    assert local_means(scores) == {"locality_agreement": 1.0, "locality_kl": 0.0}
 
 
 def test_reference_with_another_vocabulary(tokenizer):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import stableedit_cpp as se
 from stableedit_cpp.cli import main
+from stableedit_cpp.evaluation.answers import read_answers
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.sideeffects import SideEffectOptions, check, measure
 from stableedit_cpp.sideeffects.downstream import RESERVED, TASKS, choose, downstream_scores, read_task
-from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
 from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
 from support.tiny import tiny_model, tiny_tokenizer
 
@@ -52,7 +53,7 @@ def test_standard_error_of_perplexity_is_that_of_the_jackknife(tokenizer):
     texts = [f"{word} and {word[::-1]} {index}" for index, word in enumerate(["one", "seven", "twelve", "six"] * 20)]
     found = perplexity(model, tokenizer, texts, window=64, max_tokens=500)
     sequences = [TokenSequence(tuple(ids[:-1]), tuple(ids[1:])) for ids in tokenizer(texts)["input_ids"]]
-    values = [-p.numpy() for p in answer_log_probabilities(model, sequences, max_tokens=500)]
+    values = [-answer.log_probability.numpy() for answer in read_answers(model, sequences, max_tokens=500)]
     total, count = sum(v.sum() for v in values), sum(map(len, values))
     left_out = np.array([math.exp((total - v.sum()) / (count - len(v))) for v in values])
     jackknife = math.sqrt((len(values) - 1) * np.mean((left_out - left_out.mean()) ** 2))
@@ -104,9 +105,9 @@ def test_choices_of_one_token_share_the_forward_pass(tokenizer):
     model.register_forward_pre_hook(lambda *_, **__: runs.append(1))
     ids = tuple(tokenizer("question")["input_ids"])
     sequences = [TokenSequence(ids, (token,)) for token in range(5, 9)]
-    found = answer_log_probabilities(model, sequences, max_tokens=64)
+    found = read_answers(model, sequences, max_tokens=64)
     assert len(runs) == 1
-    assert len({float(values) for values in found}) == 4
+    assert len({float(answer.log_probability) for answer in found}) == 4
 
 
 def test_a_long_question_loses_its_beginning(tokenizer):
@@ -247,10 +248,20 @@ def test_a_model_that_has_collapsed_is_measured(tmp_path, options, tokenizer):
     measure(model, tokenizer, options, directory=tmp_path, edits=0)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
-    found = measure(model, tokenizer, options, directory=tmp_path, edits=1)
+    found = measure(model, tokenizer, options, directory=tmp_path, edits=1, allow_broken=True)
     json.dumps(found, allow_nan=False)
-    assert found["perplexity"]["wiki"]["perplexity"] is None
+    wiki = found["perplexity"]["wiki"]
+    assert wiki["perplexity"] is None and wiki["broken"] == wiki["windows"]
+    for task in found["downstream"].values():
+        assert (task["accuracy"], task["broken"]) == (0.0, task["records"])
     assert found["hidden_states"]["layers"]["3"]["cka"] is None
+    assert found["hidden_states"]["broken"] == 20
+    for part in ("perplexity", "downstream", "prompts"):
+        only = {part: options[part], "maps": []}
+        with pytest.raises(se.ModelBroken, match=r"the model is broken: .*layers\.0\.mlp\.down_proj\.weight"):
+            measure(model, tokenizer, only, directory=tmp_path, edits=1)
+    with pytest.raises(se.ModelBroken, match="for 20 of 20 prompts"):  # nothing can be compared with it
+        measure(model, tokenizer, {"prompts": options["prompts"]}, directory=tmp_path, allow_broken=True)
 
 
 def test_states_to_compare_with_have_to_be_there_and_the_same(tmp_path, options, tokenizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.evaluation.answers import token_accuracy
 from stableedit_cpp.model import trunk
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.running import answer_logits

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.evaluation.greedy import greedy_answers
+from stableedit_cpp.evaluation.answers import greedy_answers
 from stableedit_cpp.lifelong import SessionWriteError
 from stableedit_cpp.lifelong.journal.snapshots import is_state
 from support.sessions import (

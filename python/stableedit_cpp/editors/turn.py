@@ -17,8 +17,7 @@ from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
-from stableedit_cpp.evaluation.greedy import greedy_answers
-from stableedit_cpp.evaluation.teacher_forcing import answer_scores, token_accuracy
+from stableedit_cpp.evaluation.answers import answer_scores, greedy_answers, token_accuracy
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache, trusted
@@ -61,7 +60,7 @@ class Work:
     answers: bool
 
     def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        """Share of each answer's tokens that are the model's top choice."""
+        """Share of each answer's tokens that are the model's top choice; NaN where the model is broken."""
         limit = self.config.max_tokens_per_forward
         return token_accuracy(self.model, sequences, max_tokens=limit, trunk=self.trunk)
 

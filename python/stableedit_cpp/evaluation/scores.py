@@ -3,61 +3,121 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
-from stableedit_cpp.evaluation.generation import generate_continuations, judge
+from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
+from stableedit_cpp.evaluation.generation import check_room, generate_continuations, judge
 from stableedit_cpp.evaluation.locality import Reference, locality
-from stableedit_cpp.evaluation.probes import PROBES, probes_of
-from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
 from stableedit_cpp.files.words import with_nearest
 from stableedit_cpp.model.tokens import context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["METRICS", "Scores", "check_metrics", "evaluate", "mean_and_error"]
+__all__ = ["METRICS", "PROBES", "Score", "Scores", "check_metrics", "evaluate", "mean_and_error"]
 
 METRICS = ("accuracy", "exact_match", "generation", "locality")
+
+# What is asked of a model about a request: name of the score -> prompt and answer, as fields of EditRequest.
+PROBES = {
+    "efficacy": ("prompt", "target"),
+    "generalization": ("rephrase", "target"),
+    "specificity": ("locality_prompt", "locality_target"),
+    "multi_hop": ("multi_hop_prompt", "multi_hop_target"),
+    "persona": ("persona", "target"),
+}
 _ALWAYS = ("efficacy", "generalization", "specificity")
 _GENERATED = ("efficacy", "generalization", "multi_hop", "persona")
 _ROOM = 8  # tokens that a free answer may take beyond those of the expected one
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Means over the requests that have the prompt for it; None where no request has.
-
+class Score(NamedTuple):
+    """
     Attributes:
-        efficacy: token accuracy on the edit prompts. generalization: on the rephrased prompts. specificity: on the
-            unrelated prompts against the data set's answer (it may rise above the unedited model's).
-        standard_errors: of all means, by name.
-        per_request: for each request, in order, ``id`` (its own or its index) and its value of each score by name, None
-            where it lacks the prompt; with free generation also the text, e.g. ``efficacy_text``.
-        multi_hop, persona: token accuracy on the multi-hop questions and on the persona's; None and not among the
-            other attributes where no request has such a question.
-        further: the means of the metrics that were asked for beside token accuracy, by name (see ``evaluate``).
+        mean: over the requests that have the prompt for it; None where none has.
+        standard_error: of the mean. scored, skipped: requests with and without the prompt.
     """
 
-    efficacy: float | None
-    generalization: float | None
-    specificity: float | None
-    standard_errors: dict[str, float | None]
+    mean: float | None
+    standard_error: float | None
+    scored: int
+    skipped: int
+
+
+@dataclass(frozen=True, repr=False)
+class Scores(Mapping[str, Score]):
+    """All scores by name: ``scores["efficacy_exact_match"].mean``; ``str(scores)`` is a table.
+
+    Token accuracy is also an attribute: ``scores.efficacy`` on the edit prompts, ``.generalization`` on the rephrased
+    ones, ``.specificity`` on the unrelated ones against the data set's answer (it may rise above the unedited model's),
+    ``.multi_hop`` and ``.persona`` on those questions; None where no request has such a prompt.
+
+    Attributes:
+        names: of the scores, in order.
+        per_request: for each request, in order, ``id`` (its own or its index) and its value of each score by name, None
+            where it lacks the prompt; with free generation also the text, e.g. ``efficacy_text``, and with
+            ``allow_broken`` a ``broken`` where the model answered NaN.
+    """
+
+    names: tuple[str, ...]
     per_request: list[dict[str, object]]
-    multi_hop: float | None = None
-    persona: float | None = None
-    further: dict[str, float | None] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Score:
+        if name not in self.names:
+            raise KeyError(f"no score {with_nearest(name, self.names)}")
+        values = [record[name] for record in self.per_request if record[name] is not None]
+        return Score(*mean_and_error(values), len(values), len(self.per_request) - len(values))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def efficacy(self) -> float | None:
+        return self._mean("efficacy")
+
+    @property
+    def generalization(self) -> float | None:
+        return self._mean("generalization")
+
+    @property
+    def specificity(self) -> float | None:
+        return self._mean("specificity")
+
+    @property
+    def multi_hop(self) -> float | None:
+        return self._mean("multi_hop")
+
+    @property
+    def persona(self) -> float | None:
+        return self._mean("persona")
+
+    def _mean(self, name: str) -> float | None:
+        return self[name].mean if name in self.names else None
+
+    @property
+    def standard_errors(self) -> dict[str, float | None]:
+        """Of all means, by name."""
+        return {name: score.standard_error for name, score in self.items()}
+
+    @property
+    def broken(self) -> int:
+        """Requests to which the model answered NaN, with ``allow_broken``."""
+        return sum("broken" in record for record in self.per_request)
 
     def means(self) -> dict[str, float | None]:
-        """All scores by name."""
-        return {name: self.further.get(name, getattr(self, name, None)) for name in self.standard_errors}
+        """By name."""
+        return {name: score.mean for name, score in self.items()}
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each score, how many requests were scored and how many skipped, because they lack the prompt for it."""
-        scored = {name: sum(record[name] is not None for record in self.per_request) for name in self.standard_errors}
-        return {name: {"scored": n, "skipped": len(self.per_request) - n} for name, n in scored.items()}
+        return {name: {"scored": score.scored, "skipped": score.skipped} for name, score in self.items()}
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -65,18 +125,31 @@ class Scores:
         return {**self.means(), **rest}
 
     def __str__(self) -> str:
-        width = max([15, *(len(name) + 1 for name in self.standard_errors)])
+        width = max([15, *(len(name) + 1 for name in self.names)])
         lines = []
-        for name, mean in self.means().items():
-            count = self.counts()[name]
-            if mean is None:
+        for name, score in self.items():
+            if score.mean is None:
                 lines.append(f"{name:<{width}}not scored: no request has the prompt for it")
                 continue
             unit = " nats" if name == "locality_kl" else ""
-            without = f", {count['skipped']} without the prompt" if count["skipped"] else ""
-            figures = f"{mean:.3f} ± {self.standard_errors[name]:.3f}{unit}"
-            lines.append(f"{name:<{width}}{figures}   ({count['scored']} requests{without})")
+            without = f", {score.skipped} without the prompt" if score.skipped else ""
+            figures = f"{score.mean:.3f} ± {score.standard_error:.3f}{unit}"
+            lines.append(f"{name:<{width}}{figures}   ({score.scored} requests{without})")
+        if self.broken:
+            lines.append(f"the model is broken: it answers NaN to {self.broken} of {len(self.per_request)} requests")
         return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class _Question(NamedTuple):
+    """One prompt of one request."""
+
+    request: int
+    probe: str
+    name: str
+    prompt: str
+    answer: str
 
 
 def evaluate(
@@ -88,6 +161,7 @@ def evaluate(
     reference: Reference | None = None,
     max_tokens_per_forward: int = 2048,
     trunk: TrunkCache | None = None,
+    allow_broken: bool = False,
     progress: bool | None = None,
 ) -> Scores:
     """Score a model on edit requests, edited or not.
@@ -99,76 +173,100 @@ def evaluate(
         metrics: what to score beside token accuracy. ``"exact_match"``: whether all answer tokens are top choices
             (``efficacy_exact_match`` and so on). ``"generation"``: greedy answers to the edit, rephrased, multi-hop and
             persona prompts, whether they contain the answer (``efficacy_contains``) and then stop
-            (``efficacy_contains_and_stops``), see ``judge``. ``"locality"``: on the unrelated prompts, top-1 agreement
-            with the unedited model (``locality_agreement``) and KL divergence from it in nats (``locality_kl``).
+            (``efficacy_contains_and_stops``), see ``judge``; they may be 8 tokens longer than the answer.
+            ``"locality"``: on the unrelated prompts, top-1 agreement with the unedited model (``locality_agreement``)
+            and KL divergence from it in nats (``locality_kl``).
         reference: the unedited model, or ``editor.unedited``; turns on locality.
         trunk: ``TrunkCache(model, editor.modules)``; the second evaluation of the same prompts then runs only the
             layers that edits can change.
+        allow_broken: score a model that answers NaN as well: such an answer is wrong (0), its ``locality_kl`` None, and
+            the request is marked (``Scores.broken``).
         progress: show a bar; None shows it on a terminal.
 
     Raises:
         ValueError: for a bad request, or a prompt and answer longer than the model's context; a trunk cache whose
             layers have changed; an unknown metric; locality without a reference, or one with another vocabulary.
+        ModelBroken: if the model or the reference answers NaN, unless ``allow_broken``.
     """
     check_metrics(metrics, reference)
     requests = as_requests(requests)
-    names, pairs, owners = [], [], []
-    for index, request in enumerate(requests):
-        for probe, pair in probes_of(request).items():
-            names.append(f"request {index}" + (f" ({request.id})" if request.id else "") + f", {probe}")
-            pairs.append(pair)
-            owners.append((index, probe))
-    sequences = tokenize(tokenizer, pairs, context_length(model), names)
-    free = [i for i, (_, probe) in enumerate(owners) if probe in _GENERATED] if "generation" in metrics else []
-    unrelated = [i for i, (_, probe) in enumerate(owners) if probe == "specificity"] if reference is not None else []
+    questions = [question for index, request in enumerate(requests) for question in _questions(index, request)]
+    asked = [question.name for question in questions]
+    limit = context_length(model)
+    sequences = tokenize(tokenizer, [(question.prompt, question.answer) for question in questions], limit, asked)
+    free = [i for i, q in enumerate(questions) if q.probe in _GENERATED] if "generation" in metrics else []
+    room = [len(sequences[i].answer) + _ROOM for i in free]
+    check_room([sequences[i].first + 1 for i in free], room, limit, [asked[i] for i in free])
+    unrelated = [i for i, q in enumerate(questions) if q.probe == "specificity"] if reference is not None else []
 
-    asked = {probe for _, probe in owners}
-    probes = [probe for probe in PROBES if probe in asked or probe in _ALWAYS]
-    further = [f"{probe}_exact_match" for probe in probes if "exact_match" in metrics]
-    if "generation" in metrics:
-        further += [f"{p}_{score}" for p in probes if p in _GENERATED for score in ("contains", "contains_and_stops")]
-    if reference is not None:
-        further += ["locality_agreement", "locality_kl"]
+    names = _names({question.probe for question in questions}, metrics, reference is not None)
     records: list[dict[str, object]] = [
-        {"id": request.id or str(index), **dict.fromkeys([*probes, *further])} for index, request in enumerate(requests)
+        {"id": request.id or str(index), **dict.fromkeys(names)} for index, request in enumerate(requests)
     ]
+
+    def mark_broken(broken: list[int], count: int) -> None:
+        if not allow_broken:
+            refuse_broken(model, [asked[i] for i in broken], count)
+        for i in broken:
+            records[questions[i].request]["broken"] = True
+
     total = len(sequences) + len(free) + len(unrelated)
     bar = tqdm(total=total, desc="Evaluating", unit="prompt", disable=None if progress is None else not progress)
     with bar:
         passes = {"max_tokens": max_tokens_per_forward, "on_done": bar.update}
-        accuracy = token_accuracy(model, sequences, trunk=trunk, **passes)
-        for (index, probe), value in zip(owners, accuracy.tolist(), strict=True):
-            records[index][probe] = value
+        accuracy = answer_scores(model, sequences, trunk=trunk, **passes).accuracy
+        mark_broken(accuracy.isnan().nonzero().flatten().tolist(), len(sequences))
+        for question, value in zip(questions, accuracy.nan_to_num(0.0).tolist(), strict=True):
+            records[question.request][question.probe] = value
             if "exact_match" in metrics:
-                records[index][f"{probe}_exact_match"] = float(value == 1)
+                records[question.request][f"{question.probe}_exact_match"] = float(value == 1)
         if free:
-            room = [len(sequences[i].answer) + _ROOM for i in free]
-            written = generate_continuations(model, tokenizer, [pairs[i][0] for i in free], room, **passes)
+            prompts = [questions[i].prompt for i in free]
+            written = generate_continuations(model, tokenizer, prompts, room, **passes)
+            mark_broken([i for i, text in zip(free, written, strict=True) if text.broken], len(free))
             for i, continuation in zip(free, written, strict=True):
-                index, probe = owners[i]
-                contains, stops = judge(continuation, pairs[i][1])
-                records[index] |= {
+                probe, answer = questions[i].probe, questions[i].answer
+                contains, stops = judge(continuation, answer)
+                records[questions[i].request] |= {
                     f"{probe}_contains": float(contains),
                     f"{probe}_contains_and_stops": float(stops),
                     f"{probe}_text": continuation.text,
                 }
         if unrelated:
-            compared = locality(model, reference, [sequences[i] for i in unrelated], **passes)
-            for i, same, kl in zip(unrelated, *(values.tolist() for values in compared), strict=True):
-                records[owners[i][0]] |= {"locality_agreement": same, "locality_kl": kl}
+            agreement, kl = locality(model, reference, [sequences[i] for i in unrelated], trunk=trunk, **passes)
+            for i, same, divergence in zip(unrelated, agreement.tolist(), kl.tolist(), strict=True):
+                divergence = None if math.isnan(divergence) else divergence
+                records[questions[i].request] |= {"locality_agreement": same, "locality_kl": divergence}
+    return Scores(names, records)
 
-    means, errors = {}, {}
-    for name in [*probes, *further]:
-        means[name], errors[name] = mean_and_error([r[name] for r in records if r[name] is not None])
-    return Scores(
-        **{probe: means[probe] for probe in probes},
-        standard_errors=errors,
-        per_request=records,
-        further={name: means[name] for name in further},
-    )
+
+def _questions(index: int, request: EditRequest) -> list[_Question]:
+    """Those that the request has prompt and answer for; a null multi-hop question is none."""
+    found = []
+    for probe, fields in PROBES.items():
+        prompt, answer = (getattr(request, field) for field in fields)
+        if prompt and answer:
+            name = f"request {index}" + (f" ({request.id})" if request.id else "") + f", {probe}"
+            found.append(_Question(index, probe, name, prompt, answer))
+    return found
+
+
+def _names(asked: Collection[str], metrics: Collection[str], with_locality: bool) -> tuple[str, ...]:
+    """Of all scores, in order."""
+    probes = [probe for probe in PROBES if probe in asked or probe in _ALWAYS]
+    names = list(probes)
+    if "exact_match" in metrics:
+        names += [f"{probe}_exact_match" for probe in probes]
+    if "generation" in metrics:
+        names += [f"{p}_{score}" for p in probes if p in _GENERATED for score in ("contains", "contains_and_stops")]
+    return tuple(names + ["locality_agreement", "locality_kl"] * with_locality)
 
 
 def check_metrics(metrics: Collection[str], reference: Reference | None) -> None:
+    """
+    Raises:
+        ValueError: for an unknown metric, or locality without a reference.
+    """
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a list of names, not the text {metrics!r}")
     for metric in metrics:
@@ -178,7 +276,7 @@ def check_metrics(metrics: Collection[str], reference: Reference | None) -> None
         raise ValueError("locality compares with the unedited model: give reference=editor.unedited, or that model")
 
 
-def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and its standard error (unbiased; 0 for a single value)."""
     if not values:
         return None, None

@@ -50,6 +50,7 @@ class Scorer:
             "reference": reference if "locality" in metrics else None,
             "max_tokens_per_forward": max_tokens,
             "trunk": trunk,
+            "allow_broken": True,
             "progress": progress,
         }
 
@@ -79,7 +80,11 @@ class Scorer:
         return summary([record for record in records if record["in_sample"]]), ages, records
 
     def of(self, requests: Sequence[EditRequest]) -> list[dict]:
-        """One record a request; None where it lacks the prompt for a score, or the score is not finite."""
+        """One record a request; None where it lacks the prompt for a score, or the score is not finite.
+
+        A model that has broken down is scored like any other: an answer that is not there is wrong, and the record is
+        marked ``broken``.
+        """
         records = evaluate(self._model, self._tokenizer, requests, **self._how).per_request
         return [_finite(record) for record in records]
 
@@ -89,7 +94,7 @@ class Scorer:
 
 
 def _finite(record: Mapping[str, object]) -> dict[str, object]:
-    """JSON has no NaN, which the divergence from a model that has broken down is."""
+    """JSON has no infinity, which the divergence from a model that rules out a token is."""
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()}
 
 
@@ -105,7 +110,7 @@ def summary(records: Sequence[Mapping[str, object]]) -> dict[str, dict[str, floa
 
 
 def _is_other(name: str) -> bool:
-    return name in ("id", "index", "age", "in_sample") or name.endswith("_text")
+    return name in ("id", "index", "age", "in_sample", "broken") or name.endswith("_text")
 
 
 def age_bins(edits: int, turn_size: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp import sideeffects
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditInterrupted, TurnReport, make_editor
-from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.evaluation.answers import token_accuracy
 from stableedit_cpp.experiments.convergence import Convergence
 from stableedit_cpp.experiments.cost import Cost
 from stableedit_cpp.experiments.cumulative import CumulativeProbe
@@ -216,7 +216,7 @@ class StreamRun:
         limit = self.settings.editor.config.max_tokens_per_forward
         probe = self.editor.tokenize(requests[:_PROBE])
         right = token_accuracy(self._model, probe, max_tokens=limit, trunk=self.editor.trunk)
-        turn["efficacy_after"] = float(right.mean())
+        turn["efficacy_after"] = float(right.nan_to_num(0.0).mean())  # the next turn says that a model is broken
         seconds = turn.pop("seconds")
         if self._geometry:
             seconds["geometry"] = self._geometry.seconds

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.editors.editor import Editor
-from stableedit_cpp.evaluation.teacher_forcing import answer_scores
+from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -120,6 +120,7 @@ def audit(
 
     Raises:
         ValueError: for a bad request or argument, or a trunk cache whose layers have changed.
+        ModelBroken: if the model answers NaN.
     """
     requests = as_requests(requests)
     least = editor.config.take_probability if min_probability is None else min_probability
@@ -139,6 +140,8 @@ def audit(
             trunk=trunk,
             on_done=bar.update,
         )
+    broken = [requests[chosen[i]].id or str(chosen[i]) for i in scores.accuracy.isnan().nonzero().flatten().tolist()]
+    refuse_broken(editor.model, [f"request {name}" for name in broken], len(chosen))
     entries = [
         AuditEntry(index, requests[index].id or str(index), accuracy == 1.0 and likely >= least, accuracy, likely)
         for index, accuracy, likely in zip(chosen, scores.accuracy.tolist(), scores.probability.tolist(), strict=True)

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp.core import LowRankUpdate, ModuleEditor, PastKeys
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
-from stableedit_cpp.evaluation.greedy import greedy_answers
-from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.evaluation.answers import greedy_answers, token_accuracy
 from stableedit_cpp.lifelong.history import RequestEntry
 from stableedit_cpp.lifelong.journal.restore import applied_turn
 from stableedit_cpp.lifelong.view import SessionView
@@ -197,7 +196,7 @@ class _Revert:
         with tqdm(total=len(wanted), desc="Bringing answers back", unit="answer", disable=shown, leave=False) as bar:
             for number in range(_PASSES):
                 accuracy = token_accuracy(self.editor.model, wanted, **self._arguments).tolist()
-                pending = [sequence for sequence, share in zip(wanted, accuracy, strict=True) if share < 1.0]
+                pending = [sequence for sequence, share in zip(wanted, accuracy, strict=True) if share != 1.0]
                 bar.n = len(wanted) - len(pending)
                 bar.set_postfix({"pass": number})
                 if not pending:

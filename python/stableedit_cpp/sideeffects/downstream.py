@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.evaluation.answers import read_answers
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 from stableedit_cpp.model.trunk import TrunkCache
-from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
 
-__all__ = ["RESERVED", "TASKS", "Task", "choose", "downstream_scores", "read_task"]
+__all__ = ["RESERVED", "TASKS", "choose", "downstream_scores", "read_task"]
 
 RESERVED = 10  # the first records of a file are kept for few-shot examples, as published
 
 
 @dataclass(frozen=True)
-class Task:
+class _Task:
     """How a record becomes a prompt.
 
     Attributes:
@@ -50,16 +50,16 @@ class Task:
 
 _PAIR = "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
 TASKS = {
-    "sst2": Task("Review : {sentence}\nSentiment :", ("negative", "positive"), (0, 1)),
-    "mrpc": Task("Are the sentences paraphrases of each other.\n" + _PAIR + "Answer:", ("No", "Yes"), (0, 1)),
-    "cola": Task("Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer:", ("No", "Yes"), (0, 1)),
-    "rte": Task("{sentence1}\nquestion: {sentence2} True or False?\nanswer:", ("True", "False"), (0, 1)),
-    "nli": Task(
+    "sst2": _Task("Review : {sentence}\nSentiment :", ("negative", "positive"), (0, 1)),
+    "mrpc": _Task("Are the sentences paraphrases of each other.\n" + _PAIR + "Answer:", ("No", "Yes"), (0, 1)),
+    "cola": _Task("Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer:", ("No", "Yes"), (0, 1)),
+    "rte": _Task("{sentence1}\nquestion: {sentence2} True or False?\nanswer:", ("True", "False"), (0, 1)),
+    "nli": _Task(
         "{sentence1} entails the {sentence2} True or False? Answer:",
         ("True", "False"),
         ("entailment", "not_entailment"),
     ),
-    "mmlu": Task(
+    "mmlu": _Task(
         "Question: {question}\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\nAnswer:",
         ("A", "B", "C", "D"),
         (0, 1, 2, 3),
@@ -113,7 +113,8 @@ def choose(
     trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[int]:
-    """Index of the choice whose tokens are likeliest on (geometric) average, for each question.
+    """Index of the choice whose tokens are likeliest on (geometric) average, for each question; -1 where the model
+    answers NaN.
 
     A question that is longer than the model's context loses its beginning.
 
@@ -130,14 +131,15 @@ def choose(
         for answer in answers:
             ids = (prompt + answer[:-1])[-limit:] if limit else prompt + answer[:-1]
             sequences.append(TokenSequence(tuple(ids), tuple(answer)))
-    found = answer_log_probabilities(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
-    means = torch.stack([values.mean() for values in found]).reshape(len(questions), len(choices))
-    return means.argmax(-1).tolist()
+    read = read_answers(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
+    means = torch.stack([answer.log_probability.mean() for answer in read]).reshape(len(questions), len(choices))
+    return means.argmax(-1).where(~means.isnan().any(-1), -1).tolist()
 
 
 def downstream_scores(predictions: Sequence[int], answers: Sequence[int]) -> dict[str, float | int]:
     """``accuracy`` with its ``standard_error``, ``f1`` (weighted over classes, as published), ``mcc``, and the accuracy
-    of always giving the most frequent answer (``majority``)."""
+    of always giving the most frequent answer (``majority``). A prediction of -1 is wrong; ``broken``, if there is one,
+    says how many."""
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     count = len(answers)
@@ -149,4 +151,5 @@ def downstream_scores(predictions: Sequence[int], answers: Sequence[int]) -> dic
         "mcc": float(matthews_corrcoef(answers, predictions)),
         "majority": max(Counter(answers).values()) / count,
         "records": count,
+        **({"broken": predictions.count(-1)} if -1 in predictions else {}),
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+
+from stableedit_cpp.model.running import untouched
 
 __all__ = ["HARNESS_TASKS", "harness_scores"]
 
@@ -30,7 +33,7 @@ def harness_scores(
 
     Returns:
         for each of our names ``accuracy``, its ``standard_error``, ``f1``, ``mcc`` (None where the task does not report
-        it) and ``records``.
+        it), ``records``, and ``broken``, if any: to how many of them the model answers NaN.
 
     Raises:
         ValueError: if lm-eval is not installed, or it cannot run a task (with its reason).
@@ -41,21 +44,19 @@ def harness_scores(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("downstream lm-eval needs it: pip install 'stableedit-cpp[harness]'") from None
-    training = model.training
     try:
-        report = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks.values()),
-            num_fewshot=few_shots,
-            limit=limit,
-            log_samples=False,
-            task_manager=TaskManager(include_path=include_path),
-        )
+        with untouched(model):
+            report = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks.values()),
+                num_fewshot=few_shots,
+                limit=limit,
+                log_samples=True,  # they alone say where the model answers NaN
+                task_manager=TaskManager(include_path=include_path),
+            )
     except Exception as error:  # data sets, hub, network: each has errors of its own
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"lm-eval cannot run {', '.join(tasks.values())}: {reason}") from None
-    finally:
-        model.train(training)
     return {name: _scores(report, task) for name, task in tasks.items()}
 
 
@@ -64,13 +65,21 @@ def _scores(report: dict, task: str) -> dict[str, float | int | None]:
     found = {key.split(",")[0]: value for key, value in report["results"][task].items() if "," in key}
     members = report.get("group_subtasks", {}).get(task) or [task]
     samples = [report["n-samples"][name]["effective"] for name in members if name in report["n-samples"]]
+    broken = sum(map(_broken, [sample for name in members for sample in report["samples"].get(name, [])]))
     return {
         "accuracy": _number(found.get("acc")),
         "standard_error": _number(found.get("acc_stderr")),
         "f1": _number(found.get("f1")),
         "mcc": _number(found.get("mcc")),
         "records": sum(samples),
+        **({"broken": broken} if broken else {}),
     }
+
+
+def _broken(sample: dict) -> bool:
+    """Whether a record has a NaN among its log-likelihoods, which the harness passes over."""
+    answers = [answer for answers in sample["resps"] for answer in answers]
+    return any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers)
 
 
 def _number(value: object) -> float | None:

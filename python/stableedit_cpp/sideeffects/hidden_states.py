@@ -12,7 +12,7 @@ from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.model.running import input_device, untouched
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 
-__all__ = ["hidden_states", "layer_indices", "read_prompts"]
+__all__ = ["hidden_states", "read_prompts"]
 
 
 def read_prompts(path: str | Path, count: int | None = None) -> list[str]:
@@ -41,7 +41,7 @@ def read_prompts(path: str | Path, count: int | None = None) -> list[str]:
     return prompts
 
 
-def layer_indices(model: torch.nn.Module, layers: Sequence[int]) -> list[int]:
+def _layer_indices(model: torch.nn.Module, layers: Sequence[int]) -> list[int]:
     """Layers counted from the input: 0 is the embedding, the last one what the output embedding sees.
 
     Args:
@@ -69,7 +69,7 @@ def hidden_states(
     """Hidden states after the last token of each prompt.
 
     Args:
-        layers: see ``layer_indices``.
+        layers: counted from the input (0 is the embedding) or, negative, from the end.
         max_tokens: tokens, padding included, in one forward pass.
         on_done: called with the number of prompts after each forward pass.
 
@@ -79,7 +79,7 @@ def hidden_states(
     Raises:
         ValueError: for a layer that the model does not have, or a prompt without tokens or longer than its context.
     """
-    wanted = layer_indices(model, layers)
+    wanted = _layer_indices(model, layers)
     limit = context_length(model)
     sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts)]
     for prompt, sequence in zip(prompts, sequences, strict=True):

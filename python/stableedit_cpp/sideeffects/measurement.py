@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from stableedit_cpp.evaluation.answers import refuse_broken
 from stableedit_cpp.model.tokens import context_length
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.sideeffects.downstream import TASKS, choose, downstream_scores, read_task
@@ -45,6 +46,7 @@ def measure(
     directory: str | Path | None = None,
     edits: int = 0,
     trunk: TrunkCache | None = None,
+    allow_broken: bool = False,
     progress: bool | None = None,
 ) -> dict[str, object]:
     """Perplexity, downstream tasks and hidden states, as far as the options ask for them.
@@ -54,6 +56,8 @@ def measure(
             ``edits`` is 0, compared with later.
         edits: how many edits the model has; 0 for the unedited one.
         trunk: of the model; texts and tasks that were measured before run only the layers that edits can change.
+        allow_broken: measure a model that answers NaN as well: what cannot be computed is None, an answer that is not
+            there is wrong, and ``broken`` says beside the figures how many windows, records or prompts it was.
         progress: show a bar; None shows it on a terminal.
 
     Returns:
@@ -65,6 +69,7 @@ def measure(
     Raises:
         OSError, ValueError: for bad options or files; hidden states to compare with that are missing or of other
             prompts.
+        ModelBroken: if the model answers NaN, unless ``allow_broken``.
     """
     if not isinstance(options, SideEffectOptions):
         options = SideEffectOptions.from_dict(options)
@@ -82,8 +87,18 @@ def measure(
             if wanted:
                 start = time.perf_counter()
                 found[name] = part(model, tokenizer, options, directory, edits, trunk, bar.update)
+                if not allow_broken:
+                    _refuse_broken(model, name, found[name])
                 seconds[name] = time.perf_counter() - start
     return _finite({**found, "seconds": seconds})
+
+
+def _refuse_broken(model: torch.nn.Module, part: str, figures: Mapping[str, object]) -> None:
+    if part == "hidden_states":
+        figures = {part: figures}
+    count = {"perplexity": "windows", "downstream": "records", "hidden_states": "prompts"}[part]
+    for name, found in figures.items():
+        refuse_broken(model, [f"one of {name}"] * found.get("broken", 0), found[count])
 
 
 def _perplexity(model, tokenizer, options: SideEffectOptions, directory, edits, trunk, on_done: Callable) -> dict:
@@ -117,12 +132,16 @@ def _hidden_states(
     passes = {"max_tokens": options.max_tokens_per_forward, "on_done": on_done}
     after = hidden_states(model, tokenizer, prompts, options.layers, **passes)
     result: dict[str, object] = {"prompts": len(prompts), "layers": {}}
+    finite = np.all([np.isfinite(states).all(1) for states in after.values()], axis=0)
+    if not finite.all():
+        result["broken"] = int((~finite).sum())
     if directory is None:
         if edits:
             raise ValueError("hidden states are compared with those of the unedited model; give their directory")
         return result
     path = directory / HIDDEN_STATES.format(0)
     if edits == 0:
+        _refuse_broken(model, "hidden_states", result)  # with NaN nothing can be compared
         states = {f"layer_{layer}": values for layer, values in after.items()}
         scratch = path.with_name(f".{path.name}")
         np.savez_compressed(scratch, prompts=np.array(prompts), **states)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.evaluation.answers import read_answers
 from stableedit_cpp.model.tokens import TokenSequence, prompt_ids
 from stableedit_cpp.model.trunk import TrunkCache
-from stableedit_cpp.sideeffects.likelihood import answer_log_probabilities
 
 __all__ = ["perplexity", "read_texts"]
 
@@ -67,7 +67,8 @@ def perplexity(
     Returns:
         ``perplexity`` over all tokens, its ``standard_error`` with the windows as the sample (delta method; None for a
         single window), ``mean_perplexity`` over windows, as ME-PPL was published, and how many ``tokens`` and
-        ``windows`` were scored. Infinite where the model rules out a token.
+        ``windows`` were scored. Infinite where the model rules out a token; NaN where it answers NaN, and ``broken``
+        says in how many windows.
 
     Raises:
         ValueError: if no text has two tokens.
@@ -75,7 +76,8 @@ def perplexity(
     windows = _windows(tokenizer, texts, window, tokens)
     if not windows:
         raise ValueError("no text has two tokens, so none has a perplexity")
-    found = answer_log_probabilities(model, windows, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
+    read = read_answers(model, windows, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
+    found = [answer.log_probability for answer in read]
     losses = torch.stack([-values.sum() for values in found])
     sizes = torch.tensor([len(values) for values in found], dtype=torch.float64, device="cpu")
     mean = losses.sum() / sizes.sum()
@@ -84,12 +86,14 @@ def perplexity(
         residuals = losses - mean * sizes
         variance = residuals.square().sum() / (len(found) * (len(found) - 1))
         error = float(mean.exp() * variance.sqrt() / sizes.mean())
+    broken = sum(answer.broken for answer in read)
     return {
         "perplexity": float(mean.exp()),
         "standard_error": error,
         "mean_perplexity": float((losses / sizes).exp().mean()),
         "tokens": int(sizes.sum()),
         "windows": len(found),
+        **({"broken": broken} if broken else {}),
     }
 
 
