@@ -127,24 +127,21 @@ class TestAllowed:
         assert (zebra["broken"], zebra["generalization"], zebra["efficacy_text"]) == (True, 0.0, "")
 
     def test_a_stream_whose_model_breaks_is_recorded(self, tokenizer, tmp_path):
-        """A step so long that what the edited layer puts out is too large for half precision."""
-        options = {"edit_modules": ["model.layers.1.mlp.down_proj"], "turn_size": 10, "step_size": 3e3}
-        runs = matrix(write_data(tmp_path / "data"), editor_options=options, warm_up_size=0).runs()
-
-        def load(_name: str):
-            return tiny_model("llama", torch.float16), tokenizer
-
-        (document,) = run_matrix(runs, tmp_path / "out", load, progress=False)
-        assert document["status"] == "done"
-        assert document["collapsed"]["edits"] == 10
+        """The first answer that is missing is that to a rephrased prompt, which an edit does not look at."""
+        data = write_data(tmp_path / "data")
+        records = json.loads((data / "zsre" / "zsre_edit.json").read_text())
+        records[12]["rephrase"] += " z"
+        records[25]["src"] += " z"
+        (data / "zsre" / "zsre_edit.json").write_text(json.dumps(records))
+        runs = matrix(data, warm_up_size=0).runs()
+        (document,) = run_matrix(runs, tmp_path / "out", lambda _: (without_z(tokenizer), tokenizer), progress=False)
+        assert (document["status"], document["collapsed"]["edits"]) == ("done", 20)
         assert "NaN or infinite" in document["collapsed"]["reason"]
-        sound, last = document["checkpoints"]
-        assert (sound["broken"], last["broken"], last["edits"]) == (0, 10, 10)
-        assert last["scores"]["efficacy"] == {"mean": 0.0, "standard_error": 0.0, "count": 10}
-        assert last["scores"]["locality_kl"] == {"mean": None, "standard_error": None, "count": 0}
+        assert [(entry["edits"], entry["broken"]) for entry in document["checkpoints"]] == [(0, 2), (20, 1)]
         run = tmp_path / "out" / document["name"]
-        for record in lines(run / "requests" / "00000010.jsonl"):
-            assert record["broken"] is True
-        (turn,) = lines(run / "turns.jsonl")
-        assert turn["efficacy_after"] == 0.0
-        json.dumps([document, turn], allow_nan=False)
+        records = lines(run / "requests" / "00000020.jsonl")
+        assert [record["index"] for record in records if "broken" in record] == [12]
+        assert records[12]["generalization"] == 0.0
+        assert document["checkpoints"][-1]["scores"]["generalization"]["count"] == 20
+        assert "broken" not in document["checkpoints"][-1]["scores"]
+        json.dumps([document, records], allow_nan=False)

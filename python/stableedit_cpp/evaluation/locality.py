@@ -19,8 +19,8 @@ __all__ = ["Reference", "locality"]
 # The unedited model, or what shows it for a while: ``editor.unedited``.
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
-# Showing the unedited model copies every edited weight three times, so it answers many prompts at a time: as many as have
-# so many log-probabilities, 256 MiB in float32.
+# Showing the unedited model copies every edited weight three times, so it answers many prompts at a time: as many as
+# have so many log-probabilities, 256 MiB in float32.
 _KEPT = 2**26
 
 
