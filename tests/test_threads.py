@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.evaluation.teacher_forcing import token_accuracy
+from stableedit_cpp.evaluation.answers import token_accuracy
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.untouched import untouched
