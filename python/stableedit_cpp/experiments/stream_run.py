@@ -265,6 +265,7 @@ class StreamRun:
             "warm_up": cost.warm_up,
             "turn": cost.turns,
             "scores": scores,
+            "broken": sum("broken" in record for record in records),
             "ages": ages,
             "side_effects": side_effects,
             "cumulative": cumulative,
@@ -292,6 +293,7 @@ class StreamRun:
         place = self.directory.path / "side_effects"
         place.mkdir(parents=True, exist_ok=True)
         how = {"directory": place, "edits": self._cost.edits, "trunk": self.trunk, "progress": self._progress}
+        how["allow_broken"] = True  # what is left of a model that has collapsed is measured like any other
         return sideeffects.measure(self._model, self._tokenizer, self.settings.side_effects, **how)
 
     def _cumulative_probe(self) -> CumulativeProbe | None:
