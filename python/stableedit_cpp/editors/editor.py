@@ -239,6 +239,7 @@ class Editor:
 
     def checkpoint(self) -> Checkpoint:
         """Weights and statistics as they are now, to go back to."""
+        self.weights.attach()
         return Checkpoint(self.weights)
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -263,13 +264,16 @@ class Editor:
         shapes = {name: weight.shape for name, weight in own["weights"].items()}
         if state.keys() != own.keys() or {name: weight.shape for name, weight in state["weights"].items()} != shapes:
             raise ValueError(f"the state is not one of an editor of {', '.join(shapes)}")
-        with self.weights.change("loading a state"):
-            devices = self.solver.devices()
+        devices = self.solver.devices()
+
+        def work(_before: Checkpoint) -> None:
             for name, part in self.solver.statistics().items():
                 # Counts and options are tensors without a dimension, read on the host.
                 placed = {key: field.to(devices[name]) if field.ndim else field for key, field in state[name].items()}
                 part.restore(type(part).from_state_dict(placed))
             self.weights.load(state["weights"])
+
+        self.weights.change(work, "loading a state")
 
     def save(self, path: str | Path) -> None:
         """Write a file that ``load`` goes on from: config, edited weights, statistics, and what tells the model and the
@@ -308,11 +312,14 @@ class Editor:
 
         The result is the same, bit for bit, on the same machine with the same number of threads.
         """
-        with self.weights.change("doing a turn again"):
+
+        def work(_before: Checkpoint) -> None:
             for number, applied in enumerate(turn.passes):
                 self.solver.replay(turn.kind, number, applied.captured)
                 self.weights.apply(applied.updates)
             self.solver.remember(turn.kind, turn.passes[0].captured)
+
+        self.weights.change(work, "doing a turn again")
 
     def _run(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from stableedit_cpp.editors.applied import AppliedTurn
 
@@ -47,15 +47,23 @@ class Followers:
 
     Attributes:
         on_turn: called with every turn that was applied, before all followers; if it raises, the turn is taken back.
+        muted: whether none of them is asked or told anything at the moment: it is part of a change that is under way.
+        within: called instead of ``on_turn`` with the turns of such a change.
     """
 
     def __init__(self) -> None:
         self.on_turn: Callable[[AppliedTurn], object] | None = None
+        self.muted = False
+        self.within: Callable[[AppliedTurn], object] | None = None
         self._members: list[Follower] = []
 
-    def __bool__(self) -> bool:
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def hear_turns(self) -> bool:
         """Whether anybody listens to turns."""
-        return bool(self._members) or self.on_turn is not None
+        return self._hook is not None or bool(self._told)
 
     def add(self, follower: Follower) -> None:
         """From now on it hears of everything."""
@@ -66,46 +74,44 @@ class Followers:
         self._members.remove(follower)
 
     def begin(self) -> None:
-        for follower in self._members:
+        for follower in self._told:
             follower.begin()
 
     def applied(self, turn: AppliedTurn) -> None:
-        if self.on_turn is not None:
-            self.on_turn(turn)
-        for follower in self._members:
+        if self._hook is not None:
+            self._hook(turn)
+        for follower in self._told:
             follower.applied(turn)
 
     def record(self, turn: AppliedTurn) -> None:
-        for follower in self._members:
+        for follower in self._told:
             follower.record(turn)
 
     def final(self, turn: AppliedTurn) -> None:
-        self._tell(lambda follower: follower.final(turn), self._members)
+        self._tell(lambda follower: follower.final(turn), self._told)
 
     def before(self, change: str, by: Follower | None = None) -> None:
         """
         Args:
             by: who makes the change, and is not asked.
         """
-        for follower in self._members:
+        for follower in self._told:
             if follower is not by:
                 follower.before(change)
 
     def after(self, change: str, by: Follower | None = None) -> None:
-        self._tell(lambda follower: follower.after(change), [member for member in self._members if member is not by])
+        self._tell(lambda follower: follower.after(change), [member for member in self._told if member is not by])
 
-    @contextmanager
-    def silenced(self, on_turn: Callable[[AppliedTurn], object] | None = None) -> Iterator[None]:
-        """Within this context nobody is asked or told anything; only ``on_turn`` is called, with the turns."""
-        before = self.on_turn, self._members
-        try:
-            self.on_turn, self._members = on_turn, []
-            yield
-        finally:
-            self.on_turn, self._members = before
+    @property
+    def _hook(self) -> Callable[[AppliedTurn], object] | None:
+        return self.within if self.muted else self.on_turn
+
+    @property
+    def _told(self) -> list[Follower]:
+        return [] if self.muted else self._members
 
     @staticmethod
     def _tell(call: Callable[[Follower], object], members: list[Follower]) -> None:
-        with ExitStack() as stack:  # which makes all calls, also after one that raises
+        with ExitStack() as stack:  # all of them, also after one that raises
             for follower in reversed(members):
                 stack.callback(call, follower)

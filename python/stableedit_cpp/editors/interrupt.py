@@ -73,41 +73,40 @@ def undisturbed() -> Iterator[None]:
 
     Python runs handlers in the main thread alone, so elsewhere this does nothing.
     """
-    held: list[_Held] = []
+    held = _Held()
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in signal.valid_signals():
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    held.append(_Held(number, handler))
-                    signal.signal(number, held[-1])
+            held.install()
         yield
     finally:
-        for one in held:
-            one.holds = False  # what comes from now on goes where it belongs, also before the next line
-        for one in held:
-            signal.signal(one.number, one.handler)
-        with ExitStack() as stack:  # all of them, also after one that raises
-            for one in reversed(held):
-                stack.callback(one.release)
+        held.holds = False  # what comes from now on goes where it belongs, also before the next line
+        held.remove()
 
 
 class _Held:
-    """A signal's handler that notes what comes, to hand it on later."""
+    """A handler in place of all others, that notes what comes, to hand it on later."""
 
-    def __init__(self, number: int, handler: Callable[[int, FrameType | None], object]) -> None:
-        self.number = number
-        self.handler = handler
+    def __init__(self) -> None:
         self.holds = True
-        self._came: list[FrameType | None] = []
+        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._came: list[tuple[int, FrameType | None]] = []
+
+    def install(self) -> None:
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):  # not what is ignored, or ends the process
+                self._handlers[number] = handler
+                signal.signal(number, self)
+
+    def remove(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        with ExitStack() as stack:  # all of them, also after one that raises
+            for number, frame in reversed(self._came):
+                stack.callback(self._handlers[number], number, frame)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.holds:
-            self._came.append(frame)
+            self._came.append((number, frame))
         else:
-            self.handler(number, frame)
-
-    def release(self) -> None:
-        """Hand on what came."""
-        for frame in self._came:
-            self.handler(self.number, frame)
+            self._handlers[number](number, frame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -11,6 +11,8 @@ from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["OriginalWeights", "swapped"]
+
+Values = dict[torch.nn.Parameter, torch.Tensor]
 
 
 class OriginalWeights:
@@ -27,7 +29,7 @@ class OriginalWeights:
     def __init__(self, modules: Sequence[EditModule]) -> None:
         self._modules = modules
         self._kept: dict[str, torch.Tensor] = {}
-        self._shown = False
+        self._shown: Values = {}  # what the modules are to hold again
 
     def __bool__(self) -> bool:
         return bool(self._kept)
@@ -66,36 +68,39 @@ class OriginalWeights:
         if self._shown:
             raise ValueError(f"the model shows its unedited weights here; leave `with editor.unedited():` to {action}")
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
+    def shown(self) -> AbstractContextManager[None]:
         """Within this context the modules hold their original weights; after it, bit for bit what they held before."""
         if self._shown or not self._kept:  # inside another such block, or nothing was edited yet
-            yield
-            return
-        try:
-            self._shown = True
-            with swapped({module.weight: self._kept[module.name] for module in self._modules}):
-                yield
-        finally:
-            self._shown = False
+            return nullcontext()
+        return swapped({module.weight: self._kept[module.name] for module in self._modules}, self._shown)
 
 
 @contextmanager
-def swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
+def swapped(values: Values, before: Values | None = None) -> Iterator[None]:
     """Within this context parameters hold other values; after it, bit for bit what they held before.
 
     What they held waits in host memory; the parameters stay the same tensors at the same addresses.
 
     Args:
         values: of the parameters' shapes; any device and dtype.
+        before: gets what is to be put back, and is empty once it was.
     """
-    before: dict[torch.nn.Parameter, torch.Tensor] = {}
+    before = {} if before is None else before
     try:
         for parameter, value in values.items():
             before[parameter] = parameter.detach().to("cpu", copy=True)
             parameter.detach().copy_(value)
         yield
     finally:
-        with undisturbed():
-            for parameter, value in before.items():
-                parameter.detach().copy_(value)
+        try:
+            _put_back(before)
+        except BaseException:  # Ctrl-C must not leave half of the values behind
+            with undisturbed():
+                _put_back(before)
+            raise
+
+
+def _put_back(before: Values) -> None:
+    for parameter, value in before.items():
+        parameter.detach().copy_(value)
+    before.clear()

@@ -52,8 +52,6 @@ def run_stream(
         sequences: tokens of the requests.
     """
     names = names_of(requests)
-    work.weights.attach()
-
     report = EditReport(work.config.editor, requests=requests)
     turns = list(turns_of(requests, work.config.turn_size))
     bar = tqdm(
@@ -67,12 +65,16 @@ def run_stream(
         with bar, InterruptGuard() as guard:
             for whole in turns:
                 start = time.perf_counter()
-                turn = Turn(work, kind, requests[whole], sequences[whole], names[whole]).run(guard, bar)
-                report.turns.append(turn)
-                report.seconds += time.perf_counter() - start
+                turn = Turn(work, kind, requests[whole], sequences[whole], names[whole])
+                try:
+                    turn.run(guard, bar)
+                finally:
+                    if turn.final:
+                        report.turns.append(turn.report)
+                        report.seconds += time.perf_counter() - start
                 if not bar.disable:  # not in the seconds: the speed is the same with and without a terminal
-                    turn.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
-                    bar.set_postfix(efficacy=f"{turn.efficacy_after:.2f}", refresh=False)
+                    turn.report.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
+                    bar.set_postfix(efficacy=f"{turn.report.efficacy_after:.2f}", refresh=False)
                 bar.update(whole.stop - whole.start)
                 if guard.requested:
                     raise EditInterrupted(

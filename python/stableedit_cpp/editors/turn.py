@@ -71,6 +71,9 @@ class Turn:
     Args:
         kind: of the call that it belongs to.
         sequences, names: the requests' tokens, and what to call each in an error message.
+
+    Attributes:
+        report: what it does. final: whether it stays in the model, whatever is raised now.
     """
 
     def __init__(
@@ -86,26 +89,30 @@ class Turn:
         self.requests = requests
         self.sequences = sequences
         self.names = names
+        self.final = False
         self.report = TurnReport(requests=len(sequences), seconds={"capture": 0.0, "mathematics": 0.0, "apply": 0.0})
 
-    def run(self, interrupts: InterruptGuard, bar: tqdm) -> TurnReport:
+    def run(self, interrupts: InterruptGuard, bar: tqdm) -> None:
         """Do it; ``bar`` shows the passes."""
         work = self.work
         if work.trunk is not None and not work.trunk_is_lent:
             work.trunk.clear()  # of use within the turn: its checks and retries repeat the same prompts
-        followers = work.weights.followers
-        guarding = work.guard.trunk if work.guard is not None else None
+        turn = work.weights.change(lambda change: self._apply_all(change, interrupts, bar))
+        work.weights.followers.final(turn)
+
+    def _apply_all(self, change: Checkpoint, interrupts: InterruptGuard, bar: tqdm) -> AppliedTurn:
+        followers = self.work.weights.followers
+        guarding = self.work.guard.trunk if self.work.guard is not None else None
         # Nobody but us can change weights before the followers are called: reading them once is enough.
-        with work.weights.change() as change, trusted(work.trunk, guarding):
-            turn = AppliedTurn(
-                self.kind, self.requests, self._passes(interrupts, bar, keep=bool(followers)), self.report
-            )
-            followers.applied(turn)
-            with undisturbed():  # nothing may come between what is written down and what stays in the model
-                followers.record(turn)
-                change.settle()
-        followers.final(turn)
-        return self.report
+        with trusted(self.work.trunk, guarding):
+            passes = self._passes(interrupts, bar, keep=followers.hear_turns)
+        turn = AppliedTurn(self.kind, self.requests, passes, self.report)
+        followers.applied(turn)
+        with undisturbed():  # nothing may come between what is written down and what stays in the model
+            followers.record(turn)
+            change.settle()
+            self.final = True
+        return turn
 
     def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:
         """Apply one pass after the other; ``keep`` them if somebody wants to see them."""

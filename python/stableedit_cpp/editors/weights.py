@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from stableedit_cpp.model.modules import EditModule
 __all__ = ["Checkpoint", "EditedWeights"]
 
 Statistics = Mapping[str, LifelongNormalizer | PastKeys]
+_Result = TypeVar("_Result")
 _TURN = "a turn"
 
 
@@ -34,6 +35,8 @@ class EditedWeights(Mapping[str, MasterWeight]):
     Attributes:
         originals: the weights before the first edit.
         followers: who hears of changes.
+        revision: how many changes there were; who remembers it sees whether there was another.
+        known: fingerprints of the weights as the last change left them.
     """
 
     def __init__(self, modules: Sequence[EditModule], statistics: Statistics) -> None:
@@ -42,7 +45,8 @@ class EditedWeights(Mapping[str, MasterWeight]):
         self.originals = OriginalWeights(modules)
         self.followers = Followers()
         self._held: dict[str, MasterWeight] = {}
-        self._known: dict[str, bytes] = {}  # fingerprints of the weights as they were left
+        self.revision = 0
+        self.known: Mapping[str, bytes] = {}
         self._open: str | None = None  # the change that is under way
 
     def __getitem__(self, name: str) -> MasterWeight:
@@ -66,28 +70,33 @@ class EditedWeights(Mapping[str, MasterWeight]):
         if not self.originals:
             self.originals.keep()
         found = self._fingerprints()
-        changed = [name for name, known in self._known.items() if found[name] != known]
+        changed = [name for name, known in self.known.items() if found[name] != known]
         what = f"a change of {', '.join(changed)} that went past the editor"
         if changed:
             self.followers.before(what)
         self._held = {module.name: self._hold(module, module.name in changed) for module in self.modules}
-        self._known = found
+        self.known = found
         if changed:
+            self.revision += 1
             self.followers.after(what)
 
-    @contextmanager
-    def change(self, what: str | None = None, by: Follower | None = None) -> Iterator[Checkpoint]:
-        """One change: if the block raises, weights and statistics are what they were, bit for bit, unless the
-        checkpoint that it yields was told to ``settle``. Within another change the followers are not asked or told.
+    def change(
+        self, work: Callable[[Checkpoint], _Result], what: str | None = None, by: Follower | None = None
+    ) -> _Result:
+        """Make one change: if ``work`` raises, weights and statistics are what they were, bit for bit, unless it has
+        told the checkpoint that it is given to ``settle``. Within another change the followers are not asked or told.
+
+        A function and no context manager, because Python may let a signal in between that and its block.
 
         Args:
+            work: does it, and gives the result.
             what: it is, for the followers; None for a turn, which tells them itself.
             by: the follower that makes the change.
 
         Raises:
             ValueError: see ``attach``; if a follower refuses; or within a turn.
         """
-        around = self._open
+        around, muted = self._open, self.followers.muted
         if around == _TURN:
             raise ValueError(f"{what or _TURN} has to wait until the turn that is under way is final")
         self.attach()
@@ -96,16 +105,18 @@ class EditedWeights(Mapping[str, MasterWeight]):
         before = Checkpoint(self)
         try:
             self._open = what or _TURN
-            with nullcontext() if what is None else self.followers.silenced():
-                yield before
-        except BaseException:
+            self.followers.muted = muted or what is not None
+            result = work(before)
+            before.settle()
+        finally:
             if not before.settled:
                 self.put_back(before)
-            raise
-        finally:
-            self._open = around
+            self._open, self.followers.muted = around, muted
+            if around is None and before.settled:
+                self.revision += 1
         if around is None and what is not None:
             self.followers.after(what, by)
+        return result
 
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> None:
         """Add updates by module name; within ``change``.
@@ -116,25 +127,29 @@ class EditedWeights(Mapping[str, MasterWeight]):
         self._check_open()
         for name, update in updates.items():
             self._held[name].apply(update)
-        self._known = self._fingerprints()
+        self.known = self._fingerprints()
 
     def load(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Take over masters by module name, from any device; within ``change``."""
         self._check_open()
         self._write(masters)
+        self.known = self._fingerprints()
 
     def add(self, updates: Mapping[str, LowRankUpdate]) -> None:
         """Add updates by module name: all of them or none. Errors as ``change`` and ``apply``."""
-        with self.change("adding updates"):
-            self.apply(updates)
+        self.change(lambda _: self.apply(updates), "adding updates")
 
     def shrink(self, share: float) -> None:
         """W <- W0 + share (W - W0). Errors as ``change``."""
-        with self.change("shrinking what was added"), torch.no_grad():
-            for name, weight in self.items():
-                weight.master.sub_(self._difference(name), alpha=1.0 - share)
-                weight.live.copy_(weight.master)
-            self._known = self._fingerprints()
+
+        def work(_before: Checkpoint) -> None:
+            with torch.no_grad():
+                for name, weight in self.items():
+                    weight.master.sub_(self._difference(name), alpha=1.0 - share)
+                    weight.live.copy_(weight.master)
+            self.known = self._fingerprints()
+
+        self.change(work, "shrinking what was added")
 
     def changes(self) -> dict[str, torch.Tensor]:
         """Master less original weight, by module name, in the layout of the module."""
@@ -145,9 +160,12 @@ class EditedWeights(Mapping[str, MasterWeight]):
         """Take the present weights, or those given by module name, as the original ones.
 
         Raises:
-            ValueError: as ``OriginalWeights.keep``; or within ``unedited``.
+            ValueError: as ``OriginalWeights.keep``; within ``unedited``; or if somebody follows, who would go on to
+                reckon from the other ones.
         """
         self.originals.refuse_if_shown("keep its weights")
+        if self.originals and len(self.followers):
+            raise ValueError("the editor is followed, by a session or a patch recorder; keep its weights before that")
         self.originals.keep(weights)
 
     def put_back(self, checkpoint: Checkpoint) -> None:
@@ -156,13 +174,13 @@ class EditedWeights(Mapping[str, MasterWeight]):
             for part, before in checkpoint.statistics:
                 part.restore(before)
             self._write(checkpoint.masters)
+            self.known = checkpoint.known
 
     def _write(self, masters: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, weight in self._held.items():
                 weight.master.copy_(masters[name])
                 weight.live.copy_(weight.master)
-        self._known = self._fingerprints()
 
     def _difference(self, name: str) -> torch.Tensor:
         master = self._held[name].master
@@ -194,9 +212,9 @@ class Checkpoint:
     """
 
     def __init__(self, weights: EditedWeights) -> None:
-        weights.attach()
         self._weights = weights
         self.masters = {name: weight.master.clone() for name, weight in weights.items()}
+        self.known = weights.known
         self.statistics = [(part, part.copy()) for part in weights.statistics.values()]
         self.settled = False
 
@@ -210,8 +228,7 @@ class Checkpoint:
         Raises:
             ValueError: if a follower refuses.
         """
-        with self._weights.change("going back to a checkpoint"):
-            self._weights.put_back(self)
+        self._weights.change(lambda _: self._weights.put_back(self), "going back to a checkpoint")
 
 
 def _place(weight: torch.Tensor) -> tuple[torch.device, int]:

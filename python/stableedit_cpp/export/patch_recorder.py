@@ -51,28 +51,28 @@ class PatchRecorder(Follower):
         self._other_changes: list[str] = []
         # By module name; without an entry: larger than the change itself, or not all of it.
         self._factors: dict[str, list[LowRankUpdate]] = {module.name: [] for module in editor.modules}
+        self._revision = editor.weights.revision  # of the weights that the factors add up to
         editor.followers.add(self)
 
     def final(self, turn: AppliedTurn) -> None:
-        before, self._factors = self._factors, {}  # whatever fails here, the weights themselves say what was added
         self._counts[turn.kind] += len(turn.requests)
         if turn.kind == "edit":
             room = _SHOWN - len(self._quoted)
             self._quoted += [{"prompt": r.prompt, "target": r.target} for r in turn.requests[:room]]
+        if self._editor.weights.revision != self._revision + 1:
+            return
         after = {}
         for module in self._editor.modules:
-            if module.name in before:
+            if module.name in self._factors:
                 updates = [applied.updates[module.name] for applied in turn.passes]
-                kept = before[module.name] + [
-                    LowRankUpdate(update.left.cpu(), update.right.cpu()) for update in updates
-                ]
+                kept = [LowRankUpdate(update.left.cpu(), update.right.cpu()) for update in updates]
+                kept = self._factors[module.name] + kept
                 key_dim, value_dim = module.shape
                 if sum(update.rank for update in kept) * (key_dim + value_dim) < key_dim * value_dim:
                     after[module.name] = kept
-        self._factors = after
+        self._factors, self._revision = after, self._revision + 1
 
     def after(self, change: str) -> None:
-        self._factors = {}
         self._other_changes.append(change)
 
     def patch(self, id: str = "") -> Patch:
@@ -82,9 +82,10 @@ class PatchRecorder(Follower):
             id: name under which a server keeps the patch.
         """
         differences = self._editor.weight_changes()  # which also notices a change that went past the editor
+        factors = self._factors if self._editor.weights.revision == self._revision else {}
         changes = {
-            module.name: WeightChange(_sum(self._factors[module.name], *module.shape), module.layout)
-            if module.name in self._factors
+            module.name: WeightChange(_sum(factors[module.name], *module.shape), module.layout)
+            if module.name in factors
             else weight_change(module, differences[module.name].cpu())
             for module in self._editor.modules
         }

@@ -20,6 +20,7 @@ from stableedit_cpp.editors import (
     StableEditConfig,
     make_editor,
 )
+from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import SessionClosed
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.files.lock import WriterLock
@@ -273,9 +274,12 @@ class LifelongSession(SessionView):
         cut = self.history.line[len(line) :]
         if not cut:
             raise ValueError(f"the session stands at turn {to_turn} already")
-        with self.editor.weights.change(f"a rollback to turn {to_turn}", by=self._recorder) as change:
+
+        def work(change: Checkpoint) -> None:
             restore(self, self.editor, line, exact=self._exact, progress=progress)
             self._recorder.rollback(change, {"kind": "rollback", "to_turn": to_turn, "cut": cut})
+
+        self.editor.weights.change(work, f"a rollback to turn {to_turn}", by=self._recorder)
         self._recorder.prune()
 
     def revert(
@@ -314,13 +318,17 @@ class LifelongSession(SessionView):
         rest = [request for request in self.current_requests() if request.id not in ids]
         if others is not None and others < len(rest):
             rest = random.Random(seed).sample(rest, others)
-        with self.editor.weights.change(f"taking out {', '.join(ids)}", by=self._recorder) as change:
+
+        def work(change: Checkpoint) -> RevertReport:
             report, added = revert(self, self.editor, ids, rest, bring_back=bring_back, progress=progress)
             tensors = {}
             for number, updates in enumerate(added):
                 tensors |= encode_updates(updates, f"{number}/")
             content = {"kind": "revert", "requests": ids, "report": asdict(report), "updates": len(added)}
             self._recorder.step(change, content, tensors)
+            return report
+
+        report = self.editor.weights.change(work, f"taking out {', '.join(ids)}", by=self._recorder)
         self._recorder.snapshot_if_due()
         return report
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stableedit_cpp.editors import Editor, make_editor, parse_config
 from stableedit_cpp.editors.identity import check_identity, edited_weights, identity
+from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import DamagedJournal, SessionWriteError
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.environment import environment
@@ -92,7 +93,8 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
     given = identity(model, tokenizer, editor.modules)
     check_identity(given, created, remedy)
     found, unedited = given["edited"], created["edited"]
-    with editor.weights.change("opening a session"):
+
+    def work(_before: Checkpoint) -> None:
         restore(view, editor, view.history.line, exact=exact, progress=progress)
         # A model that this session itself left behind may be handed back.
         if found not in (unedited, edited_weights(editor.modules)):
@@ -104,6 +106,8 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
             originals = view.snapshots.load(0, view.history.states[0])["weights"]
             dtypes = {module.name: module.weight.dtype for module in editor.modules}
             editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
+
+    editor.weights.change(work, "opening a session")
     state = editor.state_dict()
     if not is_state(state, view.history.states[view.history.turn]):
         reason = "the turns before were done again with other bits, on another machine or library"

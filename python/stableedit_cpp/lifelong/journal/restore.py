@@ -27,7 +27,7 @@ def restore(
     exact: bool = True,
     progress: bool | None = None,
 ) -> None:
-    """Make weights and statistics those after the last turn of ``line``, bit for bit.
+    """Make weights and statistics those after the last turn of ``line``, bit for bit; part of a change of the weights.
 
     Args:
         exact: raise if that fails; else accept the difference, which another processor or library makes in the last
@@ -40,8 +40,7 @@ def restore(
     steps = [view.history.steps[turn] for turn in line[done:]]
     shown = None if progress is None else not progress
     for step in tqdm(steps, desc="Replaying", unit="turn", disable=shown, leave=False):
-        with editor.followers.silenced():  # what is done again is not recorded again
-            _redo(view, editor, step)
+        _redo(view, editor, step)
         if exact and not is_state(editor.state_dict(), view.history.states[step.turn]):
             raise OtherBits(
                 f"{view.directory}: doing turn {step.turn} again gives other bits than were recorded, as it can on "
@@ -52,7 +51,7 @@ def restore(
 
 def applied_turn(view: SessionView, editor: Editor, turn: int) -> AppliedTurn:
     """What a turn of requests did, row by row. From a journal without factors it is computed again, which takes the
-    editor through earlier states and back to the present one."""
+    editor through earlier states and back to the present one; part of a change of the weights."""
     step = view.history.steps[turn]
     if step.record.content["factors"]:
         return _decode(view, editor, step)
@@ -60,9 +59,10 @@ def applied_turn(view: SessionView, editor: Editor, turn: int) -> AppliedTurn:
     seen: list[AppliedTurn] = []
     try:
         restore(view, editor, view.history.line_until(turn)[:-1])
-        with editor.followers.silenced(seen.append):
-            _redo(view, editor, step)
+        editor.followers.within = seen.append
+        _redo(view, editor, step)
     finally:
+        editor.followers.within = None
         before.restore()
     return seen[0]
 
