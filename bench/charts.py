@@ -11,8 +11,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    raise SystemExit("bench/charts.py needs matplotlib: pip install 'stableedit-cpp[report]'") from None
 
 from stableedit_cpp.report.pictures import GREY, chart_settings, logarithmic, new_figure, png_of, style
 
@@ -170,7 +173,7 @@ def closed_loop(result: dict) -> Figure:
     for axis, metric in zip(axes, ("specificity", "generalization"), strict=True):
         for index, (name, points) in enumerate(records.items()):
             colour = style(index).color
-            solved = [point for point in points if not point["after"].startswith(("share", "shrink"))]
+            solved = [point for point in points if not point["after"].startswith("share")]
             axis.plot(*along(solved, metric), "o-", markersize=4, color=colour, label=name)
             if len(solved) < len(points):
                 shrunk = [solved[-1], *points[len(solved) :]]
@@ -194,7 +197,7 @@ def scores(result: dict) -> Figure:
         "unedited": records["unedited"][0],
         "after the stream": points["stream"],
         "after one round of repairs": points["repair 1"],
-        "the same, shrunk to 0.9": points.get("shrink 0.9") or points["share 0.9"],
+        "the same, shrunk to 0.9": points["share 0.9"],
     }
     metrics = ("efficacy", "generalization", "specificity")
     for index, (label, point) in enumerate(shown.items()):

@@ -11,7 +11,7 @@ import torch
 
 from common import finish, new_parser, start
 from stableedit_cpp import load_model
-from stableedit_cpp.experiments import Matrix, Run, read_yaml, run_matrix
+from stableedit_cpp.experiments import Matrix, Run, Step, read_yaml, run_matrix
 from stableedit_cpp.experiments.results import MEASUREMENTS
 from workload import add_model_options
 
@@ -50,8 +50,8 @@ def main() -> None:
     settings |= {"edits": options.edits, "warm_up_size": options.warm_up}
     runs = Matrix.from_mapping(settings).runs()
 
-    def load(name: str) -> tuple:
-        return load_model(name, device=device, dtype=getattr(torch, options.dtype))
+    def load(model: str) -> tuple:
+        return load_model(model, device=device, dtype=getattr(torch, options.dtype))
 
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(options.output or scratch)
@@ -64,10 +64,20 @@ def main() -> None:
     finish("closed_loop", options, device, {"sample": options.sample, "settings_done": results})
 
 
+def name(run: Run, checkpoint: dict) -> str:
+    """ "unedited", "stream", "repair 1" or "share 0.9"."""
+    if "step" not in checkpoint:
+        return "stream" if checkpoint["edits"] else "unedited"
+    steps = [Step.parse(step) for step in run.settings["after"][: checkpoint["step"]]]
+    if steps[-1].kind == "shrink":
+        return f"share {steps[-1].amount}"
+    return f"repair {sum(step.kind == 'repair' for step in steps)}"
+
+
 def point(run: Run, checkpoint: dict, options: Namespace) -> dict[str, object]:
     """Of the frontier: scores, and what was done to get there."""
     scores = {metric: checkpoint["scores"][metric] for metric in METRICS}
-    found = {"after": checkpoint.get("after", "stream" if checkpoint["edits"] else "unedited")}
+    found = {"after": name(run, checkpoint)}
     found |= {metric: score["mean"] for metric, score in scores.items()}
     found["standard_errors"] = {metric: score["standard_error"] for metric, score in scores.items()}
     if options.sample:

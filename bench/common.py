@@ -17,6 +17,7 @@ import torch
 
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment, resident_bytes
+from stableedit_cpp.files.words import now
 
 _Result = TypeVar("_Result")
 
@@ -49,7 +50,7 @@ def start(options: argparse.Namespace) -> torch.device:
 
 def finish(name: str, options: argparse.Namespace, device: torch.device, results: dict[str, object]) -> None:
     """Print the results with where they come from, and write them if asked."""
-    machine = {"device": device_name(device), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment()}
+    machine = {"device": device_name(device), "date": now(), **environment()}
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     document = {"benchmark": name, **_rounded(results), "settings": settings, "machine": machine}
     print(json.dumps(document, indent=2))
