@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from stableedit_cpp.model.tokens import (
     TokenSequence,
@@ -16,7 +20,7 @@ from stableedit_cpp.model.tokens import (
     prompt_ids,
     tokenize,
 )
-from support.tiny import tiny_model, tiny_tokenizer
+from support.tiny import FACTS, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2
@@ -63,6 +67,80 @@ def test_tokens_do_not_merge_across_the_border():
             return {"input_ids": [[BOS] * add_special_tokens + merged[text] for text in texts]}
 
     assert tokenize(Merging(), [("ab", "cd")], None, ["0"]) == [TokenSequence((BOS, 4, 5, 7), (7, 8))]
+
+
+TEXTS = [f"{fact['prompt']} {fact['target']}" for fact in FACTS] * 3
+
+
+def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """Trained on some sentences, with the dummy prefix of SentencePiece: "mistral" and "llama 2" as these have it."""
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special)
+    if kind == "llama 2":  # before Metaspace there was a normalizer
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    else:
+        scheme = "first" if kind == "mistral" else "always"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "mistral", "llama 2"])
+def test_answers_have_the_tokens_of_the_text(kind):
+    """And not a second space, which a normalizer puts before an answer that stands alone."""
+    tokenizer = sentencepiece(kind)
+    pairs = [(fact["prompt"], fact["target"]) for fact in FACTS]
+    for sequence, (prompt, target) in zip(tokenize(tokenizer, pairs, None, [""] * len(pairs)), pairs, strict=True):
+        assert [*sequence.ids, sequence.answer[-1]] == tokenizer(f"{prompt} {target}")["input_ids"]
+        assert sequence.ids[: sequence.first + 1] == tuple(tokenizer(prompt)["input_ids"])
+        if kind == "llama 2":
+            alone = tokenizer(" " + target, add_special_tokens=False)["input_ids"]
+            assert tokenizer.convert_ids_to_tokens(alone) == ["▁", *tokenizer.convert_ids_to_tokens(sequence.answer)]
+
+
+def test_where_the_border_is_within_a_token_they_are_tokenised_apart():
+    tokenizer = sentencepiece("llama 2")
+    tokenizer.add_tokens(["is Canberra"])
+    (sequence,) = tokenize(tokenizer, [("The capital of Australia is", "Canberra")], None, ["0"])
+    prompt = tokenizer("The capital of Australia is")["input_ids"]
+    assert sequence.ids[: sequence.first + 1] == tuple(prompt)
+    assert list(sequence.answer) == tokenizer(" Canberra", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("split", ["gpt2", "llama 3"])
+@given(data=st.data())
+def test_tokenizers_that_cut_at_spaces_give_what_was_published(split, data):
+    """Prompt and answer tokenised apart, whatever the texts."""
+    tokenizer = cutting_at_spaces(split)
+    letters = st.text(alphabet=st.sampled_from("abis 's\n\t.,(19é"), min_size=1, max_size=12)
+    prompt, target = data.draw(letters.filter(str.strip)).strip(), data.draw(letters.filter(str.strip)).strip()
+    (sequence,) = tokenize(tokenizer, [(prompt, target)], None, ["0"])
+    alone = tokenizer(" " + target)["input_ids"]
+    assert sequence == TokenSequence(tuple(tokenizer(prompt)["input_ids"] + alone[:-1]), tuple(alone))
+
+
+@cache
+def cutting_at_spaces(split: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split == "llama 3":
+        pattern = Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = ["a b is's 's 19 1 9. ( ,. \n\n \t  a\n aba isis bis"] * 5
+    tokenizer.train_from_iterator(TEXTS + words, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 def test_closing_token_of_the_prompt():

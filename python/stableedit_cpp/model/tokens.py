@@ -51,7 +51,13 @@ class Batch:
 def tokenize(
     tokenizer, pairs: Iterable[tuple[str, str]], limit: int | None, names: Sequence[str]
 ) -> list[TokenSequence]:
-    """Tokenise prompts and ``" " + target`` separately and join them; no end-of-sequence token.
+    """Token ids of prompts and of the answers ``" " + target`` that follow them; no end-of-sequence token.
+
+    An answer has the tokens that the tokenizer gives it in the text, prompt and answer in one, wherever those begin
+    with the tokens of the prompt alone. Tokenizers after SentencePiece (Mistral, Llama 2) give it others when it stands
+    alone: they put a space of their own before every text, so that a model would be taught two. Where the border lies
+    within a token of the text, prompt and answer are tokenised apart, as published. For tokenizers that cut texts at
+    spaces first (GPT-2, SmolLM2, Llama 3, Qwen) all of this is the same.
 
     Args:
         limit: context length of the model in tokens, if it has one.
@@ -64,9 +70,11 @@ def tokenize(
     if not pairs:
         return []
     prompts = prompt_ids(tokenizer, [prompt for prompt, _ in pairs])
+    texts = prompt_ids(tokenizer, [f"{prompt} {target}" for prompt, target in pairs])
     answers = tokenizer([" " + target for _, target in pairs], add_special_tokens=False)["input_ids"]
     sequences = []
-    for name, (prompt_text, _), prompt, answer in zip(names, pairs, prompts, answers, strict=True):
+    for name, (prompt_text, _), prompt, text, alone in zip(names, pairs, prompts, texts, answers, strict=True):
+        answer = text[len(prompt) :] if text[: len(prompt)] == prompt else alone
         if not prompt:
             raise ValueError(f"{name}: the prompt {prompt_text!r:.60} has no tokens")
         if not answer:
@@ -81,7 +89,7 @@ def tokenize(
 
 
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, with the tokenizer's opening tokens but ready to be continued."""
+    """Token ids of texts, with the tokenizer's opening tokens but ready to be continued."""
     eos = tokenizer.eos_token
     ids = tokenizer(list(prompts), verbose=False)["input_ids"]  # not its warning about the length: callers check it
     for text, prompt in zip(prompts, ids, strict=True):
