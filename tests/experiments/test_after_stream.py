@@ -93,10 +93,10 @@ def test_a_kill_in_a_step_costs_that_step(data, tmp_path, monkeypatch, at):
 
     run, checkpoint = Step.run, StreamRun._checkpoint
 
-    def killed_before(step, *arguments):
+    def killed_before(step, *arguments, **how):
         if step == Step.parse(AFTER[at]):
             raise Killed
-        return run(step, *arguments)
+        return run(step, *arguments, **how)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Step, "run", killed_before)

@@ -77,7 +77,13 @@ class Step:
         return dataclasses.replace(config, **self.changes)
 
     def run(
-        self, editor: Editor, requests: Sequence[EditRequest], before: Step | None, trunk: TrunkCache | None
+        self,
+        editor: Editor,
+        requests: Sequence[EditRequest],
+        before: Step | None,
+        *,
+        trunk: TrunkCache | None = None,
+        progress: bool | None = None,
     ) -> dict[str, object]:
         """Do it.
 
@@ -98,7 +104,7 @@ class Step:
             worker = make_editor(editor.model, editor.tokenizer, config)
             worker.keep_original_weights(editor.original_weights())
             worker.load_state_dict(editor.state_dict())
-        report = repair(worker, requests, budget=self.amount, trunk=trunk, progress=False)
+        report = repair(worker, requests, budget=self.amount, trunk=trunk, progress=progress)
         if worker is not editor:
             editor.load_state_dict(worker.state_dict())
         solved, seconds = (sum(getattr(done, what) for done in report.rounds) for what in ("edits", "seconds"))

@@ -158,9 +158,10 @@ class StreamRun:
             return
         self.editor.on_turn = None  # geometry is that of the stream
         requests = list(self.settings.source.requests(0, self.settings.edits))
+        how = {"trunk": self.trunk, "progress": self._progress}
         for number in range(cost.steps, len(steps)):
             try:
-                done = steps[number].run(self.editor, requests, steps[number - 1] if number else None, self.trunk)
+                done = steps[number].run(self.editor, requests, steps[number - 1] if number else None, **how)
             except EditInterrupted:
                 raise KeyboardInterrupt(
                     f"{self.settings.name} stopped in the step {steps[number]} after its stream; the same command does "
