@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 import stableedit_cpp as se
 from stableedit_cpp.lifelong import LifelongSession
@@ -42,8 +45,8 @@ def defaults(dtype: torch.dtype | None = None, device: str | None = None) -> Ite
 
 def others(test):
     test = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)(test)
-    different = [{"dtype": torch.float64}, {"dtype": torch.bfloat16}]
-    return pytest.mark.parametrize("different", different, ids=["float64", "bfloat16"])(test)
+    different = [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}]
+    return pytest.mark.parametrize("different", different, ids=["float64", "bfloat16", "meta"])(test)
 
 
 def edited(model, tokenizer) -> tuple[dict[str, torch.Tensor], se.Scores]:
@@ -85,3 +88,12 @@ def test_session(dtype, different, tokenizer, tmp_path):
             states.append({n: weight.master.clone() for n, weight in session.editor.weights.items()})
             session.close()
     assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("path", sorted(Path(se.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_every_tensor_that_is_made_says_where_it_is(path):
+    makers = {f"torch.{maker.__name__}" for maker in _device_constructors()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and (made := ast.unparse(node.func)) in makers:
+            named = {keyword.arg for keyword in node.keywords}
+            assert named & {"device", None}, f"line {node.lineno}: {made} without a device"

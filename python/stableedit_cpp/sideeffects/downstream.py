@@ -18,7 +18,7 @@ import torch
 
 from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.evaluation.answers import read_answers
-from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
+from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["RESERVED", "TASKS", "choose", "downstream_scores", "read_task"]
@@ -124,13 +124,10 @@ def choose(
         on_done: called with the number of choices that were scored, after each forward pass.
     """
     limit = context_length(model)
-    prompts = prompt_ids(tokenizer, questions)
-    answers = tokenizer([" " + choice for choice in choices], add_special_tokens=False)["input_ids"]
-    sequences = []
-    for prompt in prompts:
-        for answer in answers:
-            ids = (prompt + answer[:-1])[-limit:] if limit else prompt + answer[:-1]
-            sequences.append(TokenSequence(tuple(ids), tuple(answer)))
+    pairs = [(question, choice) for question in questions for choice in choices]
+    sequences = tokenize(tokenizer, pairs, None, [f"question {index // len(choices)}" for index in range(len(pairs))])
+    if limit is not None:
+        sequences = [TokenSequence(sequence.ids[-limit:], sequence.answer) for sequence in sequences]
     read = read_answers(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
     means = torch.stack([answer.log_probability.mean() for answer in read]).reshape(len(questions), len(choices))
     return means.argmax(-1).where(~means.isnan().any(-1), -1).tolist()
