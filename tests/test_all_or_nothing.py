@@ -122,6 +122,7 @@ def duration(action) -> float:
     return time.perf_counter() - begin
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a signal came within a __del__
 class TestSignalsThatRaise:
     """An application that handles a signal itself, and raises, wherever the program is."""
 

@@ -493,7 +493,6 @@ BAD = {
     ),
     "config editor": (write("bad.json", '{"editor": "rome"}'), ["--config", "bad.json"], ["unknown editor 'rome'"]),
     "shrink": (nothing, ["--shrink", "1.5"], ["--shrink must be greater than 0 and at most 1, not 1.5"]),
-    "shrink a patch": (nothing, ["--shrink", "0.5", "--patch", "p"], ["--shrink and --patch do not go together"]),
     "preset and editor": (
         nothing,
         ["--preset", "closed-loop", "--editor", "ultraedit"],

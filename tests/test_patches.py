@@ -108,6 +108,83 @@ def test_a_turn_that_is_taken_back_is_not_in_it():
     assert json.loads(patch.requests)["edits"] == 4
 
 
+def adds_what_is_there(recorder: se.PatchRecorder, editor, architecture: str = "llama") -> dict:
+    """Checks that base weights plus patch are the present weights; gives the summary of the requests."""
+    patch = recorder.patch()
+    weights = weights_of(tiny_model(architecture), patch)
+    patch.add_to(weights)
+    assert largest_difference(weights, weights_of(editor.model, patch)) <= RECOMPUTED
+    return json.loads(patch.requests)
+
+
+def add_something(editor) -> None:
+    sizes = {module.name: module.shape for module in editor.modules}
+    ones = {name: core.LowRankUpdate(torch.ones(v, 1) * 0.01, torch.ones(1, k)) for name, (k, v) in sizes.items()}
+    editor.weights.add(ones)
+
+
+def change_behind_its_back(editor) -> None:
+    with torch.no_grad():
+        editor.modules[0].weight[0, 0] += 0.5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda editor: editor.shrink(0.5), ["shrinking what was added"]),
+        (add_something, ["adding updates"]),
+        (change_behind_its_back, ["a change of {} that went past the editor"]),
+    ],
+    ids=["shrink", "add", "behind its back"],
+)
+def test_is_what_is_there_after_other_changes(change, said, architecture):
+    """And what turns add after that is in it as well."""
+    editor = make_editor(architecture)
+    recorder = se.PatchRecorder(editor)
+    editor.edit(SHORT, progress=False)
+    change(editor)
+    summary = adds_what_is_there(recorder, editor, architecture)
+    assert summary["other_changes"] == [what.format(editor.modules[0].name) for what in said]
+    assert summary["edits"] == len(SHORT)
+    editor.edit(FACTS[:2], progress=False)
+    assert adds_what_is_there(recorder, editor, architecture)["edits"] == len(SHORT) + 2
+
+
+@pytest.mark.parametrize("detail", ["factors", "requests"])
+def test_beside_a_session_it_hears_of_rollback_and_revert(detail, tmp_path):
+    model = tiny_model("llama")
+    config = se.StableEditConfig(edit_modules=pattern_of("llama"), turn_size=4)
+    session = se.LifelongSession.create(tmp_path / "s", model, tiny_tokenizer(), config, detail=detail)
+    recorder = se.PatchRecorder(session.editor)
+    session.edit([{"id": str(number), **fact} for number, fact in enumerate(FACTS)], progress=False)
+    adds_what_is_there(recorder, session.editor)
+    session.revert("1", others=2, progress=False)
+    summary = adds_what_is_there(recorder, session.editor)
+    assert summary["edits"] == len(FACTS) and summary["other_changes"] == ["taking out 1"]
+    session.rollback(1, progress=False)
+    assert adds_what_is_there(recorder, session.editor)["other_changes"] == ["taking out 1", "a rollback to turn 1"]
+    session.rollback(0, progress=False)
+    adds_what_is_there(recorder, session.editor)
+    assert model_digest(model) == model_digest(tiny_model("llama"))
+    assert all(float(change.dense().abs().max()) == 0.0 for change in recorder.patch().modules.values())
+
+
+def test_a_turn_that_it_could_not_take_in_is_in_it(monkeypatch):
+    editor = make_editor()
+    recorder = se.PatchRecorder(editor)
+    editor.edit(SHORT[:1], progress=False)
+
+    def fail(*_args) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stableedit_cpp.export.patch_recorder.LowRankUpdate", fail)
+        with pytest.raises(MemoryError):
+            editor.edit(SHORT[1:], progress=False)
+    adds_what_is_there(recorder, editor)
+
+
 def test_refuses_an_editor_that_has_edited():
     editor = make_editor()
     editor.edit(SHORT, progress=False)
@@ -158,3 +235,14 @@ def test_command_refuses_before_it_edits(edit, capsys):
     ):
         assert edit(*options) == 2
         assert message in capsys.readouterr().err
+
+
+def test_command_with_a_share_of_the_change(edit):
+    """The patch is of the model that is saved."""
+    assert edit("--patch", "facts.safetensors", "--shrink", "0.5", "--output", "out") == 0
+    patch = core.load_patch("facts.safetensors")
+    weights = weights_of(AutoModelForCausalLM.from_pretrained("model"), patch)
+    patch.add_to(weights)
+    saved = weights_of(AutoModelForCausalLM.from_pretrained("out"), patch)
+    assert largest_difference(weights, saved) <= RECOMPUTED
+    assert json.loads(patch.requests)["other_changes"] == ["shrinking what was added"]

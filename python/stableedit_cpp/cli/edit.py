@@ -114,8 +114,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("nothing would be saved; give --output DIR, --patch FILE or both")
     if options.shrink is not None and not 0 < options.shrink <= 1:
         raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
-    if options.shrink is not None and options.patch:
-        raise ValueError("--shrink and --patch do not go together: a patch holds the updates as they were made")
     if options.output:
         check_new_directory(options.output, overwrite=options.overwrite)
     if options.patch:

@@ -4,6 +4,7 @@ from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport, TurnReport
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.followers import Follower
 from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.interrupt import EditInterrupted
 from stableedit_cpp.editors.registry import (
@@ -29,6 +30,7 @@ __all__ = [
     "EditReport",
     "Editor",
     "EditorConfig",
+    "Follower",
     "LocalityGuard",
     "NamedEditor",
     "StableEdit",
