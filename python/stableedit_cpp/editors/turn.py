@@ -17,7 +17,8 @@ from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
-from stableedit_cpp.evaluation.answers import answer_scores, greedy_answers, token_accuracy
+from stableedit_cpp.evaluation.answers import answer_scores, token_accuracy
+from stableedit_cpp.evaluation.generation import generate_continuations
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache, trusted
@@ -221,7 +222,9 @@ class Turn:
         """The requests with these indices, and what the model answers to them."""
         work, texts = self.work, [None] * len(indices)
         if work.answers:
-            sequences = [self.sequences[index] for index in indices]
-            answers = greedy_answers(work.model, sequences, max_tokens=work.config.max_tokens_per_forward)
-            texts = [work.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+            prompts = [self.requests[index].prompt for index in indices]
+            lengths = [len(self.sequences[index].answer) for index in indices]
+            limit = work.config.max_tokens_per_forward
+            answers = generate_continuations(work.model, work.tokenizer, prompts, lengths, max_tokens=limit)
+            texts = [answer.text.strip() for answer in answers]
         return [Failure(index, self.requests[index].id, text) for index, text in zip(indices, texts, strict=True)]
