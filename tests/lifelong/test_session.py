@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
+from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.errors import SessionBusy, SessionClosed
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from support.sessions import FACTS, assert_same_bits, config_of, create, reopen, state_of, stream, without_closing
@@ -173,8 +174,8 @@ class TestOpen:
 
         def differently(editor, turn):
             real(editor, turn)
-            with torch.no_grad():
-                editor.modules[0].weight.mul_(1 + 1e-6)
+            for name, update in turn.passes[0].updates.items():
+                editor.weights.add({name: LowRankUpdate(update.left * 1e-6, update.right)})
 
         monkeypatch.setattr(se.Editor, "replay", differently)
         with pytest.raises(se.lifelong.OtherBits, match="doing turn 1 again gives other bits"):
@@ -182,6 +183,9 @@ class TestOpen:
         session = reopen(tmp_path / "s", tokenizer, exact=False)
         assert [entry.kind for entry in session.log()][-1] == "moved"
         session.edit(stream(3, 50))
+        session.rollback(1)  # other bits there, too
+        assert [entry.kind for entry in session.log()][-2:] == ["rollback", "moved"]
+        session.edit(stream(3, 60))
         session.close()
         monkeypatch.undo()
         reopen(tmp_path / "s", tokenizer).close()

@@ -318,6 +318,7 @@ class LifelongSession(SessionView):
         rest = [request for request in self.current_requests() if request.id not in ids]
         if others is not None and others < len(rest):
             rest = random.Random(seed).sample(rest, others)
+        self._recorder.begin()
 
         def work(change: Checkpoint) -> RevertReport:
             report, added = revert(self, self.editor, ids, rest, bring_back=bring_back, progress=progress)

@@ -16,8 +16,8 @@ from stableedit_cpp.files.environment import environment
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.restore import restore
-from stableedit_cpp.lifelong.journal.snapshots import Snapshots, is_state, state_fingerprints
-from stableedit_cpp.lifelong.journal.writer import append
+from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_fingerprints
+from stableedit_cpp.lifelong.journal.writer import append, append_moved
 from stableedit_cpp.lifelong.view import FORMAT, SessionView
 
 __all__ = ["begin", "editor_on", "recover"]
@@ -108,8 +108,5 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
             editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
 
     editor.weights.change(work, "opening a session")
-    state = editor.state_dict()
-    if not is_state(state, view.history.states[view.history.turn]):
-        reason = "the turns before were done again with other bits, on another machine or library"
-        append(view, {"kind": "moved", "turn": view.history.turn, "state": state_fingerprints(state), "reason": reason})
+    append_moved(view, editor)
     return editor

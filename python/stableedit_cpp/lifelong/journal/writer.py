@@ -15,10 +15,10 @@ from stableedit_cpp.errors import SessionWriteError
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.record import Record
-from stableedit_cpp.lifelong.journal.snapshots import state_fingerprints
+from stableedit_cpp.lifelong.journal.snapshots import is_state, state_fingerprints
 from stableedit_cpp.lifelong.view import SessionView
 
-__all__ = ["Recorder", "append"]
+__all__ = ["Recorder", "append", "append_moved"]
 
 _REMEDY = "close() the session; opening it again puts the model where it stands"
 
@@ -46,6 +46,16 @@ def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | 
     return record
 
 
+def append_moved(view: SessionView, editor: Editor) -> None:
+    """Record the editor's state as that of the session's turn, if it is another: the turns were done again with other
+    bits, which the caller has accepted."""
+    state = editor.state_dict()
+    if not is_state(state, view.history.states[view.history.turn]):
+        reason = "the turns before were done again with other bits, on another machine or library"
+        content = {"kind": "moved", "turn": view.history.turn, "state": state_fingerprints(state), "reason": reason}
+        append(view, content)
+
+
 class Recorder(Follower):
     """Records the turns of an editor in a session, from the moment it is made until ``stop``."""
 
@@ -56,7 +66,6 @@ class Recorder(Follower):
         numbers = view.snapshots.numbers()
         held = [turn for turn in view.history.line if view.history.steps[turn].record.number in numbers]
         self._snapshot_turn = held[-1] if held else 0
-        self._stand = self._fingerprints()
         editor.followers.add(self)
 
     def stop(self) -> None:
@@ -69,7 +78,7 @@ class Recorder(Follower):
 
     def begin(self) -> None:
         """Refuse a turn on something else than what the last record left."""
-        if self._fingerprints() != self._stand:
+        if not is_state(self.editor.state_dict(), self.view.history.states[self.view.history.turn]):
             raise ValueError(
                 f"weights or statistics of the editor are no longer those after turn {self.view.history.turn} of the "
                 f"session {self.view.directory}; {_REMEDY}"
@@ -109,11 +118,10 @@ class Recorder(Follower):
 
     def rollback(self, change: Checkpoint, content: dict) -> None:
         """Record that weights and statistics went back to an earlier turn; once it is written down, that stands."""
-        stand = self._fingerprints()
         with InterruptGuard(), undisturbed():
             append(self.view, content)
             change.settle()
-            self._stand = stand
+            append_moved(self.view, self.editor)
 
     def snapshot_if_due(self) -> None:
         """Write the whole state, if the last snapshot is so old."""
@@ -146,9 +154,4 @@ class Recorder(Follower):
 
     def _append_step(self, content: dict, tensors: dict[str, torch.Tensor]) -> None:
         stamp = {"turn": self.view.history.next_turn, "threads": torch.get_num_threads(), "config": self._config_digest}
-        stand = self._fingerprints()
-        append(self.view, {**content, **stamp, "state": stand}, tensors)
-        self._stand = stand
-
-    def _fingerprints(self) -> dict[str, str]:
-        return state_fingerprints(self.editor.state_dict())
+        append(self.view, {**content, **stamp, "state": state_fingerprints(self.editor.state_dict())}, tensors)
