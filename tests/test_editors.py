@@ -14,6 +14,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.core import MasterWeight
 from stableedit_cpp.editors import turn as turns
+from stableedit_cpp.model.tokens import TokenSequence
 from support.captures import flags_of, sequences_of
 from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
 from support.tiny import FACTS, pattern_of, tiny_model, tiny_tokenizer
@@ -51,9 +52,11 @@ class TestTurns:
         assert report.edits == len(report.turns) == count
         assert torch.equal(weight_of(editor), before[f"model {MODULES[0]}.weight"]) == (count == 0)
 
-    def test_single_answer_token(self, tokenizer):
+    def test_single_answer_token(self, tokenizer, monkeypatch):
         """One row in all is its own mean: nothing to learn from yet, and nothing breaks."""
-        editor = make(_OneTokenAnswers(tokenizer), edit_modules=MODULES[:1])
+        editor = make(tokenizer, edit_modules=MODULES[:1])
+        whole = editor.tokenize
+        monkeypatch.setattr(editor, "tokenize", lambda requests: [first_token(one) for one in whole(requests)])
         before = weight_of(editor).clone()
         assert editor.edit(FACTS[:1]).turns[0].answer_tokens == 1
         assert torch.equal(weight_of(editor), before)
@@ -581,13 +584,6 @@ def test_default_config(tokenizer):
         assert not torch.equal(model.transformer.h[2].mlp.c_proj.weight, before)
 
 
-class _OneTokenAnswers:
-    """Cuts answers to one token."""
-
-    def __init__(self, tokenizer) -> None:
-        self.inner = tokenizer
-        self.eos_token, self.eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
-
-    def __call__(self, texts, add_special_tokens=True, verbose=True):
-        ids = self.inner(texts, add_special_tokens=add_special_tokens)["input_ids"]
-        return {"input_ids": ids if add_special_tokens else [answer[:1] for answer in ids]}
+def first_token(sequence: TokenSequence) -> TokenSequence:
+    """A prompt with the first token of its answer."""
+    return TokenSequence(sequence.ids[: len(sequence.ids) - len(sequence.answer) + 1], sequence.answer[:1])
