@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from stableedit_cpp import load_model
 from stableedit_cpp.cli import main
+from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from support.commands import assert_one_error
 from support.sessions import MODULES, assert_same_bits, stream
@@ -146,6 +148,27 @@ def test_a_file_again_after_a_revert(session, capsys):
     assert [request.id for request in SessionView("s").current_requests()] == ["f0", "f2", "f1-2"]
 
 
+def test_ctrl_c_keeps_what_is_done(session, monkeypatch, capsys):
+    """It comes while the second turn is written down; the same file again does the rest."""
+    instants = iter(range(100))
+
+    def interrupted() -> str:
+        if next(instants) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return now()
+
+    edit = ["edit", "s", "--device", "cpu", "--requests", "requests.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr("stableedit_cpp.lifelong.journal.writer.now", interrupted)
+        assert session(*edit) == 130
+    error = capsys.readouterr().err
+    assert "stableedit: interrupted: stopped after turn 4, which is done: 6 of 8 requests are edited" in error
+    assert "Traceback" not in error
+    assert session(*edit) == 0
+    assert "6 requests of requests.json are done and skipped" in capsys.readouterr().out
+    assert len(SessionView("s").current_requests()) == 8
+
+
 def test_what_python_did_the_command_line_goes_on_with(session, model_directory):
     """Both see the same model: tokenizer and weights from the directory."""
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json") == 0
@@ -160,6 +183,7 @@ def test_what_python_did_the_command_line_goes_on_with(session, model_directory)
     [
         (["export", "s", "--format", "model", "--output", "o", "--shrink", "2"], "--shrink must be greater than 0 and"),
         (["audit", "s", "--min-probability", "1"], "min_probability must be at least 0 and less than 1, not 1.0"),
+        (["evaluate", "s"], "the session s has no current edits to score"),
         (["status", "nowhere"], "nowhere is no session directory: it has no file 'journal'"),
         (["edit", "s", "--requests", "missing.json"], "there is no file missing.json"),
         (["rollback", "s", "--to-turn", "7"], "there is no turn 7; the turns are 0 (before the first) to 2"),

@@ -340,8 +340,8 @@ class LifelongSession(SessionView):
         for index, request in enumerate(requests):
             if request.id in done:
                 raise ValueError(
-                    f"request {index} has the id {request.id!r}, which was edited before; give it another, or leave "
-                    "out what was done (session.pending)"
+                    f"request {index} has the id {request.id!r}, which was edited before; leave out what is done "
+                    "(session.pending), solve for it again (session.repair), or give it another id"
                 )
         requests = with_ids(requests, done)
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit

@@ -55,6 +55,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.output:
         check_writable_file(options.output)
     with opened(options) as session:
+        if not session.current_requests():
+            raise ValueError(f"the session {options.directory} has no current edits to score")
         scores = session.evaluate([metric.replace("-", "_") for metric in options.metrics], progress=True)
     print(scores)
     if options.output:

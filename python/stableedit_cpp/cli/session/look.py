@@ -59,7 +59,8 @@ def show_log(options: argparse.Namespace) -> int:
     if options.json:
         print_json(fields[last])
     else:
-        print("\n".join(lines[last]))
+        for line in lines[last]:
+            print(line)
     if view.journal.damage is not None:
         print(f"stableedit: {view.journal.path}: {view.journal.damage}", file=sys.stderr)
     return 0
