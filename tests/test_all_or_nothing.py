@@ -98,7 +98,23 @@ def test_a_state_that_cannot_be_loaded_to_the_end(broken, tokenizer):
     assert_same_bits(everything(editor), everything(source))
 
 
-def test_what_is_lent_while_a_turn_is_under_way(tokenizer):
+def test_original_weights_are_kept_all_or_none(editor, monkeypatch):
+    originals, real, calls = editor.original_weights(), torch.Tensor.to, []
+
+    def to(self, *args, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(self, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", to)
+        with pytest.raises(MemoryError):
+            editor.keep_original_weights()
+    assert_same_bits(editor.original_weights(), originals)
+
+
+def test_nothing_else_changes_while_a_turn_is_under_way(tokenizer):
     """A listener may look, but what it changes would be in the turn and in no record of it."""
     editor = make(tokenizer, turn_size=2)
     editor.edit(FACTS[:2])

@@ -7,12 +7,16 @@ import torch
 
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.editors import turn as turns
-from stableedit_cpp.lifelong import SessionView
+from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.lifelong import LifelongSession, SessionView
 from stableedit_cpp.lifelong.history import History
+from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, is_state
+from stableedit_cpp.lifelong.journal.writer import Recorder
 from support.editors import assert_same_bits, weight_of
 from support.faults import Alarm, Faults, alarms, everything, instants
 from support.sessions import MODULES, config_of, create, reopen, stream, without_closing
+from support.tiny import tiny_model
 
 SMALL = config_of(turn_size=2)
 
@@ -191,6 +195,26 @@ class TestFailuresAtEveryStep:
         session = reopen(session.directory, tokenizer)
         assert session.history.turn == 2 and agree(session)
         session.edit(stream(2, 4))
+
+
+@pytest.mark.parametrize("owner, name", [(Snapshots, "save"), (Journal, "append"), (Recorder, "__init__")])
+def test_a_session_that_cannot_begin(owner, name, tokenizer, tmp_path, monkeypatch):
+    """The model stays as it is; the directory is not there, or holds a session without a turn, whole."""
+    model = tiny_model("llama")
+
+    def fail(*_args) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(MemoryError):
+            LifelongSession.create(tmp_path / "s", model, tokenizer, SMALL)
+    assert model_digest(model) == model_digest(tiny_model("llama"))
+    assert [path.name for path in tmp_path.iterdir()] == ["s"] * (owner is Recorder)
+    if owner is Recorder:
+        assert reopen(tmp_path / "s", tokenizer).history.turn == 0
+    else:
+        create(tmp_path / "s", tokenizer, config=SMALL).edit(stream(2))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a signal came within a __del__

@@ -91,8 +91,13 @@ class LifelongSession(SessionView):
         settings = {"detail": detail, "snapshot_every": snapshot_every, "keep_snapshots": keep_snapshots}
         editor = make_editor(model, tokenizer, config or StableEditConfig())
         begin(directory, editor, settings, source)
-        session = cls(directory)
-        session._start(editor, WriterLock(directory))
+        lock = WriterLock(directory)
+        try:
+            session = cls(directory)
+            session._start(editor, lock)
+        except BaseException:
+            lock.release()
+            raise
         return session
 
     @classmethod
