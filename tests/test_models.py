@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
-from stableedit_cpp import load_model
+from stableedit_cpp import StableEdit, StableEditConfig, load_model
 from stableedit_cpp.model import load as models
-from support.tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.tiny import FACTS, save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -163,4 +169,112 @@ def test_smollm2_conversion_that_fails_leaves_nothing(cache, monkeypatch):
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         load_model("smollm2-135m")
-    assert list(cache.iterdir()) == []
+    assert [path.name for path in cache.iterdir()] == [".lock"]
+
+
+def test_smollm2_is_converted_once_by_two_at_once(cache, monkeypatch):
+    """The second waits for the first, and both get a whole model."""
+    converted, save = [], transformers.LlamaForCausalLM.save_pretrained
+
+    def slowly(model, directory):
+        converted.append(directory)
+        save(model, directory)
+        time.sleep(0.5)
+
+    def read(auto, source, **options):
+        if "gguf_file" not in options:
+            return auto.__func__(cls_of[auto], source, **options)
+        return tiny_model("llama") if auto is from_model else tiny_tokenizer()
+
+    from_model, from_tokenizer = models.AutoModelForCausalLM.from_pretrained, models.AutoTokenizer.from_pretrained
+    cls_of = {from_model: models.AutoModelForCausalLM, from_tokenizer: models.AutoTokenizer}
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", partial(read, from_model))
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", partial(read, from_tokenizer))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", slowly)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=f"{name}/__init__.py"))
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(load_model, ["smollm2-135m"] * 2))
+    assert len(converted) == 1
+    assert all(model.config.hidden_size == 16 for model, _ in loaded)
+    assert sorted(path.name for path in cache.iterdir()) == [".lock", "SmolLM2-135M-Instruct"]
+
+
+# --- options, causes, and the hub ---
+
+
+def test_options_are_handed_on(saved, tmp_path):
+    """A device map with a part on the disk: and what was loaded that way can be edited."""
+    names = ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb"]
+    places = {f"model.{name}": "disk" if name == "layers.0" else "cpu" for name in names} | {"lm_head": "cpu"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    model, tokenizer = load_model(saved, attn_implementation="eager", **options)
+    assert model.config._attn_implementation == "eager"
+    assert model.model.layers[0].mlp.down_proj.weight.is_meta
+    config = StableEditConfig(edit_modules="model.layers.2.mlp.down_proj", max_passes=2)
+    assert StableEdit(model, tokenizer, config).edit(FACTS[:3]).edits == 3
+    with pytest.raises(ValueError, match="give device, for the whole model, or device_map, not both"):
+        load_model(saved, device="cpu", device_map="auto")
+
+
+def test_own_code_needs_consent_and_is_then_run(saved):
+    """``trust_remote_code`` reaches tokenizer and model."""
+    (saved / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    config = saved / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
+        load_model(saved, trust_remote_code=False)
+    assert type(load_model(saved, trust_remote_code=True)[0]).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize(
+    "options, cause, said",
+    [
+        ({"attn_implementation": "flash_attention_2"}, ImportError, "FlashAttention2 has been toggled on"),
+        ({"device_map": "nonsense"}, ValueError, "because of RuntimeError: Expected one of cpu, cuda"),
+        ({"no_such_option": 3}, TypeError, "TypeError: .*no_such_option"),
+    ],
+    ids=["package missing", "device map", "option"],
+)
+def test_the_true_cause_is_said(saved, options, cause, said):
+    with pytest.raises(ValueError, match=said) as error:
+        load_model(saved, **options)
+    assert isinstance(error.value.__cause__, cause)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """Nothing answers at the hub's address; whoever tries again, after a pause, fails the test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s for the hub"))
+
+
+def in_hub_cache(saved, directory):
+    """The model as the hub's own downloads leave it in a cache."""
+    place = directory / "models--someone--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(saved, place / "snapshots" / ("0" * 40))
+    return place / "snapshots" / ("0" * 40)
+
+
+def test_a_cached_model_needs_no_hub(saved, tmp_path, silent_hub):
+    in_hub_cache(saved, tmp_path / "cache")
+    model, tokenizer = load_model("someone/tiny", cache_dir=tmp_path / "cache")
+    assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == "someone/tiny"
+
+
+def test_an_unreachable_hub_is_said_at_once(saved, tmp_path, silent_hub):
+    with pytest.raises(ValueError, match="the local cache does not hold it, and the model hub cannot be reached"):
+        load_model("someone/tiny", cache_dir=tmp_path / "cache")
+    snapshot = in_hub_cache(saved, tmp_path / "cache")
+    with pytest.raises(ValueError, match="local_files_only forbids to ask the model hub"):
+        load_model("someone/tiny", cache_dir=tmp_path / "cache", revision="other", local_files_only=True)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        load_model("someone/tiny", cache_dir=tmp_path / "cache")

