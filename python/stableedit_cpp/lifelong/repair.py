@@ -91,6 +91,7 @@ def repair(
         chosen = sorted([entry.index for entry in nearest if not entry.holds][:rest])
         left_out = len(audits[-1].forgotten) - len(chosen)
         rest -= len(chosen)
-        done.append(editor.repair([requests[index] for index in chosen], trunk=trunk, progress=progress))
+        again = [requests[index] for index in chosen]
+        done.append(editor.repair(again, trunk=trunk, outcomes=False, progress=progress))  # the audit says more
         audits.append(audit(editor, requests, **arguments))
     return RepairReport(audits, done, left_out)
