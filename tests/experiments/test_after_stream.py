@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.experiments import Step, StreamRun, find_source, read_run, run_matrix
+from stableedit_cpp.experiments import Step, find_source, read_run, run_matrix
+from stableedit_cpp.experiments.checkpoints import Checkpoints
 from stableedit_cpp.lifelong.repair import repair
 from support.streams import OPTIONS, bench, lines, load, matrix, write_data
 
@@ -91,7 +92,7 @@ def test_a_kill_in_a_step_costs_that_step(data, tmp_path, monkeypatch, at):
     class Killed(BaseException):
         pass
 
-    run, checkpoint = Step.run, StreamRun._checkpoint
+    run, take = Step.run, Checkpoints.take
 
     def killed_before(step, *arguments, **how):
         if step == Step.parse(AFTER[at]):
@@ -102,13 +103,13 @@ def test_a_kill_in_a_step_costs_that_step(data, tmp_path, monkeypatch, at):
         patch.setattr(Step, "run", killed_before)
         bench(data, tmp_path / "out", **settings)
 
-    def killed_scoring(stream):
-        if stream._cost.steps == at + 1:
+    def killed_scoring(checkpoints):
+        if checkpoints._cost.steps == at + 1:
             raise Killed
-        checkpoint(stream)
+        take(checkpoints)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StreamRun, "_checkpoint", killed_scoring)
+        patch.setattr(Checkpoints, "take", killed_scoring)
         bench(data, tmp_path / "out", **settings)
     resumed = bench(data, tmp_path / "out", **settings)[0]
     for there, here in zip(whole["checkpoints"], resumed["checkpoints"], strict=True):

@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp import sideeffects
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditInterrupted, TurnReport, make_editor
 from stableedit_cpp.evaluation.answers import token_accuracy
+from stableedit_cpp.experiments.checkpoints import Checkpoints
 from stableedit_cpp.experiments.convergence import Convergence
 from stableedit_cpp.experiments.cost import Cost
-from stableedit_cpp.experiments.cumulative import CumulativeProbe
 from stableedit_cpp.experiments.geometry import Geometry
 from stableedit_cpp.experiments.run_directory import RunDirectory
-from stableedit_cpp.experiments.scorer import Scorer
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.files.environment import resident_bytes
@@ -64,25 +62,12 @@ class StreamRun:
         self.settings, self.directory = settings, directory
         self.editor = make_editor(model, tokenizer, settings.editor.config)
         self.trunk, self._editing_trunk, self._siblings = trunk, editing_trunk, siblings
-        self._model, self._tokenizer = model, tokenizer
         self._snapshot_seconds, self._keep_state, self._progress = snapshot_seconds, keep_state, progress
         self._turn_size = settings.editor.config.turn_size
         self._cost = Cost(self.editor.modules[0].weight.device)
-        self._scorer = Scorer(
-            model,
-            tokenizer,
-            settings.source,
-            turn_size=self._turn_size,
-            sample=settings.sample,
-            age_sample=settings.age_sample,
-            metrics=settings.metrics,
-            reference=self.editor.unedited,
-            max_tokens=settings.editor.config.max_tokens_per_forward,
-            trunk=self.trunk,
-            progress=progress,
-        )
         self._geometry = Geometry(self.editor, settings.geometry, settings.source.seed) if settings.geometry else None
-        self._cumulative = self._cumulative_probe()
+        how = {"trunk": trunk, "progress": progress}
+        self._checkpoints = Checkpoints(settings, directory, self.editor, self._cost, **how)
         self._convergence = Convergence(directory.path / "covariance") if settings.convergence else None
 
     def run(self) -> None:
@@ -92,7 +77,7 @@ class StreamRun:
             KeyboardInterrupt: after Ctrl-C; what was done is kept, the same call goes on.
         """
         modules = [module.name for module in self.editor.modules]
-        complete = self.settings.to_dict(model_digest(self._model), modules)
+        complete = self.settings.to_dict(model_digest(self.editor.model), modules)
         self.directory.check(complete)
         if self.directory.done:
             return
@@ -110,10 +95,11 @@ class StreamRun:
                     module.weight.copy_(originals[module.name])
 
     def _do(self) -> None:
-        if self.directory.checkpoint(0) is None and not self._adopt_baseline():
-            self._checkpoint()
+        checkpoints = self._checkpoints
+        if self.directory.checkpoint(0) is None and not checkpoints.take_over(self._siblings):
+            checkpoints.take()
         if self._due():  # an earlier process was stopped while it took this checkpoint
-            self._checkpoint()
+            checkpoints.take()
         try:
             self._stream()
             self._after_stream()
@@ -121,8 +107,8 @@ class StreamRun:
             # The model takes no more edits: score what is left of it, and let that be the end of the stream.
             cost = self._cost
             self.directory.document["collapsed"] = {"edits": cost.edits, "turn": cost.turns, "reason": str(error)}
-            if not self._recorded():
-                self._checkpoint()
+            if not checkpoints.taken():
+                checkpoints.take()
 
     def _stream(self) -> None:
         settings, cost = self.settings, self._cost
@@ -150,7 +136,7 @@ class StreamRun:
                         "on from there"
                     )
                 if due:
-                    self._checkpoint()
+                    self._checkpoints.take()
 
     def _after_stream(self) -> None:
         steps, cost = self.settings.after, self._cost
@@ -170,7 +156,7 @@ class StreamRun:
             line = {"turn": cost.turns + 1, "edits": cost.edits, "warm_up": cost.warm_up, **done}
             self._add_turn({**line, "resident_bytes": resident_bytes(), "geometry": None})
             self._save_state()
-            self._checkpoint()
+            self._checkpoints.take()
 
     def _turns(self) -> Iterator[tuple[str, list[EditRequest]]]:
         """What is left of the stream, turn by turn; the source is read as the stream goes on."""
@@ -216,7 +202,7 @@ class StreamRun:
         del turn["failed"]  # nobody looked
         limit = self.settings.editor.config.max_tokens_per_forward
         probe = self.editor.tokenize(requests[:_PROBE])
-        right = token_accuracy(self._model, probe, max_tokens=limit, trunk=self.editor.trunk)
+        right = token_accuracy(self.editor.model, probe, max_tokens=limit, trunk=self.editor.trunk)
         turn["efficacy_after"] = float(right.nan_to_num(0.0).mean())  # the next turn says that a model is broken
         seconds = turn.pop("seconds")
         if self._geometry:
@@ -238,73 +224,7 @@ class StreamRun:
         self._cost.add_turn(line)
 
     def _due(self) -> bool:
-        """Whether a checkpoint is to be taken now; one beside the warm-up is taken after it."""
-        wanted = self._cost.steps > 0 or self._cost.edits in self.settings.checkpoints
-        return wanted and not self._warm_up_is_next() and not self._recorded()
-
-    def _recorded(self) -> bool:
-        return self.directory.checkpoint(self._cost.turns) is not None
-
-    def _checkpoint(self) -> None:
-        """Score the model as it is, and keep what was found."""
-        cost, settings, seconds = self._cost, self.settings, {}
-        begin = time.perf_counter()
-        score = self._scorer.edited if cost.turns else self._scorer.unedited
-        scores, ages, records = score(cost.edits if cost.turns else settings.edits)
-        seconds["scoring"] = time.perf_counter() - begin
-        side_effects = cumulative = None
-        if self._wants_side_effects():
-            begin = time.perf_counter()
-            side_effects = self._measure_side_effects()
-            seconds["side_effects"] = time.perf_counter() - begin
-        if self._cumulative:
-            begin = time.perf_counter()
-            cumulative = self._cumulative.measure(self.editor, fresh=cost.turns == 0)
-            seconds["cumulative"] = time.perf_counter() - begin
-        entry = {
-            "edits": cost.edits,
-            "warm_up": cost.warm_up,
-            "turn": cost.turns,
-            "scores": scores,
-            "broken": sum("broken" in record for record in records),
-            "ages": ages,
-            "side_effects": side_effects,
-            "cumulative": cumulative,
-            "seconds": seconds,
-            "resident_bytes": resident_bytes(),
-        }
-        if cost.steps:
-            entry |= {"after": str(settings.after[cost.steps - 1]), "step": cost.steps}
-        cost.add_checkpoint(entry)
-        self.directory.add_checkpoint(entry, records, cost.to_dict())
-
-    def _adopt_baseline(self) -> bool:
-        """Take over the checkpoint before the first edit, which is the same for all editors of a stream."""
-        cost = self._cost.to_dict()
-        return any(self.directory.adopt_baseline(sibling, cost) for sibling in self._siblings)
-
-    def _wants_side_effects(self) -> bool:
-        options = self.settings.side_effects
-        cost, settings = self._cost, self.settings
-        at_end = cost.turns == 0 or "collapsed" in self.directory.document
-        at_end = at_end or (cost.edits == settings.edits and cost.steps == len(settings.after))
-        return options is not None and (at_end or options.get("at", "checkpoints") == "checkpoints")
-
-    def _measure_side_effects(self) -> dict:
-        place = self.directory.path / "side_effects"
-        place.mkdir(parents=True, exist_ok=True)
-        how = {"directory": place, "edits": self._cost.edits, "trunk": self.trunk, "progress": self._progress}
-        how["allow_broken"] = True  # what is left of a model that has collapsed is measured like any other
-        return sideeffects.measure(self._model, self._tokenizer, self.settings.side_effects, **how)
-
-    def _cumulative_probe(self) -> CumulativeProbe | None:
-        settings = self.settings
-        if not settings.cumulative:
-            return None
-        end = settings.edits
-        requests = list(settings.source.requests(end, end + settings.cumulative))
-        warm_up = list(settings.source.warm_up_requests(0, settings.warm_up.size)) if settings.warm_up else []
-        return CumulativeProbe(requests, warm_up, self._scorer.of)
+        return self._checkpoints.due() and not self._warm_up_is_next()
 
     def _save_state(self) -> None:
         """What a later process goes on from."""
