@@ -15,8 +15,8 @@ from common import finish, milliseconds, new_parser, peak_memory, start, timed
 from published import published_batches, published_capture, require_gradients
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.modules import EditModule
-from stableedit_cpp.model.running import untouched
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
+from stableedit_cpp.model.untouched import untouched
 from workload import (
     CONFIGS,
     add_model_options,

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
-from stableedit_cpp.model.running import input_device, untouched
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
+from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = ["Continuation", "check_room", "generate", "generate_continuations", "judge"]
 

@@ -14,7 +14,7 @@ from stableedit_cpp.model.tokens import Batch, TokenSequence, collate
 from stableedit_cpp.model.trunk import TrunkCache, pack_apart
 from stableedit_cpp.model.untouched import input_device, untouched
 
-__all__ = ["AnswerBatch", "answer_logits", "batches", "input_device", "untouched"]
+__all__ = ["AnswerBatch", "answer_logits", "batches"]
 
 
 class AnswerBatch(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from stableedit_cpp.model.running import untouched
+from stableedit_cpp.model.untouched import untouched
 
 __all__ = ["HARNESS_TASKS", "harness_scores"]
 

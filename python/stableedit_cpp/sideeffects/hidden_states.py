@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from stableedit_cpp.data.file_types import read_records
-from stableedit_cpp.model.running import input_device, untouched
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
+from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = ["hidden_states", "read_prompts"]
 
