@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from stableedit_cpp import EditRequest, Scores, evaluate, generate
+from stableedit_cpp.evaluation.answers import greedy_answers
+from stableedit_cpp.evaluation.generation import generate_continuations
+from stableedit_cpp.model.tokens import tokenize
 from support.answers import Successor, readable
 from support.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -266,8 +269,11 @@ def test_model_is_left_as_found_after_an_error(half_trained, tokenizer, monkeypa
 def test_generate_is_greedy(architecture, eos):
     tokenizer = tiny_tokenizer(bos=True, eos=eos)
     model = readable(tiny_model(architecture, torch.float64), tokenizer)
-    # Settings that a saved model may carry must not turn it into sampling or a beam search.
-    model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, num_beams=3)
+    # What a saved model may bring along must not turn it into sampling, a beam search, or a text without repetitions.
+    own = {"do_sample": True, "temperature": 5.0, "top_k": 3, "num_beams": 3, "max_length": 20}
+    own |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(50, 70))}
+    model.generation_config.update(**own, forced_eos_token_id=2)
+    before = model.generation_config.to_dict()
     prompts = ["The capital of Peru is", "a", "2 + 2 ="]
     answers = generate(model, tokenizer, prompts, max_new_tokens=6)
     # The closing token of a tokenizer that has one is not part of a prompt that is to be continued.
@@ -275,7 +281,9 @@ def test_generate_is_greedy(architecture, eos):
     assert answers == [continuation(model, plain, prompt, 6) for prompt in prompts]
     torch.manual_seed(1)
     assert generate(model, tokenizer, prompts, max_new_tokens=6) == answers
-    assert model.generation_config.do_sample
+    assert model.generation_config.to_dict() == before
+    asked = tokenize(plain, [(prompt, "12345") for prompt in prompts], None, prompts)  # with the space, 6 tokens
+    assert [plain.decode(ids) for ids in greedy_answers(model, asked, max_tokens=100)] == answers
 
 
 def test_generate_stops_at_the_end_of_sequence(tokenizer):
@@ -283,6 +291,55 @@ def test_generate_stops_at_the_end_of_sequence(tokenizer):
     text = continuation(model, tokenizer, "abc", 6)
     model.generation_config.eos_token_id = tokenizer.get_vocab()[text[0]]
     assert generate(model, tokenizer, ["abc"], max_new_tokens=6) == [text[0]]
+
+
+def test_generate_takes_a_text_as_one_prompt(tokenizer):
+    model = tiny_model("llama")
+    assert generate(model, tokenizer, "Gold is") == generate(model, tokenizer, ["Gold is"])
+    assert len(generate(model, tokenizer, "Gold is")) == 1
+
+
+@pytest.fixture
+def silent() -> nn.Module:
+    """64 positions, and nobody may run it."""
+
+    def fail(*_):
+        raise AssertionError("the model was run")
+
+    model = tiny_model("gpt2")
+    model.register_forward_pre_hook(fail)
+    return model
+
+
+def test_generate_within_the_context(silent, tokenizer):
+    with pytest.raises(ValueError) as error:
+        generate(silent, tokenizer, ["a", "b" * 60], max_new_tokens=6)
+    assert str(error.value) == (
+        f"the prompt {'b' * 60!r:.60}: 60 tokens with up to 6 new ones need a context of 65; the model's is 64"
+    )
+    model = tiny_model("gpt2", torch.float64)
+    (whole,) = generate(model, tokenizer, ["b" * 60], max_new_tokens=5)
+    assert whole == continuation(model, tokenizer, "b" * 60, 5)
+
+
+def test_free_answers_within_the_context(silent, tokenizer):
+    """An answer that fits is not enough: a free one may be 8 tokens longer."""
+    requests = [{"prompt": "p", "target": "t"}, {"prompt": "p", "target": "t", "rephrase": "r" * 57, "id": "long"}]
+    with pytest.raises(
+        ValueError, match=r"^request 1 \(long\), generalization: 57 tokens with up to 10 new ones need a"
+    ):
+        evaluate(silent, tokenizer, requests, metrics=["generation"], progress=False)
+    assert evaluate(tiny_model("gpt2"), tokenizer, requests, progress=False)["generalization"].scored == 1
+
+
+def test_a_long_prompt_beside_a_long_answer(tokenizer):
+    """Together in one batch the long prompt would have to go on for as long as the other one, beyond the context."""
+    model = readable(tiny_model("gpt2", torch.float64), tokenizer)
+    prompts, room = ["a" * 60, "b", "c" * 58], [5, 40, 2]
+    together = generate_continuations(model, tokenizer, prompts, room)
+    assert [text for text, _, _ in together] == [
+        continuation(model, tokenizer, prompt, length) for prompt, length in zip(prompts, room, strict=True)
+    ]
 
 
 def test_generate_nothing(tokenizer):
