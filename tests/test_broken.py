@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import stableedit_cpp as se
+from stableedit_cpp.cli import main
 from stableedit_cpp.evaluation.answers import answer_scores, greedy_answers, read_answers
 from stableedit_cpp.experiments import run_matrix
 from stableedit_cpp.lifelong.audit import audit
@@ -83,6 +85,24 @@ class TestSaid:
             audit(editor, FACTS)
         with pytest.raises(se.ModelBroken, match="for 2 of 2 prompts, first for prompt 0"):
             greedy_answers(editor.model, [TokenSequence((5, 6), (7,)), TokenSequence((5,), (7,))], max_tokens=9)
+
+    @pytest.mark.parametrize("command", ["evaluate", "demo", "side-effects"])
+    def test_on_the_command_line(self, tokenizer, tmp_path, monkeypatch, capsys, command):
+        monkeypatch.chdir(tmp_path)
+        model = broken_model()
+        model.config.max_position_embeddings = 512
+        model.save_pretrained("broken")
+        tokenizer.save_pretrained("broken")
+        Path("requests.json").write_text(json.dumps(REQUESTS))
+        Path("text.txt").write_text("some text " * 20)
+        more = {"evaluate": ["--requests", "requests.json"], "side-effects": ["--perplexity", "text=text.txt"]}
+        capsys.readouterr()
+        assert main([command, "--model", "broken", "--device", "cpu", *more.get(command, [])]) == 2
+        error = capsys.readouterr().err
+        line = error.splitlines()[-1]
+        assert line.startswith("stableedit: error: the model is broken: its logits are NaN or infinite for ")
+        assert line.endswith(f"NaN or infinity is in {WEIGHT}; load the model anew")
+        assert "Traceback" not in error
 
     def test_nan_stays_nan_below(self):
         sequences = [TokenSequence((5, 6), (6, 7)), TokenSequence((5,), (7,))]

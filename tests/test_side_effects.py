@@ -192,7 +192,9 @@ def test_the_harness_scores_a_task_over_local_json_as_we_do(tmp_path, tokenizer)
         'doc_to_text: "Review : {{sentence}}\\nSentiment :"\ndoc_to_target: label\n'
         "doc_to_choice: [negative, positive]\nmetric_list: [{metric: acc}]\n"
     )
-    model = tiny_model("llama")
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()  # a layer that its owner has frozen
+    flags = [module.training for module in model.modules()]
     # Answers of one length, so that our mean and the harness's sum over tokens choose alike.
     common = {"tasks": ["sst2"], "limit": 12}
     ours = measure(model, tokenizer, {"downstream": str(local), **common})["downstream"]["sst2"]
@@ -201,8 +203,13 @@ def test_the_harness_scores_a_task_over_local_json_as_we_do(tmp_path, tokenizer)
     assert theirs["records"] == ours["records"] == 12
     assert theirs["accuracy"] == ours["accuracy"]
     assert theirs["standard_error"] == pytest.approx(ours["standard_error"])
+    assert [module.training for module in model.modules()] == flags
     with pytest.raises(ValueError, match="lm-eval cannot run no_such_task"):
         measure(model, tokenizer, {"downstream": "lm-eval", **common, **own, "harness_tasks": {"sst2": "no_such_task"}})
+    assert [module.training for module in model.modules()] == flags
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(se.ModelBroken, match=r"the model is broken: .* for 12 of 12 prompts, first for one of sst2"):
+        measure(model, tokenizer, {"downstream": "lm-eval", **common, **own})
 
 
 # --- all of it ---
