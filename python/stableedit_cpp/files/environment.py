@@ -29,6 +29,7 @@ def environment() -> dict[str, object]:
         "compiler": f"{_build_info.compiler} ({_build_info.build_type})",
         "torch": torch.__version__,
         "torch threads": torch.get_num_threads(),
+        "threads wait": os.environ.get("OMP_WAIT_POLICY", "as torch has it"),
         "cuda": torch.version.cuda or "not in this torch",
         "cuda devices": devices or "none",
         "python": platform.python_version(),
