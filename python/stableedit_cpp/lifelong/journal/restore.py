@@ -44,8 +44,8 @@ def restore(
         if exact and not is_state(editor.state_dict(), view.history.states[step.turn]):
             raise OtherBits(
                 f"{view.directory}: doing turn {step.turn} again gives other bits than were recorded, as it can on "
-                "another machine, device or library version; open the session where it was written, or with "
-                "exact=False (--inexact) to accept the difference"
+                "another machine or device, or with another version of a library or of this program; open the session "
+                "where it was written, or with exact=False (--inexact) to accept the difference"
             )
 
 
