@@ -58,7 +58,7 @@ def begun(tokenizer, tmp_path) -> Callable[[str], LifelongSession]:
     return begin
 
 
-@pytest.mark.parametrize("samples", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("samples", [5, pytest.param(25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", WORK)
 def test_a_failure_anywhere(kind, samples, begun, tokenizer):
     """All of the work is done or nothing of it, in the model as on the disk. Where a failure comes between the two, the
