@@ -177,7 +177,7 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
             f"{name} has quantised weights ({kind}); load the model in float32, bfloat16 or float16 to edit it"
         )
     if weight.is_meta:
-        raise ValueError(f"{name} is not in memory (meta device); load the model without offloading to edit it")
+        raise ValueError(f"{name} is not in memory (meta device); load the model so that this module is not offloaded")
     sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() == weight.data_ptr()]
     others = [n for n in sharing if n != f"{name}.weight"]
     if others:
