@@ -140,6 +140,17 @@ def test_text(successor, tokenizer):
     assert str(evaluate(successor, tokenizer, [], progress=False)).count("not scored: no request has the prompt") == 3
 
 
+def test_scores_are_a_mapping(successor, tokenizer):
+    scores = evaluate(successor, tokenizer, HAND, metrics=["exact_match"], progress=False)
+    assert list(scores) == [*METRICS, *(f"{name}_exact_match" for name in METRICS)]
+    assert scores["generalization"] == (scores.generalization, scores.standard_errors["generalization"], 2, 1)
+    assert {name: score.mean for name, score in scores.items()} == scores.means()
+    assert (scores.multi_hop, scores.persona, scores.broken) == (None, None, 0)
+    assert repr(scores) == str(scores)
+    with pytest.raises(KeyError, match="no score 'efficiency', did you mean 'efficacy'"):
+        scores["efficiency"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_standard_error(successor, tokenizer, count):
     requests = [{"prompt": "p", "target": "abcdefgh"[: index + 1]} for index in range(count)]

@@ -56,7 +56,7 @@ class TurnReport:
         back_offs: passes solved again with a smaller step because of the editor's guard.
         drift: what the guard measured last, in nats; None without one.
         loss_before, efficacy_before: mean over requests, seen during the first capture.
-        efficacy_after: over a sample of the turn, if a progress bar was shown; else None.
+        efficacy_after: over a sample of the turn, if a progress bar was shown; else None, as for a broken model.
         failed: the requests that had not taken after the last pass; None where nobody looked.
         update_norms: Frobenius norm of the last pass's update, by module.
         seconds: wall time by part: "capture", "mathematics", "apply", "guard" if there is one, and "outcomes" for what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -73,8 +74,9 @@ def run_stream(
                         report.turns.append(turn.report)
                         report.seconds += time.perf_counter() - start
                 if not bar.disable:  # not in the seconds: the speed is the same with and without a terminal
-                    turn.report.efficacy_after = float(work.accuracy(sequences[whole][:_PROBE]).mean())
-                    bar.set_postfix(efficacy=f"{turn.report.efficacy_after:.2f}", refresh=False)
+                    efficacy = float(work.accuracy(sequences[whole][:_PROBE]).mean())
+                    turn.report.efficacy_after = None if math.isnan(efficacy) else efficacy
+                    bar.set_postfix(efficacy=f"{efficacy:.2f}", refresh=False)
                 bar.update(whole.stop - whole.start)
                 if guard.requested:
                     raise EditInterrupted(

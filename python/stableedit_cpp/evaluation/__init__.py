@@ -1,6 +1,6 @@
 """Metrics of an edited model; knows nothing of editors."""
 
 from stableedit_cpp.evaluation.generation import generate
-from stableedit_cpp.evaluation.scores import METRICS, Scores, evaluate
+from stableedit_cpp.evaluation.scores import METRICS, Score, Scores, evaluate
 
-__all__ = ["METRICS", "Scores", "evaluate", "generate"]
+__all__ = ["METRICS", "Score", "Scores", "evaluate", "generate"]

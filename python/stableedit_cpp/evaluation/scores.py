@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -52,19 +52,27 @@ class Score(NamedTuple):
 class Scores(Mapping[str, Score]):
     """All scores by name: ``scores["efficacy_exact_match"].mean``; ``str(scores)`` is a table.
 
-    Token accuracy is also an attribute: ``scores.efficacy`` on the edit prompts, ``.generalization`` on the rephrased
-    ones, ``.specificity`` on the unrelated ones against the data set's answer (it may rise above the unedited model's),
-    ``.multi_hop`` and ``.persona`` on those questions; None where no request has such a prompt.
-
     Attributes:
         names: of the scores, in order.
         per_request: for each request, in order, ``id`` (its own or its index) and its value of each score by name, None
             where it lacks the prompt; with free generation also the text, e.g. ``efficacy_text``, and with
             ``allow_broken`` a ``broken`` where the model answered NaN.
+        efficacy: mean token accuracy on the edit prompts. generalization: on the rephrased ones. specificity: on the
+            unrelated ones, against the data set's answer (it may rise above the unedited model's). multi_hop, persona:
+            on those questions. Each is None where no request has such a prompt.
     """
 
     names: tuple[str, ...]
     per_request: list[dict[str, object]]
+    efficacy: float | None = field(init=False, compare=False)
+    generalization: float | None = field(init=False, compare=False)
+    specificity: float | None = field(init=False, compare=False)
+    multi_hop: float | None = field(init=False, compare=False)
+    persona: float | None = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for probe in PROBES:
+            object.__setattr__(self, probe, self[probe].mean if probe in self.names else None)
 
     def __getitem__(self, name: str) -> Score:
         if name not in self.names:
@@ -77,29 +85,6 @@ class Scores(Mapping[str, Score]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def efficacy(self) -> float | None:
-        return self._mean("efficacy")
-
-    @property
-    def generalization(self) -> float | None:
-        return self._mean("generalization")
-
-    @property
-    def specificity(self) -> float | None:
-        return self._mean("specificity")
-
-    @property
-    def multi_hop(self) -> float | None:
-        return self._mean("multi_hop")
-
-    @property
-    def persona(self) -> float | None:
-        return self._mean("persona")
-
-    def _mean(self, name: str) -> float | None:
-        return self[name].mean if name in self.names else None
 
     @property
     def standard_errors(self) -> dict[str, float | None]:
@@ -129,7 +114,8 @@ class Scores(Mapping[str, Score]):
         lines = []
         for name, score in self.items():
             if score.mean is None:
-                lines.append(f"{name:<{width}}not scored: no request has the prompt for it")
+                reason = "the model is broken" if self.broken else "no request has the prompt for it"
+                lines.append(f"{name:<{width}}not scored: {reason}")
                 continue
             unit = " nats" if name == "locality_kl" else ""
             without = f", {score.skipped} without the prompt" if score.skipped else ""
@@ -243,8 +229,8 @@ def evaluate(
 def _questions(index: int, request: EditRequest) -> list[_Question]:
     """Those that the request has prompt and answer for; a null multi-hop question is none."""
     found = []
-    for probe, fields in PROBES.items():
-        prompt, answer = (getattr(request, field) for field in fields)
+    for probe, names in PROBES.items():
+        prompt, answer = (getattr(request, name) for name in names)
         if prompt and answer:
             name = f"request {index}" + (f" ({request.id})" if request.id else "") + f", {probe}"
             found.append(_Question(index, probe, name, prompt, answer))
