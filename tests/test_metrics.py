@@ -14,6 +14,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.data import iter_requests, read_requests
+from stableedit_cpp.evaluation import locality as locality_module
 from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, judge
 from stableedit_cpp.evaluation.scores import PROBES
 from stableedit_cpp.model.tokens import TokenSequence, answer_positions, collate, tokenize
@@ -316,6 +317,34 @@ def test_locality_against_the_editor_without_a_second_model(tokenizer):
     assert edited["locality_kl"] > 1e-6
     other = se.evaluate(model, tokenizer, LOCAL, reference=tiny_model("llama"), progress=False)
     assert edited == pytest.approx(local_means(other), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kept", "shown"), [(2**26, 1), (300 * 5, 3)])
+def test_the_unedited_model_is_shown_for_many_batches_at_a_time(monkeypatch, tokenizer, kept, shown):
+    """18 answer tokens (a space and up to 3 letters each) take one showing, or as many as there is no more room for."""
+    model = tiny_model("llama", torch.float64)
+    config = se.StableEditConfig(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
+    editor = se.StableEdit(model, tokenizer, config)
+    editor.edit([{"prompt": f"fact {n}", "target": "new"} for n in range(8)], progress=False)
+    how = {"max_tokens_per_forward": 1, "progress": False}  # each prompt is a batch
+    expected = se.evaluate(model, tokenizer, LOCAL, reference=tiny_model("llama", torch.float64), **how)
+    calls, layers = [], []
+
+    @contextlib.contextmanager
+    def unedited():
+        calls.append(1)
+        with editor.unedited() as same:
+            yield same
+
+    monkeypatch.setattr(locality_module, "_KEPT", kept)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: layers.append(1))
+    trunk = editor.make_trunk_cache()
+    for passes in (True, False):
+        calls.clear(), layers.clear()
+        found = se.evaluate(model, tokenizer, LOCAL, reference=unedited, trunk=trunk, **how)
+        assert local_means(found) == pytest.approx(local_means(expected), rel=1e-9)
+        assert len(calls) == shown
+        assert bool(layers) == passes  # the second time no layer below the edited one runs, for neither model
 
 
 def test_a_token_that_the_unedited_model_rules_out(tokenizer):
