@@ -356,7 +356,8 @@ def test_every_field_is_needed_and_checked():
         for bad in wrong.values():
             with pytest.raises(ValueError, match="state of a"):
                 core.LifelongNormalizer.from_state_dict(state | {name: bad})
-        if name not in ("whitener_nu", "sample"):  # without these there is no whitener, or no sample
+        # Without the one there is no whitener; version 1 has not the other.
+        if name not in ("whitener_nu", "whitener.mean_square"):
             with pytest.raises(ValueError, match=r"lacks|do not fit"):
                 core.LifelongNormalizer.from_state_dict({n: t for n, t in state.items() if n != name})
     with pytest.raises(ValueError, match="unknown field 'more'"):
@@ -369,11 +370,11 @@ def test_state_files_say_what_they_are(tmp_path):
     path = tmp_path / "state.safetensors"
     core.save_state(path, {"tracker": editor().normalizer.value_tracker.state_dict()}, "{}")
     tensors, metadata = core.load_safetensors(path)
-    assert metadata == {"format": "stableedit-state", "version": "1", "config": "{}"}
+    assert metadata == {"format": "stableedit-state", "version": "2", "config": "{}"}
     assert set(tensors) == {f"tracker/{field}" for field in editor().normalizer.value_tracker.state_dict()}
 
     for changes, message in (
-        ({"version": "2"}, "version 2, but this stableedit reads versions up to 1; use a newer stableedit"),
+        ({"version": "3"}, "version 3, but this stableedit reads versions up to 2; use a newer stableedit"),
         ({"version": "one"}, "no valid format version"),
         ({"format": "stableedit-patch"}, "is not a stableedit-state file: its metadata has format 'stableedit-patch'"),
     ):

@@ -44,7 +44,11 @@ void bind_niw(py::module_& m) {
            py::kw_only(), py::arg("kappa") = 0.0, py::arg("psi") = 0.0, py::arg("nu") = 0.0)
       .def_readonly("kappa", &NiwPrior::kappa)
       .def_readonly("psi", &NiwPrior::psi)
-      .def_readonly("nu", &NiwPrior::nu);
+      .def_readonly("nu", &NiwPrior::nu)
+      .def("__repr__", [](const NiwPrior& self) {
+        return py::str("NiwPrior(kappa={!r}, psi={!r}, nu={!r})")
+            .format(self.kappa, self.psi, self.nu);
+      });
 
   py::class_<NormalInverseWishart>(m, "NormalInverseWishart", R"(
 Normal-Inverse-Wishart tracker (m, kappa, Psi, nu) of value gradients: StableEdit, Algorithm 1.
@@ -80,8 +84,8 @@ void bind_whitening(py::module_& m) {
   py::class_<WhiteningOptions>(m, "WhiteningOptions", R"(
 mode: 'full', 'diagonal' or 'none'. floor: lower bound on the eigenvalues of the covariance,
 absolute or relative to their mean. refresh: reuse a decomposition until the sample count has grown
-by this fraction (0: decompose every turn). drift_limit: decompose anyway when the whitened batch's
-mean square moves by more than this factor.)")
+by this fraction (0: decompose every turn). drift_limit: decompose anyway for a turn that would be
+whitened to a mean square more than this factor above what the covariance lets expect.)")
       .def(py::init(no_gil([](const std::string& mode, double floor, const std::string& floor_mode_,
                               double refresh, double drift_limit) {
              const WhiteningOptions options{whitening_mode(mode), floor, floor_mode(floor_mode_),
@@ -98,7 +102,14 @@ mean square moves by more than this factor.)")
       .def_readonly("refresh", &WhiteningOptions::refresh)
       .def_readonly("drift_limit", &WhiteningOptions::drift_limit)
       .def_property_readonly(
-          "floor_mode", [](const WhiteningOptions& self) { return to_string(self.floor_mode); });
+          "floor_mode", [](const WhiteningOptions& self) { return to_string(self.floor_mode); })
+      .def("__repr__", [](const WhiteningOptions& self) {
+        return py::str(
+                   "WhiteningOptions(mode={!r}, floor={!r}, floor_mode={!r}, refresh={!r}, "
+                   "drift_limit={!r})")
+            .format(to_string(self.mode), self.floor, to_string(self.floor_mode), self.refresh,
+                    self.drift_limit);
+      });
 
   py::class_<Whitener>(m, "Whitener", "One fixed whitening transform of centred value gradients.")
       .def_static("none", &Whitener::none)
@@ -118,7 +129,8 @@ mean square moves by more than this factor.)")
                   kFromStateDict)
       .def_property_readonly("mode", [](const Whitener& self) { return to_string(self.mode()); })
       .def_property_readonly("floor", &Whitener::floor)
-      .def_property_readonly("floored", &Whitener::floored);
+      .def_property_readonly("floored", &Whitener::floored)
+      .def_property_readonly("mean_square", &Whitener::mean_square);
 }
 
 void bind_normalizer(py::module_& m) {

@@ -1,6 +1,7 @@
 """Writes cpp/fuzz/corpus, the files that the fuzzer and the mutations start from. For when the format changes.
 
-Seeds without a checksum matter most: a mutation of one is not simply refused as damaged.
+Seeds without a checksum matter most: a mutation of one is not simply refused as damaged. The ``*_v1`` files are of
+version 1 of the state format and stay as they are.
 """
 
 from pathlib import Path

@@ -8,15 +8,19 @@
 namespace stableedit {
 namespace {
 
-constexpr int kVersion = 1;
-constexpr const char* kState = "stableedit-state";
-constexpr const char* kPatch = "stableedit-patch";
+/// A kind of file, and the version that is written; earlier ones are read.
+struct Format {
+  const char* name;
+  int version;
+};
+constexpr Format kState{"stableedit-state", 2};  // 2: a whitener knows its mean square
+constexpr Format kPatch{"stableedit-patch", 1};
 
-void check_format(const SafeTensors& file, const std::string& source, const std::string& format) {
+void check_format(const SafeTensors& file, const std::string& source, const Format& format) {
   const auto& metadata = file.metadata;
   const auto found = metadata.find("format");
   TORCH_CHECK_VALUE(
-      found != metadata.end() && found->second == format, source, " is not a ", format,
+      found != metadata.end() && found->second == format.name, source, " is not a ", format.name,
       " file: its metadata has ",
       found == metadata.end() ? "no format" : "format '" + shown(found->second) + "'");
   const auto field = metadata.find("version");
@@ -25,8 +29,8 @@ void check_format(const SafeTensors& file, const std::string& source, const std:
   const auto parsed = std::from_chars(text.data(), text.data() + text.size(), version);
   TORCH_CHECK_VALUE(!text.empty() && parsed.ptr == text.data() + text.size() && version >= 1,
                     source, " has no valid format version (it is '", shown(text), "')");
-  TORCH_CHECK_VALUE(version <= kVersion, source, " is a ", format, " file of version ", version,
-                    ", but this stableedit reads versions up to ", kVersion,
+  TORCH_CHECK_VALUE(version <= format.version, source, " is a ", format.name, " file of version ",
+                    version, ", but this stableedit reads versions up to ", format.version,
                     "; use a newer stableedit");
   TORCH_CHECK_VALUE(file.checksummed, source, " has no checksum, so damage would go unnoticed; ",
                     "write it with stableedit");
@@ -106,8 +110,8 @@ Patch read_patch(const SafeTensors& file, const std::string& source) {
 }  // namespace
 
 void save_state(const std::filesystem::path& path, const SavedState& state) {
-  SafeTensors file{.metadata = {{"format", kState},
-                                {"version", std::to_string(kVersion)},
+  SafeTensors file{.metadata = {{"format", kState.name},
+                                {"version", std::to_string(kState.version)},
                                 {"config", state.config}}};
   for (const auto& [component, fields] : state.components) {
     for (const auto& [field, tensor] : fields) {
@@ -132,8 +136,8 @@ SavedState load_state(const std::filesystem::path& path) {
 }
 
 void save_patch(const std::filesystem::path& path, const Patch& patch) {
-  SafeTensors file{.metadata = {{"format", kPatch},
-                                {"version", std::to_string(kVersion)},
+  SafeTensors file{.metadata = {{"format", kPatch.name},
+                                {"version", std::to_string(kPatch.version)},
                                 {"id", patch.id},
                                 {"created", patch.created},
                                 {"base_model", patch.base_model},

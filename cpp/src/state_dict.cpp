@@ -96,7 +96,8 @@ StateDict Whitener::state_dict() const {
                   {"dim", integer_field(dim_)},
                   {"base", number_field(base_)},
                   {"floor", number_field(floor_)},
-                  {"floored", integer_field(floored_)}};
+                  {"floored", integer_field(floored_)},
+                  {"mean_square", number_field(mean_square_)}};
   if (stddev_.defined()) state["stddev"] = stddev_;
   if (root_.defined()) state["root"] = root_;
   if (vectors_.defined()) state["vectors"] = vectors_;
@@ -111,6 +112,12 @@ Whitener Whitener::from_state_dict(const StateDict& state) {
   whitener.base_ = reader.number("base");
   whitener.floor_ = reader.number("floor");
   whitener.floored_ = reader.integer("floored", 0, dim);
+  if (reader.has("mean_square")) {  // version 1 has none
+    whitener.mean_square_ = reader.number("mean_square");
+    TORCH_CHECK_VALUE(whitener.mean_square_ >= 0.0 && whitener.mean_square_ <= 1.0,
+                      "'mean_square' in the state of a Whitener must be from 0 to 1, but it is ",
+                      whitener.mean_square_);
+  }
   bool fits = true;
   if (whitener.mode_ == WhiteningMode::kDiagonal) {
     whitener.stddev_ = reader.tensor("stddev", 1);
@@ -146,9 +153,7 @@ StateDict LifelongNormalizer::state_dict() const {
     add_part(state, "whitener.", whitener_->state_dict());
     state["whitener_bits"] = integer_field(whitener_dtype_ == at::kDouble ? 64 : 32);
     state["whitener_nu"] = number_field(whitener_nu_);
-    state["whitener_energy"] = number_field(whitener_energy_);
   }
-  if (sample_.defined()) state["sample"] = sample_;
   return state;
 }
 
@@ -173,19 +178,18 @@ LifelongNormalizer LifelongNormalizer::from_state_dict(const StateDict& state) {
   normalizer.decompositions_ = reader.integer("decompositions", 0);
   bool fits = values.unbiased_batches() == keys.unbiased_batches() &&
               (!tracker || tracker->dim() == values.dim());
+  std::optional<Whitener> whitener;
   if (tracker && reader.has("whitener_nu")) {
-    const Whitener whitener = Whitener::from_state_dict(reader.part("whitener."));
-    fits = fits && whitener.mode() == WhiteningMode::kFull && whitener.dim() == values.dim();
+    whitener = Whitener::from_state_dict(reader.part("whitener."));
+    fits = fits && whitener->mode() == WhiteningMode::kFull && whitener->dim() == values.dim();
     const bool is_double = reader.integer("whitener_bits", 32, 64) == 64;
     normalizer.whitener_dtype_ = is_double ? at::kDouble : at::kFloat;
-    normalizer.whitener_ = whitener;
     normalizer.whitener_nu_ = reader.number("whitener_nu");
-    normalizer.whitener_energy_ = reader.number("whitener_energy");
   }
-  if (tracker && reader.has("sample")) {
-    normalizer.sample_ = reader.tensor("sample", 2);
-    fits = fits && normalizer.sample_.size(1) == values.dim();
-  }
+  // Version 1 looked at some rows of a turn only, so its whitener may not know the last turn: with
+  // the mean square of 0 that it is read with, the next turn renews it.
+  if (tracker && reader.has("whitener_energy")) reader.number("whitener_energy");
+  if (tracker && reader.has("sample")) reader.tensor("sample", 2);
   TORCH_CHECK_VALUE(fits,
                     "the parts in the state of a LifelongNormalizer do not fit each other: keys "
                     "of dimension ",
@@ -194,6 +198,7 @@ LifelongNormalizer LifelongNormalizer::from_state_dict(const StateDict& state) {
   normalizer.key_moments_ = keys;
   normalizer.value_moments_ = values;
   normalizer.value_tracker_ = std::move(tracker);
+  if (whitener) normalizer.keep(*std::move(whitener));
   return normalizer;
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -79,6 +80,12 @@ Whitener Whitener::full(at::Tensor covariance, double floor, FloorMode floor_mod
   TORCH_CHECK_LINALG(invertible, "the covariance of the value gradients is singular and floor is ",
                      floor, "; give a floor above 0");
   const int64_t kept = whitener.dim_ - whitener.floored_;
+  double kept_energy = static_cast<double>(kept);  // of eigenvalues below the floor, their share
+  if (whitener.floored_ > 0) {
+    const at::Tensor below = eigenvalues.narrow(0, 0, whitener.floored_).clamp_min(0.0);
+    kept_energy += below.sum(at::kDouble).item<double>() / whitener.floor_;
+  }
+  whitener.mean_square_ = std::min(1.0, kept_energy / static_cast<double>(whitener.dim_));
   whitener.base_ = whitener.floored_ > 0 ? 1.0 / std::sqrt(whitener.floor_) : 0.0;
   whitener.scales_ = eigenvalues.narrow(0, whitener.floored_, kept).rsqrt().sub_(whitener.base_);
   // In memory of their own and by rows: products, and so results, are then the same bit for bit

@@ -78,6 +78,62 @@ INSTANTIATE_TEST_SUITE_P(
                     Setting{"none", WhiteningMode::kNone, 0.0, false, at::kFloat}),
     [](const auto& setting) { return setting.param.name; });
 
+/// A state as file version 1 has it: a whitener without a mean square, and a sample of a turn.
+StateDict version_1(StateDict state) {
+  state.erase("whitener.mean_square");
+  state["whitener_energy"] = at::ones({}, at::kDouble);
+  state["sample"] = at::ones({4, kValueDim});
+  return state;
+}
+
+TEST(StateDict, OfVersion1RenewsItsWhitenerAtTheNextTurn) {
+  NormalizerOptions options;
+  options.whitening.refresh = 1.0;
+  ModuleEditor original(kKeyDim, kValueDim, options);
+  for (unsigned turn = 0; turn < 4; ++turn)
+    run(original, turn, at::kDouble);  // the last decomposes
+  auto restored = std::make_shared<LifelongNormalizer>(
+      LifelongNormalizer::from_state_dict(version_1(original.normalizer().state_dict())));
+  EXPECT_EQ(restored->decompositions(), 3);
+  options.whitening.refresh = 0.0;
+  auto exact = std::make_shared<LifelongNormalizer>(kKeyDim, kValueDim, options);
+  ModuleEditor expected(exact);
+  for (unsigned turn = 0; turn < 4; ++turn) run(expected, turn, at::kDouble);
+
+  ModuleEditor resumed(restored);
+  const LowRankUpdate update = run(resumed, 4, at::kDouble);  // 200 samples, 160 when it was new
+  EXPECT_EQ(restored->decompositions(), 4);
+  EXPECT_TRUE(close(update.dense(), run(expected, 4, at::kDouble).dense(),
+                    tolerances::of(at::kDouble).solves));
+  EXPECT_FALSE(restored->state_dict().contains("sample"));
+  EXPECT_TRUE(restored->state_dict().contains("whitener.mean_square"));
+}
+
+TEST(StateFile, OfVersion1IsRead) {
+  const std::string corpus = STABLEEDIT_CORPUS;
+  ASSERT_EQ(load_safetensors(corpus + "/state_v1.safetensors").metadata.at("version"), "1");
+  const SavedState state = load_state(corpus + "/state_v1.safetensors");
+  EXPECT_EQ(state.config, "{}");
+  const auto normalizer =
+      LifelongNormalizer::from_state_dict(state.components.at("normalizer/2 -> 3"));
+  EXPECT_EQ(normalizer.count(), 8);
+  EXPECT_EQ(normalizer.decompositions(), 1);
+  EXPECT_EQ(normalizer.options().whitening.refresh, 0.5);
+  EXPECT_TRUE(normalizer.whitener().has_value());
+}
+
+TEST(StateFile, OfANewerVersionIsRefused) {
+  const std::string path = temporary("newer_state");
+  save_state(path, {});
+  SafeTensors file = load_safetensors(path);
+  EXPECT_EQ(file.metadata.at("version"), "2");
+  file.metadata["version"] = "3";
+  save_safetensors(path, file);
+  EXPECT_TRUE(refuses<c10::ValueError>([&] { load_state(path); },
+                                       {"stableedit-state file of version 3", "up to 2"}));
+  std::filesystem::remove(path);
+}
+
 TEST(StateDict, RefusesWhatIsMissingUnknownOrDoesNotFit) {
   ModuleEditor editor(kKeyDim, kValueDim);
   run(editor, 0, at::kFloat);

@@ -124,6 +124,7 @@ TEST(Whitener, FloorsAndTheirCounts) {
     EXPECT_NEAR(whitener.floor(), e.absolute, 1e-12 * e.absolute);
     const Matrix root = to_eigen(whitener.transform(to_tensor(Matrix::Identity(4, 4))));
     EXPECT_TRUE(close(root, oracle::floored_inverse_root(wide_spectrum(), e.absolute), 1e-9));
+    EXPECT_NEAR(whitener.mean_square(), (root * wide_spectrum() * root).trace() / 4.0, 1e-9);
   }
   EXPECT_EQ(Whitener::none().floored(), 0);
   EXPECT_EQ(Whitener::diagonal(to_vector(Vector::Ones(4))).floor(), 0.0);

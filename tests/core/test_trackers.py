@@ -152,3 +152,12 @@ def test_inputs_are_not_written_to(dtype, mode):
     update.norm()
     for tensor, expected in ((keys, before[0]), (gradients, before[1]), (update.left, left), (update.right, right)):
         assert torch.equal(tensor, expected)
+
+
+def test_options_say_what_they_are():
+    for options in (NiwPrior(kappa=0.3, psi=1e-3), WhiteningOptions(mode="diagonal", floor=0.5, refresh=0.1)):
+        assert repr(eval(repr(options))) == repr(options)
+    assert repr(NiwPrior(nu=2)) == "NiwPrior(kappa=0.0, psi=0.0, nu=2.0)"
+    assert repr(WhiteningOptions(floor_mode="absolute")) == (
+        "WhiteningOptions(mode='full', floor=0.1, floor_mode='absolute', refresh=0.0, drift_limit=2.0)"
+    )

@@ -44,7 +44,8 @@ class STABLEEDIT_API LifelongNormalizer {
   /// Folds in several batches at once, at the cost of one scatter product: the modules of a pool.
   void observe(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& value_gradients);
 
-  /// Folds in everything `other` has seen (same dimensions and options).
+  /// Folds in everything `other` has seen (same dimensions and options). The next
+  /// `normalize_value_gradients` decomposes anew.
   void merge(const LifelongNormalizer& other);
 
   /// (h - mean) / (std + eps), `[n, k]`; the keys themselves when whitening is off.
@@ -88,19 +89,18 @@ class STABLEEDIT_API LifelongNormalizer {
   static LifelongNormalizer from_state_dict(const StateDict& state);
 
  private:
+  void keep(Whitener whitener);
+  bool outgrown(const std::vector<at::Tensor>& value_gradients) const;
+
   NormalizerOptions options_;
   RunningMoments key_moments_;
   RunningMoments value_moments_;
   std::optional<NormalInverseWishart> value_tracker_;
-  std::optional<Whitener> whitener_;
-  void sample(const std::vector<at::Tensor>& value_gradients);
-  double sample_energy() const;
-
   int64_t decompositions_ = 0;
+  std::optional<Whitener> whitener_;
   at::ScalarType whitener_dtype_ = at::kFloat;
-  double whitener_nu_ = 0.0;      // nu at which whitener_ was computed
-  double whitener_energy_ = 0.0;  // of the sample under whitener_ when that was new
-  at::Tensor sample_;             // a few rows of the last batch, [m, v]
+  double whitener_nu_ = 0.0;  // nu at which whitener_ was computed
+  at::Tensor probes_;         // [p, v], a function of whitener_: see `outgrown`
 };
 
 }  // namespace stableedit

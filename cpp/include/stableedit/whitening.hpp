@@ -47,8 +47,11 @@ struct STABLEEDIT_API WhiteningOptions {
   /// decomposes every turn. Sigma moves by about n/nu a turn, so a long stream needs a handful of
   /// decompositions per doubling instead of one a turn.
   double refresh = 0.0;
-  /// Decompose anyway when the mean square of the whitened batch differs from that at the last
-  /// decomposition by more than this factor, above 1: the distribution has jumped.
+  /// Decompose anyway when a turn, all its rows counted, is whitened to a mean square that exceeds
+  /// by more than this factor, above 1, what the covariance at the last decomposition lets expect:
+  /// such a turn has changed the covariance, and only one that knows it bounds what it is whitened
+  /// to. (A fall needs no watch: what was seen keeps counting, so between two decompositions the
+  /// covariance shrinks by no more than `refresh` allows.)
   double drift_limit = 2.0;
 
   /// \throws ValueError for a field out of range.
@@ -96,6 +99,11 @@ class STABLEEDIT_API Whitener {
   /// How many eigenvalues the floor replaced (0 unless the mode is full).
   int64_t floored() const { return floored_; }
 
+  /// Mean square of whitened gradients that have the covariance exactly: 1, less what the floor
+  /// takes from the eigenvalues below it. 0 where unknown: unless the mode is full, and in a state
+  /// of file version 1.
+  double mean_square() const { return mean_square_; }
+
   StateDict state_dict() const;  ///< see stableedit::StateDict
 
   /// The way back. \throws ValueError for a state that is not of this class.
@@ -113,6 +121,7 @@ class STABLEEDIT_API Whitener {
   int64_t dim_ = 0;
   double floor_ = 0.0;
   int64_t floored_ = 0;
+  double mean_square_ = 0.0;
 };
 
 }  // namespace stableedit
