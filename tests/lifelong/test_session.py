@@ -33,9 +33,8 @@ def uninterrupted(tokenizer, warm_up, edits, dtype=torch.float32, config=None):
         config_of(statistics="per_module", whitening="diagonal"),
         config_of("ultraedit", unbiased_batches=True),
         config_of(max_passes=2, past_key_weight=0.02, retries_feed_statistics=False),
-        config_of(past_key_weight=0.02, past_key_rank=4),
     ],
-    ids=["default", "passes", "per_module", "ultraedit", "past_keys", "sketch"],
+    ids=["default", "passes", "per_module", "ultraedit", "past_keys"],
 )
 def test_reopening_gives_the_same_bits(config, dtype, detail, tokenizer, tmp_path):
     """After every turn, with and without a snapshot at hand."""

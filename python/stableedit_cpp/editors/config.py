@@ -13,6 +13,8 @@ from stableedit_cpp.files.words import check_whole, with_nearest
 __all__ = ["EditorConfig"]
 
 _FORMAT_VERSION = 1
+# Fields that earlier versions wrote, with the one value that still means something: what they did without them.
+_EARLIER = {"past_key_rank": None}
 _Config = TypeVar("_Config", bound="EditorConfig")
 
 
@@ -37,8 +39,7 @@ class EditorConfig:
         retries_feed_statistics: whether the later passes of a turn, and repairs, count in the running statistics.
         past_key_weight: weight of the second moment C of the keys of earlier turns in the least-squares solution,
             D = (H^T H + past_key_weight C + ridge I)^(-1) H^T V, >= 0; protects what was edited before. 0 as published.
-        past_key_rank: keep C as a Frequent Directions sketch of this rank, ``2 * rank * k`` numbers a module; None
-            keeps it exactly, ``2 * k * k`` numbers with its factorisation.
+            C and its factorisation are ``2 * k * k`` numbers a module.
         max_tokens_per_forward: how many tokens, padding included, one forward pass may hold. Affects speed and
             memory, not results.
     """
@@ -56,7 +57,6 @@ class EditorConfig:
     retries_feed_statistics: bool = True
     frozen_statistics: bool = False
     past_key_weight: float = 0.0
-    past_key_rank: int | None = None
     max_tokens_per_forward: int = 2048
 
     def __post_init__(self) -> None:
@@ -78,8 +78,7 @@ class EditorConfig:
         self._check_number("past_key_weight", self.past_key_weight)
         if self.past_key_weight < 0:
             raise ValueError(f"past_key_weight must be at least 0, not {self.past_key_weight!r}")
-        counts = ["turn_size", "micro_batch", "max_passes", "max_tokens_per_forward"]
-        for name in counts if self.past_key_rank is None else [*counts, "past_key_rank"]:
+        for name in ("turn_size", "micro_batch", "max_passes", "max_tokens_per_forward"):
             check_whole(name, getattr(self, name))
 
     def _check_number(self, name: str, value: object) -> None:
@@ -125,6 +124,9 @@ class EditorConfig:
         editor = document.pop("editor", cls.editor)
         if editor != cls.editor:
             raise ValueError(f"this is a config of the editor {editor!r}; {cls.__name__} is for {cls.editor!r}")
+        for name, value in _EARLIER.items():
+            if document.pop(name, value) != value:
+                raise ValueError(f"{name} is no longer a field, and nothing but {json.dumps(value)} can be read for it")
         known = [field.name for field in fields(cls)]
         unknown = [name for name in document if name not in known]
         if version > _FORMAT_VERSION:

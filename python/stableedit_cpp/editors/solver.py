@@ -41,7 +41,7 @@ class Solver(ABC):
             if group not in self.normalizers:
                 self.normalizers[group] = self._make_normalizer(key_dim, value_dim)
             if config.past_key_weight > 0:
-                self.past_keys[module.name] = PastKeys(key_dim, config.past_key_rank)
+                self.past_keys[module.name] = PastKeys(key_dim)
         self.module_editors = self.with_strength(config.step_size, config.ridge)
 
     @abstractmethod
