@@ -14,7 +14,7 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.lifelong import LifelongSession, SessionView, verify
+from stableedit_cpp.lifelong import LifelongSession, OtherBits, SessionView, verify
 
 ARCHIVE = Path(__file__).with_name("earlier.tar.gz")
 
@@ -52,7 +52,21 @@ def test_its_turns_are_done_again(earlier):
     session.snapshots.path(newest).unlink()
     with opened(earlier) as session:
         for module in session.editor.modules:
-            torch.testing.assert_close(module.weight, written[module.name])
+            if earlier.name == "factors":
+                torch.testing.assert_close(module.weight, written[module.name])
+            else:  # solved again, by a default that no longer whitens an outlier turn with what does not know it
+                assert torch.isfinite(module.weight).all()
+                assert (module.weight - written[module.name]).norm() < 0.05 * written[module.name].norm()
+
+
+@pytest.mark.parametrize("earlier", ["requests"], indirect=True)
+def test_turns_that_are_solved_again_are_not_taken_for_the_same(earlier):
+    model, tokenizer = se.load_model(earlier.parent / "model")
+    with opened(earlier) as session:
+        newest = session.snapshots.numbers()[-1]
+    session.snapshots.path(newest).unlink()
+    with pytest.raises(OtherBits, match="version"):
+        LifelongSession.open(earlier, model, tokenizer)
 
 
 def test_it_is_gone_on_with(earlier):

@@ -74,7 +74,7 @@ def verify(directory: str | Path, *, repair: bool = False) -> VerifyReport:
 
 def _verify(view: SessionView, numbers: Sequence[int], repair: bool) -> VerifyReport:
     report = VerifyReport(str(view.directory), len(view.journal.records))
-    damage = view.journal.damage
+    damage = view.journal.damage if repair else view.damage  # to repair it, we are the writer
     aside = (
         view.directory / "removed" / f"record-{damage.record}-at-{damage.offset}-{time.time_ns()}" if damage else None
     )

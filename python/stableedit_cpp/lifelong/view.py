@@ -10,7 +10,7 @@ from stableedit_cpp.errors import DamagedJournal
 from stableedit_cpp.files.lock import writer
 from stableedit_cpp.files.words import check_format
 from stableedit_cpp.lifelong.history import STEPS, History
-from stableedit_cpp.lifelong.journal.journal import Journal
+from stableedit_cpp.lifelong.journal.journal import Damage, Journal
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.status import LogEntry, SessionStatus, describe
@@ -38,7 +38,9 @@ class SessionView:
     def __init__(self, directory: str | Path, on_read: Callable[[int], object] | None = None) -> None:
         self.directory = Path(directory)
         check_directory(self.directory)
+        written = writer(self.directory) is not None
         self.journal = Journal(self.directory, on_read)
+        self._written = written or (self.journal.damage is not None and writer(self.directory) is not None)
         if not self.journal.records:
             raise DamagedJournal(
                 f"{self.journal.path}: {self.journal.damage}; without its first record a session is lost"
@@ -48,6 +50,13 @@ class SessionView:
         check_format(self.manifest, **known, what=f"the session {directory}", writer="`stableedit session create`")
         self.history = History(self.journal.records)
         self.snapshots = Snapshots(self.directory / "snapshots", self.manifest["keep_snapshots"])
+
+    @property
+    def damage(self) -> Damage | None:
+        """What is wrong with the journal, for those who look on: a record in flight is no damage while somebody has
+        the session open for writing, who is just writing it."""
+        damage = self.journal.damage
+        return None if damage is not None and damage.in_flight and self._written else damage
 
     def current_requests(self) -> list[EditRequest]:
         """The edits that hold, in order: neither reverted, nor superseded by a later one with the same prompt, nor
@@ -89,7 +98,7 @@ class SessionView:
             snapshots=len(snapshots),
             snapshot_bytes=sum(snapshots.values()),
             turns_since_snapshot=len(line) - 1 - last,
-            damage=str(self.journal.damage) if self.journal.damage else None,
+            damage=str(self.damage) if self.damage else None,
             writer=writer(self.directory),
         )
 

@@ -61,8 +61,8 @@ def show_log(options: argparse.Namespace) -> int:
     else:
         for line in lines[last]:
             print(line)
-    if view.journal.damage is not None:
-        print(f"stableedit: {view.journal.path}: {view.journal.damage}", file=sys.stderr)
+    if view.damage is not None:
+        print(f"stableedit: {view.journal.path}: {view.damage}", file=sys.stderr)
     return 0
 
 
