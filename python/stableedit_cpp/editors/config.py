@@ -10,11 +10,13 @@ from typing import ClassVar, Literal, TypeVar
 
 from stableedit_cpp.files.words import check_whole, with_nearest
 
-__all__ = ["EditorConfig"]
+__all__ = ["LATER_FIELDS", "EditorConfig"]
 
 _FORMAT_VERSION = 1
 # Fields that earlier versions wrote, with the one value that still means something: what they did without them.
 _EARLIER = {"past_key_rank": None}
+# Fields that earlier versions did not have, with what those did.
+LATER_FIELDS = {"chat_template": False, "end_of_answer": False}
 _Config = TypeVar("_Config", bound="EditorConfig")
 
 
@@ -40,6 +42,13 @@ class EditorConfig:
         past_key_weight: weight of the second moment C of the keys of earlier turns in the least-squares solution,
             D = (H^T H + past_key_weight C + ridge I)^(-1) H^T V, >= 0; protects what was edited before. 0 as published.
             C and its factorisation are ``2 * k * k`` numbers a module.
+        chat_template: True edits chats: prompts are a user's turn, rendered by the tokenizer's chat template, and
+            targets the assistant's. False edits plain texts, in which the target follows the prompt and a space. None
+            edits chats where the template belongs to the model, as that of an instruct model does: it closes an answer
+            with a token at which the model's generation stops. Base models stop at another, also where they come with
+            the template of their instruct version. ``model.form.find_form`` has the details.
+        end_of_answer: the last token of every answer is one that ends it (that of the end of the assistant's turn, or
+            the end-of-sequence token), so that a request has taken when the model gives the target and then stops.
         max_tokens_per_forward: how many tokens, padding included, one forward pass may hold. Affects speed and
             memory, not results.
     """
@@ -57,6 +66,8 @@ class EditorConfig:
     retries_feed_statistics: bool = True
     frozen_statistics: bool = False
     past_key_weight: float = 0.0
+    chat_template: bool | None = False
+    end_of_answer: bool = False
     max_tokens_per_forward: int = 2048
 
     def __post_init__(self) -> None:
@@ -78,6 +89,9 @@ class EditorConfig:
         self._check_number("past_key_weight", self.past_key_weight)
         if self.past_key_weight < 0:
             raise ValueError(f"past_key_weight must be at least 0, not {self.past_key_weight!r}")
+        if self.chat_template is not None:
+            self._check_flag("chat_template")
+        self._check_flag("end_of_answer")
         for name in ("turn_size", "micro_batch", "max_passes", "max_tokens_per_forward"):
             check_whole(name, getattr(self, name))
 
@@ -105,7 +119,8 @@ class EditorConfig:
 
     @classmethod
     def from_json(cls: type[_Config], text: str) -> _Config:
-        """Read what ``to_json`` wrote; fields that are absent take their defaults.
+        """Read what ``to_json`` wrote; fields that are absent take their defaults. What states its version was written
+        with all fields that this version had, and those that came later mean there what was done without them.
 
         Raises:
             ValueError: for text that is not JSON, another editor's config, a later version (naming the fields that are
@@ -117,6 +132,8 @@ class EditorConfig:
             raise ValueError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
         if not isinstance(document, dict):
             raise ValueError(f"expected a JSON object with the fields of {cls.__name__}")
+        if "version" in document:
+            document = LATER_FIELDS | document
         version = document.pop("version", _FORMAT_VERSION)
         whole = isinstance(version, int) and not isinstance(version, bool)
         if document.pop("format", "stableedit-config") != "stableedit-config" or not whole or version < 1:

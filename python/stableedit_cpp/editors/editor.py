@@ -22,6 +22,7 @@ from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
 from stableedit_cpp.editors.turn import Guard, Work
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
+from stableedit_cpp.model.form import Form, find_form
 from stableedit_cpp.model.modules import default_edit_modules, find_modules
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
@@ -42,12 +43,14 @@ class Editor:
 
     Attributes:
         modules: the modules that are edited.
+        form: of prompts and answers, raw or chat, with an end or without.
         weights: their weights, by module name from the first edit on, and the gate through which these change.
         solver: the mathematics, with the running statistics.
         guard: watches unrelated prompts after every pass (``LocalityGuard``); None (the default) watches none.
 
     Raises:
-        ValueError: for another editor's config, or if a module of ``config.edit_modules`` cannot be found or edited.
+        ValueError: for another editor's config, if a module of ``config.edit_modules`` cannot be found or edited, or a
+            chat template or end of answers that is asked for is not there or of no use.
     """
 
     config_class: ClassVar[type[EditorConfig]]
@@ -63,7 +66,10 @@ class Editor:
         self.model = model
         self.tokenizer = tokenizer
         self.modules = find_modules(model, config.edit_modules or default_edit_modules(model))
-        self._config = dataclasses.replace(config, edit_modules=[module.name for module in self.modules])
+        how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
+        self.form: Form = find_form(model, tokenizer, **how)
+        found = {"edit_modules": [module.name for module in self.modules], "chat_template": self.form.chat}
+        self._config = dataclasses.replace(config, **found)
         self.solver = self.solver_class(self.modules, self._config)
         self.weights = EditedWeights(self.modules, self.solver.statistics())
         self.guard: Guard | None = None
@@ -71,8 +77,8 @@ class Editor:
 
     @property
     def config(self) -> EditorConfig:
-        """The settings, with ``edit_modules`` by their full names, so that they mean the same where defaults or
-        patterns would choose others. They stay as they are, as does what was set up for them."""
+        """The settings, with ``edit_modules`` by their full names and ``chat_template`` decided, so that they mean the
+        same where defaults or patterns would choose others. They stay as they are, as does what was set up for them."""
         return self._config
 
     @property
@@ -225,13 +231,14 @@ class Editor:
         self.weights.shrink(share)
 
     def tokenize(self, requests: Sequence[EditRequest]) -> list[TokenSequence]:
-        """Prompts and targets as the editor sees them.
+        """Prompts and targets as the editor sees them, in its form.
 
         Raises:
-            ValueError: for a prompt or target without tokens, or longer than the model's context.
+            ValueError: for a prompt or target without tokens, or longer than the model's context, or a prompt that the
+                chat template refuses.
         """
         pairs = [(request.prompt, request.target) for request in requests]
-        return tokenize(self.tokenizer, pairs, context_length(self.model), names_of(requests))
+        return tokenize(self.tokenizer, pairs, context_length(self.model), names_of(requests), self.form)
 
     def make_trunk_cache(self) -> TrunkCache | None:
         """A trunk cache for this editor's model and modules; None where nothing lies below them that could be kept."""
@@ -285,7 +292,7 @@ class Editor:
         Raises:
             OSError: if it cannot be written; a file that was there is as it was. ValueError: within ``unedited()``.
         """
-        model = identity(self.model, self.tokenizer, self.modules, self.original_weights())
+        model = identity(self.model, self.tokenizer, self.modules, self.form, self.original_weights())
         SavedEditor(self.config.to_json(), self.state_dict(), model).write(path)
 
     @classmethod
@@ -303,7 +310,7 @@ class Editor:
         """
         saved = path if isinstance(path, SavedEditor) else SavedEditor.read(path)
         editor = cls(model, tokenizer, cls.config_class.from_json(saved.config))
-        saved.check(model, tokenizer, editor.modules)
+        saved.check(model, tokenizer, editor.modules, editor.form)
         editor.load_state_dict(saved.state)
         return editor
 
@@ -337,6 +344,7 @@ class Editor:
             self.model,
             self.tokenizer,
             self.config,
+            self.form,
             self.weights,
             self.solver,
             self.guard,

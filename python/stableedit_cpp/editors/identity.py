@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stableedit_cpp.files.digest import model_digest, tensor_digests, tokenizer_digest
+from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["check_identity", "edited_weights", "identity"]
@@ -16,12 +17,14 @@ def identity(
     model: torch.nn.Module,
     tokenizer,
     modules: Sequence[EditModule],
+    form: Form,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, object]:
     """What tells a model and a tokenizer from others, ready for JSON. Reads every weight once.
 
     Args:
         modules: that are edited.
+        form: of prompts and answers.
         weights: theirs, by module name, if not the present ones.
     """
     return {
@@ -30,6 +33,7 @@ def identity(
         "outside": model_digest(model, exclude=[f"{module.name}.weight" for module in modules]),
         "edited": edited_weights(modules) if weights is None else tensor_digests(weights),
         "tokenizer": tokenizer_digest(tokenizer),
+        "form": form.identity(tokenizer),
     }
 
 
@@ -52,6 +56,8 @@ def check_identity(found: Mapping[str, object], expected: Mapping[str, object], 
         ("dtype", "the model is in {found}, not in {expected}"),
         ("outside", "weights of the model outside the edited modules are others"),
         ("tokenizer", "the tokenizer is another"),
+        ("form", "the chat template, or the token that ends an answer, is another"),
     ):
-        if found[name] != expected[name]:
+        # Earlier versions did not write the form: there was one.
+        if name in expected and found[name] != expected[name]:
             raise ValueError(f"{what.format(found=found[name], expected=expected[name])}; {remedy}")

@@ -11,6 +11,7 @@ import torch
 
 from stableedit_cpp.core import load_state, save_state
 from stableedit_cpp.editors.identity import check_identity, identity
+from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["SavedEditor"]
@@ -51,13 +52,13 @@ class SavedEditor:
             raise ValueError(f"{path} holds a state, but was not written by an editor's save()")
         return cls(config, state, json.loads(bytes(text.tolist())))
 
-    def check(self, model: torch.nn.Module, tokenizer, modules: Sequence[EditModule]) -> None:
+    def check(self, model: torch.nn.Module, tokenizer, modules: Sequence[EditModule], form: Form) -> None:
         """Refuse another model or tokenizer, or one that is edited already.
 
         Raises:
             ValueError: with what differs.
         """
-        found, remedy = identity(model, tokenizer, modules), "load what the editor began with"
+        found, remedy = identity(model, tokenizer, modules, form), "load what the editor began with"
         check_identity(found, self.model, remedy)
         if found["edited"] != self.model["edited"]:
             raise ValueError(f"the edited modules of the model do not hold their unedited weights; {remedy}")

@@ -65,6 +65,7 @@ class StableEditConfig(EditorConfig):
         nu - v - 1, absolute eigenvalue floor 1e-6, ridge 10, turns of 100 in micro-batches of 10."""
         preset = {"floor": 1e-6, "floor_mode": "absolute", "ridge": 10.0, "statistics": "shared"}
         preset |= {"whitening": "full", "warm_up_whitening": "diagonal", "refresh": 0.0}
+        preset |= {"chat_template": False, "end_of_answer": False}
         return cls(edit_modules=edit_modules, step_size=step_size, **(preset | changes))
 
 

@@ -20,6 +20,7 @@ from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.evaluation.answers import answer_scores, token_accuracy
 from stableedit_cpp.evaluation.generation import generate_continuations
 from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache, trusted
 
@@ -44,6 +45,7 @@ class Work:
     """What a stream works on, and with.
 
     Attributes:
+        form: of prompts and answers.
         trunk: outputs of the layers below the edited ones; None where there is no use for them.
         trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
         outcomes: find out which requests took. answers: and what the model answers to the others.
@@ -52,6 +54,7 @@ class Work:
     model: torch.nn.Module
     tokenizer: object
     config: EditorConfig
+    form: Form
     weights: EditedWeights
     solver: Solver
     guard: Guard | None
@@ -224,7 +227,7 @@ class Turn:
         if work.answers:
             prompts = [self.requests[index].prompt for index in indices]
             lengths = [len(self.sequences[index].answer) for index in indices]
-            limit = work.config.max_tokens_per_forward
-            answers = generate_continuations(work.model, work.tokenizer, prompts, lengths, max_tokens=limit)
+            how = {"form": work.form, "max_tokens": work.config.max_tokens_per_forward}
+            answers = generate_continuations(work.model, work.tokenizer, prompts, lengths, **how)
             texts = [answer.text.strip() for answer in answers]
         return [Failure(index, self.requests[index].id, text) for index, text in zip(indices, texts, strict=True)]

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
+from stableedit_cpp.model.form import RAW, Form, find_form
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -30,17 +31,29 @@ class Continuation(NamedTuple):
     broken: bool = False
 
 
-def generate(model: torch.nn.Module, tokenizer, prompts: str | Sequence[str], *, max_new_tokens: int = 12) -> list[str]:
+def generate(
+    model: torch.nn.Module,
+    tokenizer,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 12,
+    chat_template: bool | None = False,
+) -> list[str]:
     """Greedy continuations of prompts, without the prompts themselves; a single text is one prompt.
 
     Always the likeliest token, whatever the model's own ``generation_config`` says of sampling and penalties.
 
+    Args:
+        chat_template: ask as a user in a chat does; see ``EditorConfig``.
+
     Raises:
-        ValueError: for a prompt without tokens, or one that leaves no room for the new tokens in the model's context.
+        ValueError: for a prompt without tokens, or one that leaves no room for the new tokens in the model's context; a
+            chat template that is not there, or of no use.
         ModelBroken: if the model answers NaN.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    found = generate_continuations(model, tokenizer, prompts, [max_new_tokens] * len(prompts))
+    form = find_form(model, tokenizer, chat_template=chat_template)
+    found = generate_continuations(model, tokenizer, prompts, [max_new_tokens] * len(prompts), form=form)
     broken = [f"{prompt!r:.60}" for prompt, text in zip(prompts, found, strict=True) if text.broken]
     refuse_broken(model, broken, len(prompts))
     return [continuation.text for continuation in found]
@@ -52,6 +65,7 @@ def generate_continuations(
     prompts: Sequence[str],
     max_new_tokens: Sequence[int],
     *,
+    form: Form = RAW,
     max_tokens: int = 2048,
     on_done: Callable[[int], object] | None = None,
 ) -> list[Continuation]:
@@ -59,6 +73,7 @@ def generate_continuations(
 
     Args:
         max_new_tokens: for each prompt.
+        form: of the prompts.
         max_tokens: prompt tokens, padding included, in one batch.
         on_done: called with the number of prompts after each batch.
 
@@ -67,7 +82,7 @@ def generate_continuations(
     """
     if not prompts:
         return []
-    sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts)]
+    sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts, form)]
     for prompt, sequence in zip(prompts, sequences, strict=True):
         if not sequence.ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens")

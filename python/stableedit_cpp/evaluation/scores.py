@@ -15,6 +15,7 @@ from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
 from stableedit_cpp.evaluation.generation import check_room, generate_continuations, judge
 from stableedit_cpp.evaluation.locality import Reference, locality
 from stableedit_cpp.files.words import with_nearest
+from stableedit_cpp.model.form import find_form
 from stableedit_cpp.model.tokens import context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -145,6 +146,8 @@ def evaluate(
     *,
     metrics: Collection[str] = ("accuracy",),
     reference: Reference | None = None,
+    chat_template: bool | None = False,
+    end_of_answer: bool = False,
     max_tokens_per_forward: int = 2048,
     trunk: TrunkCache | None = None,
     allow_broken: bool = False,
@@ -163,6 +166,9 @@ def evaluate(
             ``"locality"``: on the unrelated prompts, top-1 agreement with the unedited model (``locality_agreement``)
             and KL divergence from it in nats (``locality_kl``).
         reference: the unedited model, or ``editor.unedited``; turns on locality.
+        chat_template, end_of_answer: the form in which all prompts are asked and all answers expected, as in
+            ``EditorConfig``. A fact edited in one form can be scored in the other. With an end, it counts as a token of
+            every answer.
         trunk: ``TrunkCache(model, editor.modules)``; the second evaluation of the same prompts then runs only the
             layers that edits can change.
         allow_broken: score a model that answers NaN as well: such an answer is wrong (0), its ``locality_kl`` None, and
@@ -171,7 +177,8 @@ def evaluate(
 
     Raises:
         ValueError: for a bad request, or a prompt and answer longer than the model's context; a trunk cache whose
-            layers have changed; an unknown metric; locality without a reference, or one with another vocabulary.
+            layers have changed; an unknown metric; locality without a reference, or one with another vocabulary; a
+            chat template that is not there or of no use.
         ModelBroken: if the model or the reference answers NaN, unless ``allow_broken``.
     """
     check_metrics(metrics, reference)
@@ -179,7 +186,8 @@ def evaluate(
     questions = [question for index, request in enumerate(requests) for question in _questions(index, request)]
     asked = [question.name for question in questions]
     limit = context_length(model)
-    sequences = tokenize(tokenizer, [(question.prompt, question.answer) for question in questions], limit, asked)
+    form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=end_of_answer)
+    sequences = tokenize(tokenizer, [(question.prompt, question.answer) for question in questions], limit, asked, form)
     free = [i for i, q in enumerate(questions) if q.probe in _GENERATED] if "generation" in metrics else []
     room = [len(sequences[i].answer) + _ROOM for i in free]
     check_room([sequences[i].first + 1 for i in free], room, limit, [asked[i] for i in free])
@@ -208,7 +216,7 @@ def evaluate(
                 records[question.request][f"{question.probe}_exact_match"] = float(value == 1)
         if free:
             prompts = [questions[i].prompt for i in free]
-            written = generate_continuations(model, tokenizer, prompts, room, **passes)
+            written = generate_continuations(model, tokenizer, prompts, room, form=form, **passes)
             mark_broken([i for i, text in zip(free, written, strict=True) if text.broken], len(free))
             for i, continuation in zip(free, written, strict=True):
                 probe, answer = questions[i].probe, questions[i].answer

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from stableedit_cpp.data.hub import HUB_PREFIX
 from stableedit_cpp.editors import NamedEditor
+from stableedit_cpp.editors.config import LATER_FIELDS
 from stableedit_cpp.evaluation.scores import check_metrics
 from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.sources import Source
@@ -150,6 +151,7 @@ _LATE = ("model_digest", "config.edit_modules")
 # What the figures of the unedited model depend on.
 _BASELINE = ("model_digest", "dtype", "data.digest", "data.source", "data.format", "data.edits", "seed", "shuffle")
 _BASELINE += ("sample", "metrics", "side_effects", "cumulative")
+_FORM = ("chat_template", "end_of_answer")  # of the editor, in which all are scored
 
 
 def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:
@@ -157,11 +159,14 @@ def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:
     cumulative effect is one of the editor."""
     if settings["model_digest"] is None or settings["cumulative"]:
         return None
-    return {key: settings[key] if key in settings else settings["data"][key.removeprefix("data.")] for key in _BASELINE}
+    known = {**settings, **{f"data.{key}": value for key, value in settings["data"].items()}}
+    config = {**LATER_FIELDS, **settings["config"]}
+    return {key: known[key] for key in _BASELINE} | {key: config[key] for key in _FORM}
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """What sets two ``to_dict`` apart, e.g. "config.step_size (0.0003 there, 0.0005 here)"."""
+    before = {**before, "config": {**LATER_FIELDS, **before["config"]}}
     old, new = dict(_flat(before)), dict(_flat(now))
     found = []
     for key in {**old, **new}:

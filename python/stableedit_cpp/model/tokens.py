@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stableedit_cpp.model.form import RAW, Form
+
 __all__ = [
     "Batch",
     "TokenSequence",
@@ -49,9 +51,9 @@ class Batch:
 
 
 def tokenize(
-    tokenizer, pairs: Iterable[tuple[str, str]], limit: int | None, names: Sequence[str]
+    tokenizer, pairs: Iterable[tuple[str, str]], limit: int | None, names: Sequence[str], form: Form = RAW
 ) -> list[TokenSequence]:
-    """Token ids of prompts and of the answers ``" " + target`` that follow them; no end-of-sequence token.
+    """Token ids of prompts and of the answers that follow them: in the raw form ``" " + target``, without an end.
 
     An answer has the tokens that the tokenizer gives it in the text, prompt and answer in one, wherever those begin
     with the tokens of the prompt alone. Tokenizers after SentencePiece (Mistral, Llama 2) give it others when it stands
@@ -62,16 +64,21 @@ def tokenize(
     Args:
         limit: context length of the model in tokens, if it has one.
         names: what to call each pair in an error message.
+        form: of prompts and answers; its end, if it has one, is the last token of each answer.
 
     Raises:
-        ValueError: for a target without tokens, a prompt without tokens, or a pair longer than the context.
+        ValueError: for a target without tokens, a prompt without tokens or that the form refuses, or a pair longer than
+            the context.
     """
     pairs = list(pairs)
     if not pairs:
         return []
-    prompts = prompt_ids(tokenizer, [prompt for prompt, _ in pairs])
-    texts = prompt_ids(tokenizer, [f"{prompt} {target}" for prompt, target in pairs])
-    answers = tokenizer([" " + target for _, target in pairs], add_special_tokens=False)["input_ids"]
+    opened = form.prompts(tokenizer, [prompt for prompt, _ in pairs])
+    tails = [form.space + target for _, target in pairs]
+    prompts = _ids(tokenizer, opened, form)
+    texts = _ids(tokenizer, [prompt + tail for prompt, tail in zip(opened, tails, strict=True)], form)
+    answers = tokenizer(tails, add_special_tokens=False)["input_ids"]
+    end = () if form.end is None else (form.end,)
     sequences = []
     for name, (prompt_text, _), prompt, text, alone in zip(names, pairs, prompts, texts, answers, strict=True):
         answer = text[len(prompt) :] if text[: len(prompt)] == prompt else alone
@@ -79,23 +86,37 @@ def tokenize(
             raise ValueError(f"{name}: the prompt {prompt_text!r:.60} has no tokens")
         if not answer:
             raise ValueError(f"{name}: the target has no tokens")
+        answer = (*answer, *end)
         length = len(prompt) + len(answer) - 1
         if limit is not None and length > limit:
             raise ValueError(
                 f"{name}: prompt and target have {length} tokens, more than the model's context of {limit}"
             )
-        sequences.append(TokenSequence(tuple(prompt) + tuple(answer[:-1]), tuple(answer)))
+        sequences.append(TokenSequence((*prompt, *answer[:-1]), answer))
     return sequences
 
 
-def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, with the tokenizer's opening tokens but ready to be continued."""
+def prompt_ids(tokenizer, prompts: Sequence[str], form: Form = RAW) -> list[list[int]]:
+    """Token ids of prompts in a form, with the tokenizer's opening tokens or the chat template's, ready to be
+    continued.
+
+    Raises:
+        ValueError: for a prompt that the form refuses.
+    """
+    return _ids(tokenizer, form.prompts(tokenizer, prompts), form)
+
+
+def _ids(tokenizer, texts: Sequence[str], form: Form) -> list[list[int]]:
+    """Of whole texts, or of their beginnings."""
+    # Not with the tokenizer's warning about the length: callers check it.
+    if form.chat:  # the template has written all control tokens
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token
-    ids = tokenizer(list(prompts), verbose=False)["input_ids"]  # not its warning about the length: callers check it
-    for text, prompt in zip(prompts, ids, strict=True):
+    ids = tokenizer(list(texts), verbose=False)["input_ids"]
+    for text, tokens in zip(texts, ids, strict=True):
         # Some tokenizers close every text with the end-of-sequence token; the answer has to follow the prompt itself.
-        if eos and len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id and not text.endswith(eos):
-            del prompt[-1]
+        if eos and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+            del tokens[-1]
     return ids
 
 

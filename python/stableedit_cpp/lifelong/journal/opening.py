@@ -41,7 +41,7 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
         "turn": 0,
         **settings,
         "config": json.loads(editor.config.to_json()),
-        "model": {"source": source, **identity(editor.model, editor.tokenizer, editor.modules)},
+        "model": {"source": source, **identity(editor.model, editor.tokenizer, editor.modules, editor.form)},
         "state": state_fingerprints(state),
         "environment": environment(),
     }
@@ -90,7 +90,7 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
     """
     editor = make_editor(model, tokenizer, parse_config(json.dumps(view.manifest["config"])))
     remedy, created = f"load what the session {view.directory} was created with", view.manifest["model"]
-    given = identity(model, tokenizer, editor.modules)
+    given = identity(model, tokenizer, editor.modules, editor.form)
     check_identity(given, created, remedy)
     found, unedited = given["edited"], created["edited"]
 

@@ -1,0 +1,164 @@
+"""The form of prompts and answers: a plain text that goes on, or a turn of a chat; and whether an answer has an end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["RAW", "Form", "find_form", "stop_tokens"]
+
+# A conversation to find out with how a template begins and ends an answer: sentences that no template holds.
+_QUESTION, _ANSWER = "Who keeps the lighthouse of Zembla?", "Old Ottokar keeps it."
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a prompt and a target become a text. ``find_form`` makes one for a model and its tokenizer.
+
+    Attributes:
+        chat: prompts are a user's turn, rendered by the tokenizer's chat template up to where the assistant's answer
+            begins. Otherwise they are texts as they stand, which the answer continues.
+        opening: what the template writes at the head of an answer beyond its generation prompt, an empty thought, say;
+            belongs to the prompt.
+        space: the white space between prompt and target; belongs to the answer.
+        end: the token that ends an answer, its last; None for answers that only stop.
+    """
+
+    chat: bool = False
+    opening: str = ""
+    space: str = " "
+    end: int | None = None
+
+    def prompts(self, tokenizer, prompts: Sequence[str]) -> list[str]:
+        """The texts after which an answer begins.
+
+        Raises:
+            ValueError: for a prompt that the chat template refuses, or that is rendered already.
+        """
+        if not self.chat:
+            return list(prompts)
+        own = _control_tokens(tokenizer, _render(tokenizer, _QUESTION))
+        for prompt in prompts:
+            rendered = next((token for token in own if token in prompt), None)
+            if rendered is not None:
+                raise ValueError(
+                    f"the prompt {prompt!r:.60} holds {rendered!r}, which the chat template writes by itself; give the "
+                    "bare question, or chat_template=False for a prompt that is rendered already"
+                )
+        return [_render(tokenizer, prompt) + self.opening for prompt in prompts]
+
+    def identity(self, tokenizer) -> dict[str, object]:
+        """What tells this form from others, ready for JSON."""
+        template = tokenizer.get_chat_template() if self.chat else None
+        digest = None if template is None else hashlib.blake2b(template.encode(), digest_size=32).hexdigest()
+        return {"chat_template": digest, "opening": self.opening, "space": self.space, "end": self.end}
+
+
+RAW = Form()
+
+
+def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_answer: bool = False) -> Form:
+    """The form that a model and its tokenizer have.
+
+    Args:
+        chat_template: True renders prompts by the tokenizer's chat template. None does so where the template belongs to
+            the model, as that of an instruct model does: it closes an answer with a token at which this model's
+            generation stops. Base models often come with the template of their instruct version, but stop at another
+            token, at the end of a document; one whose template closes with just that token is taken for an instruct
+            model. Where a template is missing or cannot be used, None leaves prompts as they are.
+        end_of_answer: whether answers have a token that ends them. In a chat it is the first token after the
+            assistant's text at which the model's generation stops; where it stops at none of them, the first
+            control token. Otherwise it is the tokenizer's end-of-sequence token if generation stops at it, or
+            the first at which it does.
+
+    Raises:
+        ValueError: for ``chat_template=True`` and a tokenizer without a template, or one that refuses a plain question,
+            or after whose generation prompt no answer can follow; for ``end_of_answer`` where no token ends a text.
+    """
+    if not chat_template and chat_template is not None:
+        return Form(end=_end_of_text(model, tokenizer) if end_of_answer else None)
+    try:
+        opening, space, closing = _chat(tokenizer)
+    except ValueError:
+        if chat_template:
+            raise
+        return find_form(model, tokenizer, end_of_answer=end_of_answer)
+    stops = stop_tokens(model, tokenizer)
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    end = next((token for token in ids if token in stops), None)
+    if end is None and chat_template is None:
+        return find_form(model, tokenizer, end_of_answer=end_of_answer)
+    if end is None and end_of_answer:
+        special = _special_tokens(tokenizer)
+        end = next((token for token in ids if token in special), None)
+        end = _end_of_text(model, tokenizer) if end is None else end
+    return Form(True, opening, space, end if end_of_answer else None)
+
+
+def stop_tokens(model, tokenizer) -> tuple[int, ...]:
+    """The tokens at which ``model.generate`` stops: those of its generation config, or else of its config, or else the
+    tokenizer's end-of-sequence token."""
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        found = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
+
+
+def _end_of_text(model, tokenizer) -> int:
+    stops = stop_tokens(model, tokenizer)
+    if not stops:
+        raise ValueError(
+            "end_of_answer needs an end-of-sequence token, and neither the model nor its tokenizer has one; set the "
+            "tokenizer's eos_token, or end_of_answer=False"
+        )
+    own = tokenizer.eos_token_id
+    return own if own in stops else stops[0]
+
+
+def _chat(tokenizer) -> tuple[str, str, str]:
+    """(opening, space, closing): what the chat template writes between its generation prompt and an answer, the white
+    space before the answer apart, and what it writes after it.
+
+    Raises:
+        ValueError: for no template, or one that cannot be used.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "chat_template is asked for, but the tokenizer has no chat template; edit plain prompts "
+            "(chat_template=False), or set tokenizer.chat_template"
+        )
+    prompt, whole = _render(tokenizer, _QUESTION), _render(tokenizer, _QUESTION, _ANSWER)
+    if _QUESTION not in prompt:
+        raise ValueError("the chat template leaves out what the user says, so that no prompt can be rendered with it")
+    before, answer, closing = whole[len(prompt) :].partition(_ANSWER)
+    if not whole.startswith(prompt) or not answer:
+        raise ValueError(
+            f"the chat template's generation prompt, which ends in {prompt[-40:]!r}, is not how it begins an answer: "
+            f"{whole[-80:]!r}; no answer can follow it. Edit plain prompts (chat_template=False), or set a template "
+            "that ends where an answer begins"
+        )
+    return (before, "", closing) if before.strip() else ("", before, closing)
+
+
+def _render(tokenizer, question: str, answer: str | None = None) -> str:
+    """A user's turn, up to where the assistant's begins; or the whole conversation with this answer."""
+    turns = [{"role": "user", "content": question}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as error:  # whatever a template, which is a program, comes upon
+        raise ValueError(f"the chat template refuses the prompt {question!r:.60}: {error}") from error
+
+
+def _special_tokens(tokenizer) -> dict[int, str]:
+    """Control tokens by id."""
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def _control_tokens(tokenizer, text: str) -> list[str]:
+    """Those that occur in a text."""
+    return [token for token in _special_tokens(tokenizer).values() if token in text]
