@@ -106,7 +106,7 @@ PUBLISHED = {
 
 def test_fields_and_defaults():
     request = EditRequest("p", "t")
-    assert dataclasses.asdict(request) == {**dict.fromkeys(FULL), "prompt": "p", "target": "t"}
+    assert dataclasses.asdict(request) == {**dict.fromkeys(FULL), "prompt": "p", "target": "t", "variants": ()}
     assert request.to_dict() == {"prompt": "p", "target": "t"}
     assert EditRequest(**FULL).to_dict() == FULL
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -92,7 +92,7 @@ def describe(
             except ValueError as error:
                 raise ValueError(f"{source}, {place}: {error}") from None
             if records == 0:
-                unused = [name for name in record if name not in chosen.fields.values()]
+                unused = [name for name in record if not chosen.uses(name)]
             if records < first:
                 kept.append(request)
             filled.update(name for name, value in request.to_dict().items() if value)

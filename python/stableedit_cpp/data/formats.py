@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from stableedit_cpp.data.variants import MOVABLE, is_variant_column, numbered_variants
 from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["FORMATS", "Format", "choose_format", "detect", "parse_fields"]
@@ -16,7 +17,7 @@ __all__ = ["FORMATS", "Format", "choose_format", "detect", "parse_fields"]
 # The fields of an EditRequest, which is made of what a format finds.
 _REQUIRED = ("prompt", "target")
 _NAMES = (*_REQUIRED, "rephrase", "locality_prompt", "locality_target", "subject", "id", "persona")
-_NAMES += ("multi_hop_prompt", "multi_hop_target")
+_NAMES += ("multi_hop_prompt", "multi_hop_target", "variants")
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,25 @@ class Format:
     def fits(self, record: Mapping[str, object]) -> bool:
         return all(self.fields[name] in record for name in _REQUIRED)
 
-    def values(self, record: Mapping[str, object], seed: int = 0) -> dict[str, object]:
+    def uses(self, name: str) -> bool:
+        """Whether a field of a record with this name makes up a part of a request."""
+        return name in self.fields.values() or (self.name == "stableedit" and is_variant_column(name))
+
+    def values(self, record: Mapping[str, object], seed: int = 0, variants: Sequence[str] = ()) -> dict[str, object]:
         """What a record says of each field of an EditRequest.
 
         Where a record gives several rephrased prompts (FEVER), one is drawn from ``seed`` and the record's prompt, so
         that neither the order of the records nor how many are read changes it. Fields that no request has are left out,
         with a warning where one looks like a slip.
 
+        Args:
+            variants: questions of the record that are to be edited with the request ("rephrase", "persona",
+                "multi_hop"): they become variants and are no longer there to be scored. Of several rephrased prompts
+                all do.
+
         Raises:
-            ValueError: for a field that is missing (the message lists those that are there).
+            ValueError: for a field that is missing (the message lists those that are there), or a question for
+                ``variants`` that the format does not have.
         """
         needed = self.fields if self.strict else _REQUIRED
         missing = [f"{self.fields[name]!r} ({name})" for name in needed if self.fields[name] not in record]
@@ -56,6 +67,10 @@ class Format:
                 f"{', '.join(map(str, record)) or 'none'}"
             )
         values = {name: record.get(own) for name, own in self.fields.items()}
+        if self.name == "stableedit" and (numbered := numbered_variants(record)):
+            values["variants"] = [*_listed(values["variants"]), *numbered]
+        if variants:
+            self._move(values, variants)
         if isinstance(values.get("rephrase"), (list, tuple)):
             draw = random.Random(f"{seed}:{values['prompt']}")
             values["rephrase"] = draw.choice(values["rephrase"]) if values["rephrase"] else None
@@ -68,11 +83,32 @@ class Format:
                     warnings.warn(f"the field {own!r} of the records is not used; is it {meant!r}?", stacklevel=3)
         return values
 
+    def _move(self, values: dict[str, object], names: Sequence[str]) -> None:
+        """Make variants of these questions."""
+        moved = []
+        for name in names:
+            prompt, target = MOVABLE[name]
+            if prompt not in self.fields:
+                there = [known for known, fields in MOVABLE.items() if fields[0] in self.fields]
+                raise ValueError(
+                    f"the {self.name} format has no {prompt} that could be edited as a variant; it has "
+                    f"{', '.join(there) or 'no such question'}"
+                )
+            questions, answer = _listed(values.pop(prompt)), values.get(target)
+            if target != "target":
+                values.pop(target, None)
+            moved += [(question, answer) for question in questions if question and answer]
+        values["variants"] = [*_listed(values.get("variants")), *moved]
+
+
+def _listed(value: object) -> list[object]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
 
 @lru_cache(maxsize=256)
 def _slip_of(name: str) -> str | None:
     """The field of a request that a name is a slip of: nearly the same, or it with something around it."""
-    if name in _NAMES:
+    if name in _NAMES or is_variant_column(name):
         return None
     around = sorted((known for known in _NAMES if len(known) >= 6 and known in name.lower()), key=len, reverse=True)
     near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.8)

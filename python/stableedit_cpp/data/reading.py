@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.data.formats import Format, choose_format, detect
 from stableedit_cpp.data.hub import HUB_PREFIX, read_hub_records
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.variants import check_movable
 
 __all__ = ["iter_requests", "read_requests", "source_records"]
 
@@ -25,6 +26,7 @@ def iter_requests(
     *,
     format: str | Format | Mapping[str, str] | None = None,
     seed: int = 0,
+    variants: Sequence[str] = (),
 ) -> Iterator[EditRequest]:
     """Yield edit requests in constant memory, however large the data set is.
 
@@ -36,12 +38,14 @@ def iter_requests(
         format: name of a published format, or a mapping from the fields of EditRequest to those of the records; None
             tells the format from the first record.
         seed: for formats with several rephrased prompts, of which one is drawn.
+        variants: questions of the data set that are to be edited with their requests, of "rephrase", "persona" and
+            "multi_hop": they become ``EditRequest.variants``, and are no longer there to be scored.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: as the operating system says, with the path.
         ValueError: for a file that is empty, damaged or lacks a field; with the file, the record and its fields.
     """
-    for _, request in _placed_requests(source, limit, choose_format(format), seed):
+    for _, request in _placed_requests(source, limit, choose_format(format), seed, check_movable(variants)):
         yield request
 
 
@@ -51,6 +55,7 @@ def read_requests(
     *,
     format: str | Format | Mapping[str, str] | None = None,
     seed: int = 0,
+    variants: Sequence[str] = (),
 ) -> list[EditRequest]:
     """The requests of ``iter_requests`` as a list, checked as a whole.
 
@@ -60,7 +65,7 @@ def read_requests(
     """
     requests: list[EditRequest] = []
     seen: dict[str, str] = {}
-    for place, request in _placed_requests(source, limit, choose_format(format), seed):
+    for place, request in _placed_requests(source, limit, choose_format(format), seed, check_movable(variants)):
         if request.id is not None:
             if request.id in seen:
                 raise ValueError(f"{source}, {place}: the id {request.id!r} was used before, in {seen[request.id]}")
@@ -70,14 +75,14 @@ def read_requests(
 
 
 def _placed_requests(
-    source: str | Path, limit: int | None, format_: Format | None, seed: int
+    source: str | Path, limit: int | None, format_: Format | None, seed: int, variants: Sequence[str]
 ) -> Iterator[tuple[str, EditRequest]]:
     nothing = True
     for place, record in islice(source_records(source), limit):
         try:
             # One format for the whole file: a ZsRE record without its answer would else pass for one of WikiFactDiff.
             format_ = format_ or detect(record)
-            request = EditRequest.from_record(record, format_, seed)
+            request = EditRequest.from_record(record, format_, seed, variants)
         except ValueError as error:
             raise ValueError(f"{source}, {place}: {error}") from None
         nothing = False

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from stableedit_cpp.data.formats import Format, detect
+from stableedit_cpp.data.variants import as_variants, clean_text
 
 __all__ = ["EditRequest", "as_requests"]
-
-
-_BLANKS = " \t\u00a0"
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,16 @@ class EditRequest:
         id: name of the request, unique within a call.
         persona: the question as someone with a manner of speaking would put it; the answer is ``target``.
         multi_hop_prompt, multi_hop_target: a question that follows from the edit in several steps, and its answer.
+        variants: further statements of the same fact, ``(prompt, target)`` pairs: paraphrases, the statement reversed,
+            what follows from it. They are edited, scored, audited and taken back with the request, as one. A text alone
+            is a paraphrase, with the request's own target.
 
     Blanks around a text are dropped: one at the end of a prompt, or before a target, would make two in what the model
     learns, and the edit would hold with that slip only. Line ends of a prompt stay, which a chat template needs.
 
     Raises:
-        ValueError: for an empty prompt or target, or a field that is not text.
+        ValueError: for an empty prompt or target, a field that is not text, a variant without a target, or two answers
+            to one prompt.
     """
 
     prompt: str
@@ -44,46 +46,58 @@ class EditRequest:
     persona: str | None = None
     multi_hop_prompt: str | None = None
     multi_hop_target: str | None = None
+    variants: Sequence[str | tuple[str, str] | Mapping[str, str]] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.id, int) and not isinstance(self.id, bool):
             object.__setattr__(self, "id", str(self.id))
         for field in fields(self):
-            value = getattr(self, field.name)
-            required = field.name in ("prompt", "target")
-            if not (isinstance(value, str) or (value is None and not required)):
-                raise ValueError(f"{field.name} must be text, not {type(value).__name__} ({value!r:.60})")
-            try:
-                (value or "").encode()
-            except UnicodeEncodeError:  # JSON can smuggle in half of a surrogate pair, which no tokenizer takes
-                raise ValueError(f"{field.name} is not valid Unicode text ({value!r:.60})") from None
-            if required and not value.strip():
-                raise ValueError(f"{field.name} is empty; an edit request needs a prompt and a target answer")
-            if value and field.name != "id":
-                object.__setattr__(self, field.name, value.strip(_BLANKS))
+            if field.name != "variants":
+                required, value = field.name in ("prompt", "target"), getattr(self, field.name)
+                text = clean_text(field.name, value, required=required)
+                object.__setattr__(self, field.name, value if field.name == "id" else text)
+        object.__setattr__(self, "variants", as_variants(self.variants, self.prompt, self.target))
 
     @classmethod
-    def from_record(cls, record: Mapping[str, object], format: Format | None = None, seed: int = 0) -> EditRequest:
+    def from_record(
+        cls,
+        record: Mapping[str, object],
+        format: Format | None = None,
+        seed: int = 0,
+        variants: Sequence[str] = (),
+    ) -> EditRequest:
         """Build a request from a record with our own field names or those of a published data set.
 
         Args:
             format: of the record; None tells it from the record's fields.
-            seed: see ``Format.values``.
+            seed, variants: see ``Format.values``.
 
         Raises:
             ValueError: if the record fits no known format (the message lists its fields and the formats), or has a
                 value that a request cannot have.
         """
-        return cls(**(format or detect(record)).values(record, seed))
+        return cls(**(format or detect(record)).values(record, seed, variants))
 
     @property
     def question(self) -> str:
         """The prompt without any white space around it: of requests with one question, the last is to hold."""
         return self.prompt.strip()
 
-    def to_dict(self) -> dict[str, str]:
+    @property
+    def statements(self) -> tuple[tuple[str, str], ...]:
+        """``(prompt, target)`` of all that the model is to say: the request's own, then its variants."""
+        return ((self.prompt, self.target), *self.variants)
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """The target of each statement by its question: the prompt without white space around it."""
+        return {prompt.strip(): target for prompt, target in self.statements}
+
+    def to_dict(self) -> dict[str, object]:
         """The fields that are set, for JSON."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        variants = [list(pair) for pair in values.pop("variants")]
+        return values | ({"variants": variants} if variants else {})
 
 
 def as_requests(items: Iterable[EditRequest | Mapping[str, object]]) -> list[EditRequest]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -19,13 +19,26 @@ class Failure:
     Attributes:
         index: in the turn.
         id: of the request.
-        answer: what the model answered freely then, in as many tokens as the target has; None where nobody asked. It is
-            the target where the model was only not sure enough of it (``take_probability``).
+        answer: what the model answered freely to its prompt then, in as many tokens as the target has; None where
+            nobody asked. It is the target where the model was only not sure enough of it (``take_probability``).
+        only_variants: whether its prompt had taken, and only variants had not; ``answer`` is then None.
+        variants: those that had not taken, each prompt with what the model answered, as ``answer``.
     """
 
     index: int
     id: str | None
     answer: str | None = None
+    only_variants: bool = False
+    variants: dict[str, str | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, index: int, request: EditRequest, answers: Mapping[str, str | None]) -> Failure:
+        """
+        Args:
+            answers: the prompts that had not taken, its own or of variants, and what the model answered to each.
+        """
+        variants = {prompt: answer for prompt, answer in answers.items() if prompt != request.prompt}
+        return cls(index, request.id, answers.get(request.prompt), request.prompt not in answers, variants)
 
 
 @dataclass(frozen=True)
@@ -34,14 +47,16 @@ class Outcome:
 
     Attributes:
         index: in the call.
-        took: whether the model gave the target, with at least ``take_probability``.
-        answer: see ``Failure``; None also where it took.
+        took: whether the model gave the target, and those of all variants, with at least ``take_probability``.
+        answer, only_variants, variants: see ``Failure``; None, False and empty where it took.
     """
 
     index: int
     request: EditRequest
     took: bool
     answer: str | None
+    only_variants: bool = False
+    variants: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,13 +64,13 @@ class TurnReport:
     """One turn.
 
     Attributes:
-        requests, answer_tokens: size of the turn (n of the method is ``answer_tokens``).
+        requests, answer_tokens: size of the turn (n of the method is ``answer_tokens``, those of variants included).
         whitening: what was used, by statistics group ("full" falls back to "diagonal" while nu <= v + 1).
         passes: how often the turn was solved (more than once only with ``max_passes``).
         taken: requests that had taken after each pass but the last allowed one, after which nobody looks.
         back_offs: passes solved again with a smaller step because of the editor's guard.
         drift: what the guard measured last, in nats; None without one.
-        loss_before, efficacy_before: mean over requests, seen during the first capture.
+        loss_before, efficacy_before: mean over requests and their variants, seen during the first capture.
         efficacy_after: over a sample of the turn, if a progress bar was shown; else None, as for a broken model.
         failed: the requests that had not taken after the last pass; None where nobody looked.
         update_norms: Frobenius norm of the last pass's update, by module.
@@ -125,10 +140,11 @@ class EditReport:
         for turn in self.turns:
             if turn.failed is None:
                 raise ValueError("nobody looked which requests took; ask for it with edit(..., outcomes=True)")
-            answers = {failure.index: failure.answer for failure in turn.failed}
+            failures = {failure.index: failure for failure in turn.failed}
             for index in range(turn.requests):
-                request = self.requests[len(found)]
-                found.append(Outcome(len(found), request, index not in answers, answers.get(index)))
+                number, failed = len(found), failures.get(index)
+                what = (failed.answer, failed.only_variants, failed.variants) if failed else (None,)
+                found.append(Outcome(number, self.requests[number], failed is None, *what))
         return found
 
     @property

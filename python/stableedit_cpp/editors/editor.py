@@ -12,6 +12,7 @@ import torch
 
 from stableedit_cpp.core import LifelongNormalizer, PastKeys
 from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.superseding import warn_of_contradictions
 from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport
@@ -116,8 +117,8 @@ class Editor:
     ) -> EditReport:
         """Edit a stream of requests in turns of ``config.turn_size``; a last, incomplete turn is edited like any other.
 
-        A turn ends early before a request whose prompt it has already: of two answers the later is to hold, and must
-        see the earlier one done.
+        A turn ends early before a request whose prompt, or a variant, it has already: of two answers the later is to
+        hold, and must see the earlier one done. A warning says once where two requests contradict each other.
 
         Args:
             requests: EditRequest or dicts with "prompt" and "target" (or the fields of a published data set).
@@ -231,13 +232,14 @@ class Editor:
         self.weights.shrink(share)
 
     def tokenize(self, requests: Sequence[EditRequest]) -> list[TokenSequence]:
-        """Prompts and targets as the editor sees them, in its form.
+        """The statements of requests as the editor sees them, in its form: of each request prompt and target, then its
+        variants.
 
         Raises:
             ValueError: for a prompt or target without tokens, or longer than the model's context, or a prompt that the
                 chat template refuses.
         """
-        pairs = [(request.prompt, request.target) for request in requests]
+        pairs = [statement for request in requests for statement in request.statements]
         return tokenize(self.tokenizer, pairs, context_length(self.model), names_of(requests), self.form)
 
     def make_trunk_cache(self) -> TrunkCache | None:
@@ -338,6 +340,7 @@ class Editor:
     ) -> EditReport:
         requests = as_requests(requests)
         sequences = self.tokenize(requests)
+        warn_of_contradictions(requests)
         lent = trunk is not None
         trunk = trunk if lent else self.trunk
         work = Work(

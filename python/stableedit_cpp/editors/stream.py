@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Literal
 
 from tqdm.auto import tqdm
@@ -17,25 +18,30 @@ from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["names_of", "run_stream", "turns_of"]
 
-# With a progress bar, so many requests of each turn are checked after it: a few percent of the turn's time.
+# With a progress bar, so many prompts of each turn are checked after it: a few percent of the turn's time.
 _PROBE = 8
 _TITLES = {"edit": "Editing", "warm_up": "Warm-up", "repair": "Repairing"}
 
 
 def names_of(requests: Sequence[EditRequest]) -> list[str]:
-    """What to call each request in a message."""
-    return [f"request {index}" + (f" ({r.id})" if r.id else "") for index, r in enumerate(requests)]
+    """What to call each statement of the requests in a message."""
+    return [
+        f"request {index}" + (f" ({r.id})" if r.id else "") + (f", variant {number - 1}" if number else "")
+        for index, r in enumerate(requests)
+        for number in range(len(r.statements))
+    ]
 
 
 def turns_of(requests: Sequence[EditRequest], turn_size: int) -> Iterator[slice]:
     """Cut a stream into turns of that size, or shorter ones: no turn holds two requests with one question, which it
-    would answer half and half. The later one begins a new turn, and sees the earlier one done."""
+    would answer half and half, be it the prompt or a variant of theirs. The later one begins a new turn, and sees the
+    earlier one done."""
     begin, asked = 0, set()
     for index, request in enumerate(requests):
-        if len(asked) == turn_size or request.question in asked:
+        if index - begin == turn_size or not asked.isdisjoint(request.answers):
             yield slice(begin, index)
             begin, asked = index, set()
-        asked.add(request.question)
+        asked.update(request.answers)
     if asked:
         yield slice(begin, len(requests))
 
@@ -50,13 +56,14 @@ def run_stream(
     """Run the turns of a stream; progress, result and errors as ``Editor.edit``.
 
     Args:
-        sequences: tokens of the requests.
+        sequences: tokens of the statements of the requests, in order.
     """
     names = names_of(requests)
+    begins = list(accumulate((len(request.statements) for request in requests), initial=0))
     report = EditReport(work.config.editor, requests=requests)
     turns = list(turns_of(requests, work.config.turn_size))
     bar = tqdm(
-        total=len(sequences),
+        total=len(requests),
         desc=_TITLES[kind],
         unit="edit",
         disable=None if progress is None else not progress,
@@ -66,7 +73,8 @@ def run_stream(
         with bar, InterruptGuard() as guard:
             for whole in turns:
                 start = time.perf_counter()
-                turn = Turn(work, kind, requests[whole], sequences[whole], names[whole])
+                part = slice(begins[whole.start], begins[whole.stop])
+                turn = Turn(work, kind, requests[whole], sequences[part], names[part])
                 try:
                     turn.run(guard, bar)
                 finally:
@@ -74,7 +82,7 @@ def run_stream(
                         report.turns.append(turn.report)
                         report.seconds += time.perf_counter() - start
                 if not bar.disable:  # not in the seconds: the speed is the same with and without a terminal
-                    efficacy = float(work.accuracy(sequences[whole][:_PROBE]).mean())
+                    efficacy = float(work.accuracy(sequences[part][:_PROBE]).mean())
                     turn.report.efficacy_after = None if math.isnan(efficacy) else efficacy
                     bar.set_postfix(efficacy=f"{efficacy:.2f}", refresh=False)
                 bar.update(whole.stop - whole.start)

@@ -74,9 +74,10 @@ class Turn:
 
     Args:
         kind: of the call that it belongs to.
-        sequences, names: the requests' tokens, and what to call each in an error message.
+        sequences, names: tokens of the requests' statements, and what to call each in an error message.
 
     Attributes:
+        owners: index of the request that each sequence belongs to.
         report: what it does. final: whether it stays in the model, whatever is raised now.
     """
 
@@ -93,8 +94,9 @@ class Turn:
         self.requests = requests
         self.sequences = sequences
         self.names = names
+        self.owners = [index for index, request in enumerate(requests) for _ in request.statements]
         self.final = False
-        self.report = TurnReport(requests=len(sequences), seconds={"capture": 0.0, "mathematics": 0.0, "apply": 0.0})
+        self.report = TurnReport(requests=len(requests), seconds={"capture": 0.0, "mathematics": 0.0, "apply": 0.0})
 
     def run(self, interrupts: InterruptGuard, bar: tqdm) -> None:
         """Do it; ``bar`` shows the passes."""
@@ -120,22 +122,22 @@ class Turn:
 
     def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:
         """Apply one pass after the other; ``keep`` them if somebody wants to see them."""
-        report, count = self.report, len(self.sequences)
+        report, count = self.report, len(self.requests)
         allowed = 1 if self.kind == "warm_up" else self.work.config.max_passes
-        pending = list(range(count))
+        pending = list(range(len(self.sequences)))
         passes: list[AppliedPass] = []
         for number in range(allowed):
             captured, updates, ridge = self._solve(pending, number, interrupts)
             if number == 0:
                 first = captured
             if keep:
-                owners = torch.tensor(pending, device="cpu")[captured.request]
+                owners = torch.tensor([self.owners[index] for index in pending], device="cpu")[captured.request]
                 past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
                 passes.append(AppliedPass(captured, updates, owners, ridge, past_keys))
             if number + 1 < allowed:
                 with report.timed("capture"):
                     pending = self._not_taken()
-                report.taken.append(count - len(pending))
+                report.taken.append(count - len({self.owners[index] for index in pending}))
                 bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{report.taken[-1]}/{count}"})
                 if not pending:
                     break
@@ -211,7 +213,7 @@ class Turn:
         raise guard.refusal(report.drift)
 
     def _not_taken(self) -> list[int]:
-        """Indices of the requests that have not taken."""
+        """Indices of the sequences that have not taken."""
         config = self.work.config
         if config.take_probability == 0.0:
             taken = self.work.accuracy(self.sequences) == 1.0
@@ -222,12 +224,16 @@ class Turn:
         return [index for index in range(len(self.sequences)) if not taken[index]]
 
     def _failures(self, indices: Sequence[int]) -> list[Failure]:
-        """The requests with these indices, and what the model answers to them."""
+        """The requests that these sequences belong to, and what the model answers to them."""
         work, texts = self.work, [None] * len(indices)
+        asked = [prompt for request in self.requests for prompt, _ in request.statements]
+        prompts = [asked[index] for index in indices]
         if work.answers:
-            prompts = [self.requests[index].prompt for index in indices]
             lengths = [len(self.sequences[index].answer) for index in indices]
             how = {"form": work.form, "max_tokens": work.config.max_tokens_per_forward}
             answers = generate_continuations(work.model, work.tokenizer, prompts, lengths, **how)
             texts = [answer.text.strip() for answer in answers]
-        return [Failure(index, self.requests[index].id, text) for index, text in zip(indices, texts, strict=True)]
+        found: dict[int, dict[str, str | None]] = {}
+        for index, prompt, text in zip(indices, prompts, texts, strict=True):
+            found.setdefault(self.owners[index], {})[prompt] = text
+        return [Failure.of(index, self.requests[index], answers) for index, answers in found.items()]

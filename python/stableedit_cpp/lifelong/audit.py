@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.superseding import current_parts
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
 from stableedit_cpp.files.words import check_whole
@@ -25,9 +26,11 @@ class AuditEntry:
 
     Attributes:
         index: into the requests that were given. id: the request's own or its index.
-        holds: whether every answer token is the model's top choice, with at least the probability asked for.
-        accuracy: share of the answer tokens that are the top choice.
-        probability: of the least likely answer token.
+        holds: whether every answer token, of its prompt and of its variants, is the model's top choice, with at least
+            the probability asked for.
+        accuracy: share of the answer tokens of its prompt that are the top choice, as ``evaluate`` scores efficacy.
+        probability: of the least likely answer token, those of variants included.
+        lost_variants: prompts of its variants that do not hold.
     """
 
     index: int
@@ -35,6 +38,7 @@ class AuditEntry:
     holds: bool
     accuracy: float
     probability: float
+    lost_variants: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class AuditReport:
     """What an audit found.
 
     Attributes:
-        requests: how many current ones there are; superseded: how many a later request with the same prompt replaced.
+        requests: how many current ones there are; superseded: how many a later request replaced that asks their prompt.
         min_probability: that every answer token had to have.
         entries: those that were looked at, in order.
     """
@@ -70,7 +74,7 @@ class AuditReport:
 
     @property
     def efficacy(self) -> float | None:
-        """Mean accuracy, as ``evaluate`` has it."""
+        """Mean accuracy, as ``evaluate`` has it: of the prompts, not of the variants."""
         return fmean(entry.accuracy for entry in self.entries) if self.entries else None
 
     def to_dict(self) -> dict[str, object]:
@@ -110,8 +114,8 @@ def audit(
     """Measure which edits still hold in the editor's model. Nothing is changed.
 
     Args:
-        requests: what was edited, in the order of the stream. Of several with the same prompt the last is current and
-            the others are left out.
+        requests: what was edited, in the order of the stream. Of several that ask the same, as prompt or variant, the
+            last is current: the others are left out, or what they asked as a variant is.
         sample: look at so many of the current ones, drawn by ``seed``; None looks at all.
         min_probability: that every answer token must have; None takes ``config.take_probability``.
         trunk: ``TrunkCache(model, editor.modules)``: later audits of the same requests then run only the layers that
@@ -127,11 +131,14 @@ def audit(
     if not 0.0 <= least < 1.0:
         raise ValueError(f"min_probability must be at least 0 and less than 1, not {least!r}")
     check_whole("sample", sample, none=True)
-    chosen = known = current(requests)
-    if sample is not None and sample < len(known):
-        chosen = sorted(random.Random(seed).sample(known, sample))
-    sequences = editor.tokenize([requests[index] for index in chosen])
-    bar = tqdm(total=len(chosen), desc="Auditing", unit="edit", disable=None if progress is None else not progress)
+    parts = current_parts(requests)
+    chosen = list(parts)
+    if sample is not None and sample < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, sample))
+    looked_at = [parts[index] for index in chosen]
+    sequences = editor.tokenize(looked_at)
+    owners = [index for index, request in zip(chosen, looked_at, strict=True) for _ in request.statements]
+    bar = tqdm(total=len(sequences), desc="Auditing", unit="prompt", disable=None if progress is None else not progress)
     with bar:
         scores = answer_scores(
             editor.model,
@@ -140,16 +147,30 @@ def audit(
             trunk=trunk,
             on_done=bar.update,
         )
-    broken = [requests[chosen[i]].id or str(chosen[i]) for i in scores.accuracy.isnan().nonzero().flatten().tolist()]
-    refuse_broken(editor.model, [f"request {name}" for name in broken], len(chosen))
-    entries = [
-        AuditEntry(index, requests[index].id or str(index), accuracy == 1.0 and likely >= least, accuracy, likely)
-        for index, accuracy, likely in zip(chosen, scores.accuracy.tolist(), scores.probability.tolist(), strict=True)
-    ]
-    return AuditReport(len(known), len(requests) - len(known), least, entries)
+    broken = [requests[owners[i]].id or str(owners[i]) for i in scores.accuracy.isnan().nonzero().flatten().tolist()]
+    refuse_broken(editor.model, [f"request {name}" for name in broken], len(sequences))
+    found = zip(scores.accuracy.tolist(), scores.probability.tolist(), strict=True)
+    entries = [_entry(index, parts[index], least, [next(found) for _ in parts[index].statements]) for index in chosen]
+    return AuditReport(len(parts), len(requests) - len(parts), least, entries)
+
+
+def _entry(index: int, request: EditRequest, least: float, found: Sequence[tuple[float, float]]) -> AuditEntry:
+    """
+    Args:
+        found: accuracy and probability of each statement.
+    """
+    held = [accuracy == 1.0 and likely >= least for accuracy, likely in found]
+    lost = [prompt for (prompt, _), holds in zip(request.statements, held, strict=True) if not holds]
+    return AuditEntry(
+        index,
+        request.id or str(index),
+        all(held),
+        accuracy=found[0][0],
+        probability=min(likely for _, likely in found),
+        lost_variants=lost[not held[0] :],
+    )
 
 
 def current(requests: Sequence[EditRequest]) -> list[int]:
-    """Indices of the requests that no later one with the same prompt supersedes."""
-    last = {request.question: index for index, request in enumerate(requests)}
-    return sorted(last.values())
+    """Indices of the requests whose prompt no later one asks, as its prompt or as a variant."""
+    return list(current_parts(requests))

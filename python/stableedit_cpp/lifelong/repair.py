@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.superseding import current_parts
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.files.words import check_whole
@@ -81,6 +82,7 @@ def repair(
     check_whole("rounds", rounds)
     check_whole("budget", budget, none=True)
     requests = as_requests(requests)
+    parts = current_parts(requests)  # a repair must not bring back what a later request answers otherwise
     if trunk is None:
         trunk = editor.make_trunk_cache()
     arguments = {"min_probability": min_probability, "trunk": trunk, "progress": progress}
@@ -91,7 +93,7 @@ def repair(
         chosen = sorted([entry.index for entry in nearest if not entry.holds][:rest])
         left_out = len(audits[-1].forgotten) - len(chosen)
         rest -= len(chosen)
-        again = [requests[index] for index in chosen]
+        again = [parts[index] for index in chosen]
         done.append(editor.repair(again, trunk=trunk, outcomes=False, progress=progress))  # the audit says more
         audits.append(audit(editor, requests, **arguments))
     return RepairReport(audits, done, left_out)

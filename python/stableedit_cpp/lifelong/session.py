@@ -21,7 +21,7 @@ from stableedit_cpp.editors import (
     make_editor,
 )
 from stableedit_cpp.editors.weights import Checkpoint
-from stableedit_cpp.errors import SessionClosed
+from stableedit_cpp.errors import DamagedJournal, SessionClosed
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.files.words import check_whole
@@ -362,3 +362,5 @@ class LifelongSession(SessionView):
     def _check_open(self) -> None:
         if self._lock is None:
             raise SessionClosed(f"the session {self.directory} is closed; open it again")
+        if self.journal.damage is not None:  # what is in memory need not be what is on the disk
+            raise DamagedJournal(f"{self.journal.path}: {self.journal.damage}")

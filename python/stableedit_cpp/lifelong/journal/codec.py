@@ -51,7 +51,7 @@ def decode_requests(content: dict) -> list[EditRequest]:
     """
     requests = [EditRequest(**fields) for fields in content["requests"]]
     for request, fields in zip(requests, content["requests"], strict=True):
-        vars(request).update(fields)
+        vars(request).update({name: text for name, text in fields.items() if name != "variants"})
     return requests
 
 
