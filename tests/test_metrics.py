@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 from itertools import islice
 from pathlib import Path
 
@@ -14,12 +12,11 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.data import iter_requests, read_requests
-from stableedit_cpp.evaluation import locality as locality_module
-from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, judge
+from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, is_answer, judge
 from stableedit_cpp.evaluation.scores import PROBES
 from stableedit_cpp.model.tokens import TokenSequence, answer_positions, collate, tokenize
-from support.answers import Successor, readable
-from support.tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.answers import Successor, follower, readable
+from support.tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -76,10 +73,11 @@ def score_alone(model, tokenizer, prompt: str, answer: str) -> float:
 
 
 def assert_equals_loop(model, tokenizer, requests: list[se.EditRequest], probes: set[str]) -> None:
-    scores = se.evaluate(model, tokenizer, requests, progress=False)
+    scores = se.evaluate(model, tokenizer, requests, metrics=["accuracy"], progress=False)
     assert {name for name, count in scores.counts().items() if count["scored"]} == probes
     for request, record in zip(requests, scores.per_request, strict=True):
-        for probe, (prompt, answer) in PROBES.items():
+        names = PROBES | {"portability": ("multi_hop_prompt", "multi_hop_target")}
+        for probe, (prompt, answer) in names.items():
             if record.get(probe) is not None:
                 expected = score_alone(model, tokenizer, getattr(request, prompt), getattr(request, answer))
                 assert record[probe] == pytest.approx(expected, abs=1e-12), (record["id"], probe)
@@ -125,7 +123,7 @@ def test_requests_of_each_format_equal_a_plain_loop(name, count, tmp_path):
     requests = list(iter_requests(path))
     assert len(requests) == count
     probes = {"efficacy", "generalization", "specificity"}
-    probes |= {"multi_hop", "persona"} if name == "wikibigedit" else set()
+    probes |= {"portability", "persona"} if name == "wikibigedit" else set()
     assert_equals_loop(tiny_model("llama", torch.float64), tiny_tokenizer(bos=True), requests, probes)
 
 
@@ -142,25 +140,39 @@ def test_200_real_requests_equal_a_plain_loop(name):
     assert_equals_loop(model, tokenizer, requests, {"efficacy", "generalization", "specificity"})
 
 
-# --- multi-hop, persona, exact match ---
+# --- portability, persona, exact match ---
 
 
 def test_null_multi_hop_questions_are_skipped_and_counted(tmp_path, tokenizer):
     path = tmp_path / "w.json"
     path.write_text(json.dumps(synthetic("wikibigedit", 9)))
     scores = se.evaluate(tiny_model("gpt2"), tokenizer, read_requests(path), progress=False)
-    assert scores.counts()["multi_hop"] == {"scored": 6, "skipped": 3}
+    assert scores.counts()["portability"] == {"scored": 6, "skipped": 3}
     assert scores.counts()["persona"] == {"scored": 9, "skipped": 0}
-    assert [record["multi_hop"] is None for record in scores.per_request] == [True, False, False] * 3
-    assert scores.multi_hop == scores.means()["multi_hop"] is not None
+    assert [record["portability"] is None for record in scores.per_request] == [True, False, False] * 3
+    assert scores.portability == scores.means()["portability"] is not None
+    assert scores.multi_hop == scores["multi_hop"].mean == scores.portability  # its earlier name
+    assert scores["multi_hop_contains"] == scores["portability_contains"]
     assert scores.to_dict()["persona"] == scores.persona
     assert "(6 requests, 3 without the prompt)" in str(scores)
 
 
 def test_scores_without_such_questions_do_not_mention_them(tokenizer):
-    scores = se.evaluate(tiny_model("gpt2"), tokenizer, [{"prompt": "p", "target": "t"}], progress=False)
+    requests = [{"prompt": "p", "target": "t"}]
+    scores = se.evaluate(tiny_model("gpt2"), tokenizer, requests, metrics=["accuracy"], progress=False)
     assert set(scores.standard_errors) == {"efficacy", "generalization", "specificity"}
-    assert (scores.multi_hop, scores.persona) == (None, None)
+    assert (scores.portability, scores.persona) == (None, None)
+
+
+def test_a_portability_question_comes_before_a_multi_hop_one(tokenizer):
+    model = tiny_model("gpt2", torch.float64)
+    multi_hop = {"multi_hop_prompt": "far away", "multi_hop_target": "yes"}
+    portability = {"portability_prompt": "near by", "portability_target": "no"}
+    fields = [multi_hop, portability, multi_hop | portability, multi_hop | {"portability_prompt": "near by"}]
+    requests = [{"prompt": "p", "target": "t", **more} for more in fields]
+    found = se.evaluate(model, tokenizer, requests, metrics=["accuracy"], progress=False).per_request
+    far, near = (score_alone(model, tokenizer, *pair.values()) for pair in (multi_hop, portability))
+    assert [record["portability"] for record in found] == [far, near, near, far]
 
 
 def test_exact_match(tokenizer):
@@ -229,7 +241,7 @@ def test_judge_takes_the_answer_literally():
     assert judge(Continuation(" aab.", False), "a+b") == (False, False)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_many_prompts_at_a_time_give_what_each_gives_alone(architecture):
     tokenizer = tiny_tokenizer(bos=True)
     model = tiny_model(architecture, torch.float64)
@@ -239,6 +251,78 @@ def test_many_prompts_at_a_time_give_what_each_gives_alone(architecture):
     alone = [generate_continuations(model, tokenizer, [p], [n])[0] for p, n in zip(prompts, rooms, strict=True)]
     assert together == alone
     assert generate_continuations(model, tokenizer, prompts, rooms, max_tokens=1) == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "exact"),
+    [
+        (" New York", True, True),
+        (" new  york.", True, True),
+        ("New York\n\n \n", False, True),  # nothing else, as far as it was let
+        (" New York", False, False),  # cut off, it may go on
+        (" New York\nQuestion: and", False, False),
+        (" New York City", True, False),
+        (" New York!", True, False),
+        (" the New York", True, False),
+        (" NewYork", True, False),
+        (" York", True, False),
+        ("", True, False),
+    ],
+)
+def test_is_answer(text, ended, exact):
+    assert is_answer(Continuation(text, ended), "New York") == exact
+
+
+def test_is_answer_whatever_the_form_of_its_letters():
+    assert is_answer(Continuation(" Zu\u0308rich", True), "Z\u00fcrich")
+    assert is_answer(Continuation(" STRASSE", True), "Stra\u00dfe")
+    assert is_answer(Continuation(" Washington, D.C.", True), "Washington, D.C.")
+    assert not is_answer(Continuation(" Zurich", True), "Z\u00fcrich")
+
+
+@pytest.mark.parametrize(
+    ("chain", "free", "contains", "stops"),
+    [
+        ("q ab", 1, 1, 1),  # the answer, and the end
+        ("q ab.", 1, 1, 1),
+        ("q ab,xyzuvwrstklmno", 0, 1, 0),  # runs on: teacher forcing does not see it
+        ("q ab\nxyz", 0, 1, 1),
+        ("q xab", 0, 0, 0),
+    ],
+)
+def test_a_model_that_runs_on_after_the_answer(tokenizer, chain, free, contains, stops):
+    model = follower(tokenizer, chain)
+    request = {"prompt": "q", "target": "ab", "rephrase": "xq", "portability_prompt": "yq", "portability_target": "ab"}
+    scores = se.evaluate(model, tokenizer, [request], progress=False)
+    assert scores.efficacy == (1 if contains else pytest.approx(2 / 3))
+    for probe in ("efficacy", "generalization", "portability"):
+        found = [scores[f"{probe}_{name}"].mean for name in ("free", "contains", "contains_and_stops")]
+        assert found == [free, contains, stops], probe
+        assert scores.per_request[0][f"{probe}_text"] == chain[1:12]
+
+
+def test_free_answers_are_those_of_transformers(tokenizer):
+    """Whatever is asked together, as transformers' own generation gives them one prompt at a time."""
+    model = readable(tiny_model("qwen2", torch.float64), tokenizer)
+    requests = [
+        {"prompt": "so " * (n % 4) + f"{n}", "target": "ab"[: 1 + n % 2], "rephrase": f"r{n}"} for n in range(9)
+    ]
+    letter = se.generate(model, tokenizer, "0", max_new_tokens=4)[0][-1]
+    model.generation_config.eos_token_id = [2, tokenizer.get_vocab()[letter]]
+    for request in requests[:4]:  # some that it knows, and some of these end
+        request["target"] = se.generate(model, tokenizer, request["prompt"], max_new_tokens=4)[0]
+    scores = se.evaluate(model, tokenizer, requests, progress=False)
+    for request, record in zip(requests, scores.per_request, strict=True):
+        room = len(" " + request["target"]) + 8  # a token a letter
+        for probe, prompt in (("efficacy", request["prompt"]), ("generalization", request["rephrase"])):
+            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+            (row,) = model.generate(ids, max_new_tokens=room, do_sample=False, pad_token_id=0)[
+                :, ids.shape[1] :
+            ].tolist()
+            text = tokenizer.decode(row)
+            assert record[f"{probe}_text"] == text
+            assert record[f"{probe}_free"] == (text.lower() == request["target"].lower() and len(row) < room)
+    assert 0 < scores["efficacy_free"].mean < 1
 
 
 def test_generation_scores(tokenizer):
@@ -254,6 +338,7 @@ def test_generation_scores(tokenizer):
     scores = se.evaluate(model, tokenizer, requests, metrics=["generation"], progress=False)
     right, wrong = scores.per_request
     for probe in ("efficacy", "generalization"):
+        assert (right[f"{probe}_free"], wrong[f"{probe}_free"]) == (1, 0 if probe == "efficacy" else None)
         assert (right[f"{probe}_contains"], right[f"{probe}_contains_and_stops"], right[f"{probe}_text"]) == (
             1,
             1,
@@ -266,134 +351,6 @@ def test_generation_scores(tokenizer):
     assert scores.counts()["generalization_contains"] == {"scored": 1, "skipped": 1}
 
 
-# --- locality ---
-
-LOCAL = [
-    {"prompt": "p", "target": "t", "locality_prompt": f"{'very ' * (n % 3)}unrelated", "locality_target": "xyz"[:n]}
-    for n in (1, 2, 3, 1, 2, 3)
-] + [{"prompt": "q", "target": "t"}]
-
-
-def local_means(scores: se.Scores) -> dict[str, float]:
-    return {name: scores[name].mean for name in ("locality_agreement", "locality_kl")}
-
-
-def test_locality_by_the_definition(tokenizer):
-    before, after = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
-    with torch.no_grad():
-        after.model.layers[1].mlp.down_proj.weight.mul_(1.7)
-    scores = se.evaluate(after, tokenizer, LOCAL, reference=before, progress=False)
-    for request, record in zip(LOCAL, scores.per_request, strict=True):
-        if "locality_prompt" not in request:
-            assert record["locality_kl"] is record["locality_agreement"] is None
-            continue
-        prompt = tokenizer(request["locality_prompt"])["input_ids"]
-        ids = prompt + tokenizer(" " + request["locality_target"], add_special_tokens=False)["input_ids"]
-        kl, same = [], []
-        for place in range(len(prompt), len(ids)):
-            with torch.no_grad():
-                logits = [model(torch.tensor([ids[:place]])).logits[0, -1] for model in (before, after)]
-            p, q = (each.softmax(0).tolist() for each in logits)
-            kl.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
-            same.append(p.index(max(p)) == q.index(max(q)))
-        assert record["locality_kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-6)
-        assert record["locality_agreement"] == pytest.approx(sum(same) / len(same))
-    assert scores["locality_kl"].mean > 0
-    assert "nats   (6 requests, 1 without the prompt)" in str(scores)
-
-
-def test_locality_against_the_editor_without_a_second_model(tokenizer):
-    model = tiny_model("llama")
-    config = se.StableEditConfig(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
-    editor = se.StableEdit(model, tokenizer, config)
-
-    def locality() -> dict:
-        options = {"metrics": ["locality"], "reference": editor.unedited, "progress": False}
-        return local_means(se.evaluate(model, tokenizer, LOCAL, **options))
-
-    assert locality() == {"locality_agreement": 1.0, "locality_kl": 0.0}
-    editor.edit([{"prompt": f"fact {n}", "target": "new"} for n in range(8)], progress=False)
-    edited = locality()
-    assert edited["locality_kl"] > 1e-6
-    other = se.evaluate(model, tokenizer, LOCAL, reference=tiny_model("llama"), progress=False)
-    assert edited == pytest.approx(local_means(other), rel=1e-5)
-
-
-@pytest.mark.parametrize(("kept", "shown"), [(2**26, 1), (300 * 5, 3)])
-def test_the_unedited_model_is_shown_for_many_batches_at_a_time(monkeypatch, tokenizer, kept, shown):
-    """18 answer tokens (a space and up to 3 letters each) take one showing, or as many as there is no more room for."""
-    model = tiny_model("llama", torch.float64)
-    config = se.StableEditConfig(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
-    editor = se.StableEdit(model, tokenizer, config)
-    editor.edit([{"prompt": f"fact {n}", "target": "new"} for n in range(8)], progress=False)
-    how = {"max_tokens_per_forward": 1, "progress": False}  # each prompt is a batch
-    expected = se.evaluate(model, tokenizer, LOCAL, reference=tiny_model("llama", torch.float64), **how)
-    calls, layers = [], []
-
-    @contextlib.contextmanager
-    def unedited():
-        calls.append(1)
-        with editor.unedited() as same:
-            yield same
-
-    monkeypatch.setattr(locality_module, "_KEPT", kept)
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: layers.append(1))
-    trunk = editor.make_trunk_cache()
-    for passes in (True, False):
-        calls.clear(), layers.clear()
-        found = se.evaluate(model, tokenizer, LOCAL, reference=unedited, trunk=trunk, **how)
-        assert local_means(found) == pytest.approx(local_means(expected), rel=1e-9)
-        assert len(calls) == shown
-        assert bool(layers) == passes  # the second time no layer below the edited one runs, for neither model
-
-
-def test_a_token_that_the_unedited_model_rules_out(tokenizer):
-    class RuledOut(torch.nn.Module):
-        """Gives some tokens no probability at all, as a model with a masked vocabulary does."""
-
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.config = model, model.config
-
-        def get_input_embeddings(self):
-            return self.model.get_input_embeddings()
-
-        def get_output_embeddings(self):
-            return None
-
-        def forward(self, **inputs):
-            output = self.model(**inputs)
-            output.logits[..., :10] = -torch.inf
-            return output
-
-    model = RuledOut(tiny_model("gpt2"))
-    scores = se.evaluate(model, tokenizer, LOCAL, reference=model, progress=False)
-    assert local_means(scores) == {"locality_agreement": 1.0, "locality_kl": 0.0}
-
-
-def test_reference_with_another_vocabulary(tokenizer):
-    other = tiny_model("gpt2")
-    other.resize_token_embeddings(310)
-    with pytest.raises(ValueError, match="the reference model has a vocabulary of 310 tokens, the model one of 300"):
-        se.evaluate(tiny_model("gpt2"), tokenizer, LOCAL, reference=other, progress=False)
-
-
-def test_reference_is_left_as_found_after_an_error(tokenizer):
-    closed = []
-
-    @contextlib.contextmanager
-    def shown():
-        try:
-            raise RuntimeError("no reference")
-            yield
-        finally:
-            closed.append(True)
-
-    with pytest.raises(RuntimeError, match="no reference"):
-        se.evaluate(tiny_model("gpt2"), tokenizer, LOCAL, reference=shown, progress=False)
-    assert closed == [True]
-
-
 # --- on the command line ---
 
 
@@ -402,7 +359,8 @@ def saved(tmp_path, monkeypatch, capsys) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, seed in (("edited", 0), ("original", 1)):
         save_tiny(name, seed=seed, bos=True)
-    records = [{"q": request["prompt"], "a": request["target"], **request} for request in LOCAL]
+    unrelated = [{"locality_prompt": f"unrelated {n}", "locality_target": "xyz"} for n in range(6)] + [{}]
+    records = [{"q": "p", "a": "t", "prompt": "p", "target": "t", **more} for more in unrelated]
     Path("facts.json").write_text(json.dumps(records))
     capsys.readouterr()
     return tmp_path

@@ -20,6 +20,8 @@ FULL = {
     "persona": "Ahoy, what be the capital of Australia?",
     "multi_hop_prompt": "The river through the capital of Australia is",
     "multi_hop_target": "Molonglo",
+    "portability_prompt": "The parliament of Australia is in",
+    "portability_target": "Canberra",
 }
 
 # One record of each format, with the fields of method.md, and the request that it stands for.

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 class Successor(nn.Module):
@@ -26,6 +27,32 @@ class Successor(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, use_cache=None):
         return SimpleNamespace(logits=self.head(self.embed(input_ids)))
+
+
+def follower(tokenizer, chain: str) -> nn.Module:
+    """A model of transformers that writes each letter of a chain after the one before it, and then ends its text."""
+    ids = [*tokenizer(chain, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert len(set(ids)) == len(ids), "a letter that comes twice has two successors"
+    size = len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size + size % 2,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight, model.lm_head.weight):
+            weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
+        model.lm_head.weight[ids[1:], ids[:-1]] = 1.0
+    return model
 
 
 def readable(model: nn.Module, tokenizer) -> nn.Module:

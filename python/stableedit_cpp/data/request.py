@@ -27,6 +27,8 @@ class EditRequest:
         variants: further statements of the same fact, ``(prompt, target)`` pairs: paraphrases, the statement reversed,
             what follows from it. They are edited, scored, audited and taken back with the request, as one. A text alone
             is a paraphrase, with the request's own target.
+        portability_prompt, portability_target: a question whose answer follows from the edit, in one step or more, or
+            that names the subject otherwise (portability); taken before those of ``multi_hop``.
 
     Blanks around a text are dropped: one at the end of a prompt, or before a target, would make two in what the model
     learns, and the edit would hold with that slip only. Line ends of a prompt stay, which a chat template needs.
@@ -47,6 +49,8 @@ class EditRequest:
     multi_hop_prompt: str | None = None
     multi_hop_target: str | None = None
     variants: Sequence[str | tuple[str, str] | Mapping[str, str]] = ()
+    portability_prompt: str | None = None
+    portability_target: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.id, int) and not isinstance(self.id, bool):

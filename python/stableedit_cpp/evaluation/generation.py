@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,11 +12,35 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
-from stableedit_cpp.model.form import RAW, Form, find_form
+from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
 
-__all__ = ["Continuation", "check_room", "generate", "generate_continuations", "judge"]
+__all__ = [
+    "Continuation",
+    "Written",
+    "check_room",
+    "continuations",
+    "generate",
+    "generate_continuations",
+    "is_answer",
+    "judge",
+    "write_greedily",
+]
+
+
+class Written(NamedTuple):
+    """Tokens that a model wrote after a prompt.
+
+    Attributes:
+        tokens: up to the first that ends the text, that one included.
+        ended: whether there is such a one.
+        broken: whether one of them was chosen among NaN.
+    """
+
+    tokens: tuple[int, ...]
+    ended: bool
+    broken: bool
 
 
 class Continuation(NamedTuple):
@@ -80,47 +105,92 @@ def generate_continuations(
     Raises:
         ValueError: for a prompt without tokens, or one that leaves no room in the model's context.
     """
-    if not prompts:
-        return []
-    sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts, form)]
+    sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts, form)] if prompts else []
     for prompt, sequence in zip(prompts, sequences, strict=True):
         if not sequence.ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens")
-    limit = context_length(model)
-    check_room([len(s) for s in sequences], max_new_tokens, limit, [f"the prompt {p!r:.60}" for p in prompts])
+    names = [f"the prompt {prompt!r:.60}" for prompt in prompts]
+    check_room([len(s) for s in sequences], max_new_tokens, context_length(model), names)
+    return continuations(model, tokenizer, sequences, max_new_tokens, max_tokens=max_tokens, on_done=on_done)
+
+
+def continuations(
+    model: torch.nn.Module,
+    tokenizer,
+    prompts: Sequence[TokenSequence],
+    max_new_tokens: Sequence[int],
+    *,
+    end: int | None = None,
+    max_tokens: int = 2048,
+    on_done: Callable[[int], object] | None = None,
+) -> list[Continuation]:
+    """``generate_continuations`` of prompts that are tokens already, and that leave room for the new ones.
+
+    Args:
+        end: a token that ends the text beside those at which the model's generation stops.
+    """
+    how = {"end": end, "max_tokens": max_tokens, "on_done": on_done}
+    return [_text(tokenizer, found) for found in write_greedily(model, tokenizer, prompts, max_new_tokens, **how)]
+
+
+def write_greedily(
+    model: torch.nn.Module,
+    tokenizer,
+    prompts: Sequence[TokenSequence],
+    max_new_tokens: Sequence[int],
+    *,
+    end: int | None = None,
+    max_tokens: int,
+    on_done: Callable[[int], object] | None = None,
+) -> list[Written]:
+    """What a model writes after each prompt, always the likeliest token, many prompts at a time. Arguments as
+    ``continuations``."""
+    ends = list(dict.fromkeys([*stop_tokens(model, tokenizer), *([] if end is None else [end])]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ends = model.generation_config.eos_token_id
-    answers: list[Continuation | None] = [None] * len(prompts)
+    found: list[Written | None] = [None] * len(prompts)
     device = input_device(model)
-    with untouched(model), _greedy(model.generation_config, eos_token_id=ends, pad_token_id=pad):
-        for indices in _batches(sequences, max_new_tokens, max_tokens, limit):
-            # On the left, so that every prompt ends where its continuation begins.
-            batch = collate([sequences[index] for index in indices], device, padding_side="left")
-            watch = _Watch()
-            output = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max(max_new_tokens[index] for index in indices),
-                logits_processor=[watch],
-            )
-            rows = output[:, batch.input_ids.shape[1] :].tolist()
-            for index, row, broken in zip(indices, rows, watch.by_row(), strict=True):
-                answers[index] = _continuation(tokenizer, row[: max_new_tokens[index]], broken, ends)
+
+    def write(indices: list[int]) -> None:
+        # On the left, so that every prompt ends where its continuation begins.
+        batch = collate([prompts[index] for index in indices], device, padding_side="left")
+        watch = _Watch()
+        output = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max(max_new_tokens[index] for index in indices),
+            logits_processor=[watch],
+        )
+        rows = output[:, batch.input_ids.shape[1] :].tolist()
+        for index, row, broken in zip(indices, rows, watch.by_row(), strict=True):
+            found[index] = _up_to_the_end(row[: max_new_tokens[index]], broken, ends)
+
+    with untouched(model), _greedy(model.generation_config, eos_token_id=ends or None, pad_token_id=pad):
+        for indices in _batches(prompts, max_new_tokens, max_tokens, context_length(model)):
+            write(indices)
+            if len({len(prompts[index]) for index in indices}) > 1:
+                # Some models, MPT among them, answer NaN to padding on the left: these prompts are asked alone.
+                for index in indices:
+                    if found[index].broken:
+                        write([index])
             if on_done is not None:
                 on_done(len(indices))
-    return answers
+    return found
 
 
-def _continuation(tokenizer, tokens: list[int], broken: list[bool], ends: int | Sequence[int] | None) -> Continuation:
-    """The text of new tokens, up to the first that ends it."""
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+def _up_to_the_end(tokens: list[int], broken: list[bool], ends: Sequence[int]) -> Written:
     stop = next((place for place, token in enumerate(tokens) if token in ends), None)
-    if any(broken[: len(tokens) if stop is None else stop + 1]):
+    kept = tokens if stop is None else tokens[: stop + 1]
+    return Written(tuple(kept), stop is not None, any(broken[: len(kept)]))
+
+
+def _text(tokenizer, written: Written) -> Continuation:
+    if written.broken:
         return Continuation("", False, broken=True)
-    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+    body = list(written.tokens[:-1] if written.ended else written.tokens)
+    text = tokenizer.decode(body, skip_special_tokens=True)
     # The token that ends a model's text need not be special to its tokenizer.
-    closing = "" if stop is None else tokenizer.decode(tokens[stop : stop + 1], skip_special_tokens=True)
-    return Continuation(text + closing, stop is not None)
+    closing = tokenizer.decode([written.tokens[-1]], skip_special_tokens=True) if written.ended else ""
+    return Continuation(text + closing, written.ended)
 
 
 def check_room(lengths: Sequence[int], room: Sequence[int], limit: int | None, names: Sequence[str]) -> None:
@@ -179,6 +249,21 @@ class _Watch(LogitsProcessor):
 
     def by_row(self) -> list[list[bool]]:
         return torch.stack(self._steps, 1).tolist()
+
+
+def is_answer(continuation: Continuation, answer: str) -> bool:
+    """Whether a continuation is the answer and nothing else: the model says it and stops.
+
+    Letter case, spacing, how letters are composed, and a full stop at the end make no other answer: they depend on
+    where in a sentence an answer stands. Any other word or mark does. The model stops if it ends its text, or writes
+    nothing but white space as far as it was let.
+    """
+    stops = continuation.ended or continuation.text != continuation.text.rstrip()
+    return stops and _plain(continuation.text) == _plain(answer)
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).removesuffix(".").rstrip()
 
 
 def judge(continuation: Continuation, answer: str) -> tuple[bool, bool]:

@@ -1,20 +1,22 @@
-"""Locality: does the edited model still say what the unedited one said?"""
+"""Locality: does the edited model still say what the unedited one says of its own accord?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from stableedit_cpp.evaluation.answers import refuse_broken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
+from stableedit_cpp.evaluation.generation import write_greedily
 from stableedit_cpp.model.running import batches
-from stableedit_cpp.model.tokens import TokenSequence
+from stableedit_cpp.model.tokens import TokenSequence, context_length
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["Reference", "locality"]
+__all__ = ["Locality", "Reference", "UneditedAnswers", "locality"]
 
 # The unedited model, or what shows it for a while: ``editor.unedited``.
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
@@ -24,60 +26,124 @@ Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 _KEPT = 2**26
 
 
+class UneditedAnswers:
+    """What the unedited model answers greedily to unrelated prompts, each prompt once: the answers never change, so
+    one of these serves all evaluations along a stream of edits.
+
+    Args:
+        reference: the unedited model, or what shows it for a while (``editor.unedited``).
+        max_new_tokens: an answer is cut off after so many.
+    """
+
+    def __init__(self, reference: Reference, *, max_new_tokens: int = 16) -> None:
+        self._reference, self._room = reference, max_new_tokens
+        self._answers: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def shown(self) -> AbstractContextManager[nn.Module]:
+        """The unedited model, within this context."""
+        return nullcontext(self._reference) if isinstance(self._reference, nn.Module) else self._reference()
+
+    def to(
+        self,
+        tokenizer,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int = 2048,
+        on_done: Callable[[int], object] | None = None,
+    ) -> list[TokenSequence]:
+        """Each prompt with its answer, up to the token that ends it, or as long as the context allows.
+
+        Args:
+            prompts: token ids, no longer than the model's context; the same one may come several times.
+            max_tokens: prompt tokens, padding included, in one batch.
+            on_done: called with the number of prompts after each batch.
+
+        Raises:
+            ModelBroken: if the unedited model answers NaN.
+        """
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._answers]
+        if fresh:
+            with self.shown() as model:
+                limit = context_length(model)
+                room = [self._room if limit is None else min(self._room, limit - len(p) + 1) for p in fresh]
+                asked = [TokenSequence(prompt, ()) for prompt in fresh]
+                written = write_greedily(model, tokenizer, asked, room, max_tokens=max_tokens, on_done=on_done)
+                broken = [f"unrelated prompt {index}" for index, answer in enumerate(written) if answer.broken]
+                refuse_broken(model, broken, len(fresh), "the unedited model")
+            self._answers |= {prompt: answer.tokens for prompt, answer in zip(fresh, written, strict=True)}
+        if on_done is not None:
+            on_done(len(prompts) - len(fresh))
+        return [TokenSequence(prompt + answer[:-1], answer) for prompt in prompts for answer in [self._answers[prompt]]]
+
+
+class Locality(NamedTuple):
+    """Of each prompt, ``[prompts]`` float64 on the CPU.
+
+    Attributes:
+        same: 1 where the edited model's greedy answer is the unedited one's, the whole of it, and 0 elsewhere.
+        agreement: share of the answer's tokens at which both models have the same top choice.
+        kl: mean over these tokens of KL(unedited || edited) of the next-token distributions, in nats; NaN where the
+            edited model is broken (the others are 0 there).
+    """
+
+    same: torch.Tensor
+    agreement: torch.Tensor
+    kl: torch.Tensor
+
+
 def locality(
     model: nn.Module,
-    reference: Reference,
-    sequences: Sequence[TokenSequence],
+    unedited: UneditedAnswers,
+    answers: Sequence[TokenSequence],
     *,
     max_tokens: int,
     trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare the predictions of two models where they predict the answers of unrelated prompts.
+) -> Locality:
+    """Run the edited model over the answers that the unedited one gives of its own accord.
+
+    Where both have the same top choice at every token of such an answer, the edited model's own greedy answer is that
+    answer: nothing has to be generated.
 
     Args:
+        answers: of ``unedited.to``; the same one may come several times and is run once.
         max_tokens: tokens, padding included, in one forward pass.
         trunk: keeps and reuses the output of the layers that no edit changes, for both where they are one model.
-        on_done: called with the number of sequences after each batch.
-
-    Returns:
-        ``[sequences]`` float64 on the CPU each, means over the answer positions: share of them at which both models
-        have the same top choice, and KL(unedited || edited) of their next-token distributions, in nats. Where the
-        edited model is broken they are 0 and NaN.
+        on_done: called with the number of answers after each batch.
 
     Raises:
         ValueError: if the two have vocabularies of different sizes; a trunk cache whose layers have changed.
         ModelBroken: if the unedited model answers NaN.
     """
-    agreement = torch.zeros(len(sequences), dtype=torch.float64, device="cpu")
-    divergence = torch.zeros(len(sequences), dtype=torch.float64, device="cpu")
-    for part in _parts(sequences, max(1, _KEPT // _vocabulary(model))):
-        some = [sequences[index] for index in part]
-        with nullcontext(reference) if isinstance(reference, nn.Module) else reference() as shown:
-            unedited = _log_probabilities(shown, some, max_tokens, trunk if shown is model else None)
-        refuse_broken(
-            shown,
-            [f"unrelated prompt {part[i]}" for i, rows in enumerate(unedited) if rows.isnan().any()],
-            len(some),
-            "the unedited model",
-        )
-        for batch in batches(model, some, max_tokens=max_tokens, trunk=trunk):
-            after = log_probabilities(batch.logits)
-            before = torch.cat([unedited[index] for index in batch.indices]).to(after.device)
-            if before.shape != after.shape:
+    owners: dict[TokenSequence, list[int]] = {}
+    for index, answer in enumerate(answers):
+        owners.setdefault(answer, []).append(index)
+    different = list(owners)
+    found = torch.zeros(len(Locality._fields), len(answers), dtype=torch.float64, device="cpu")
+    for part in _parts(different, max(1, _KEPT // _vocabulary(model))):
+        with unedited.shown() as shown:
+            if _vocabulary(shown) != _vocabulary(model):
                 raise ValueError(
-                    f"the reference model has a vocabulary of {before.shape[-1]} tokens, the model one of "
-                    f"{after.shape[-1]}; expected the unedited version of the same model"
+                    f"the reference model has a vocabulary of {_vocabulary(shown)} tokens, the model one of "
+                    f"{_vocabulary(model)}; expected the unedited version of the same model"
                 )
+            expected = _log_probabilities(shown, part, max_tokens, trunk if shown is model else None)
+            broken = [f"unrelated prompt {owners[part[i]][0]}" for i, rows in enumerate(expected) if rows.isnan().any()]
+            refuse_broken(shown, broken, len(part), "the unedited model")
+        for batch in batches(model, part, max_tokens=max_tokens, trunk=trunk):
+            after = log_probabilities(batch.logits)
+            before = torch.cat([expected[index] for index in batch.indices]).to(after.device)
             kl = kl_divergence(before, after)
-            same = (before.argmax(-1) == after.argmax(-1)).double().cpu()
-            same[kl.isnan()] = 0.0  # the top choice among NaN is none
-            owners = [part[index] for index in batch.indices]
-            agreement[owners] = torch.stack([rows.mean() for rows in same.split(batch.sizes)])
-            divergence[owners] = torch.stack([rows.mean() for rows in kl.split(batch.sizes)])
+            agrees = (before.argmax(-1) == after.argmax(-1)).double().cpu()
+            agrees[kl.isnan()] = 0.0  # the top choice among NaN is none
+            for index, rows, distances in zip(
+                batch.indices, agrees.split(batch.sizes), kl.split(batch.sizes), strict=True
+            ):
+                values = [rows.min(), rows.mean(), distances.mean()]
+                found[:, owners[part[index]]] = torch.stack(values).unsqueeze(1)
             if on_done is not None:
-                on_done(len(owners))
-    return agreement, divergence
+                on_done(sum(len(owners[part[index]]) for index in batch.indices))
+    return Locality(*found)
 
 
 def _log_probabilities(
@@ -91,11 +157,12 @@ def _log_probabilities(
     return found
 
 
-def _parts(sequences: Sequence[TokenSequence], size: int) -> Iterator[list[int]]:
-    """Indices in order, cut where ``size`` answer tokens are reached."""
-    part, held = [], 0
-    for index, sequence in enumerate(sequences):
-        part.append(index)
+def _parts(sequences: Sequence[TokenSequence], size: int) -> Iterator[list[TokenSequence]]:
+    """In order, cut where ``size`` answer tokens are reached."""
+    part: list[TokenSequence] = []
+    held = 0
+    for sequence in sequences:
+        part.append(sequence)
         held += len(sequence.answer)
         if held >= size:
             yield part

@@ -12,27 +12,31 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
-from stableedit_cpp.evaluation.generation import check_room, generate_continuations, judge
-from stableedit_cpp.evaluation.locality import Reference, locality
+from stableedit_cpp.evaluation.generation import continuations, is_answer, judge
+from stableedit_cpp.evaluation.locality import Reference, UneditedAnswers, locality
 from stableedit_cpp.files.words import with_nearest
-from stableedit_cpp.model.form import find_form
-from stableedit_cpp.model.tokens import context_length, tokenize
+from stableedit_cpp.model.form import Form, find_form
+from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["METRICS", "PROBES", "Score", "Scores", "check_metrics", "evaluate", "mean_and_error"]
+__all__ = ["DEFAULT_METRICS", "METRICS", "PROBES", "Score", "Scores", "check_metrics", "evaluate", "mean_and_error"]
 
 METRICS = ("accuracy", "exact_match", "generation", "locality")
+DEFAULT_METRICS = ("accuracy", "generation")  # and locality wherever the unedited model is known
 
 # What is asked of a model about a request: name of the score -> prompt and answer, as fields of EditRequest.
 PROBES = {
     "efficacy": ("prompt", "target"),
     "generalization": ("rephrase", "target"),
     "specificity": ("locality_prompt", "locality_target"),
-    "multi_hop": ("multi_hop_prompt", "multi_hop_target"),
+    "portability": ("portability_prompt", "portability_target"),
     "persona": ("persona", "target"),
 }
 _ALWAYS = ("efficacy", "generalization", "specificity")
-_GENERATED = ("efficacy", "generalization", "multi_hop", "persona")
+_EARLIER = {"multi_hop": "portability"}  # names that scores had
+_GENERATED = ("efficacy", "generalization", "portability", "persona")
+_FREE = ("free", "contains", "contains_and_stops")
+_LOCALITY = ("locality_same", "locality_agreement", "locality_kl")
 _ROOM = 8  # tokens that a free answer may take beyond those of the expected one
 
 
@@ -56,11 +60,12 @@ class Scores(Mapping[str, Score]):
     Attributes:
         names: of the scores, in order.
         per_request: for each request, in order, ``id`` (its own or its index) and its value of each score by name, None
-            where it lacks the prompt; with free generation also the text, e.g. ``efficacy_text``, and with
-            ``allow_broken`` a ``broken`` where the model answered NaN.
+            where it lacks the prompt; with free generation also the text, e.g. ``efficacy_text``, with locality the
+            unedited model's, ``unedited_text``, and with ``allow_broken`` a ``broken`` where the model answered NaN.
         efficacy: mean token accuracy on the edit prompts. generalization: on the rephrased ones. specificity: on the
-            unrelated ones, against the data set's answer (it may rise above the unedited model's). multi_hop, persona:
-            on those questions. Each is None where no request has such a prompt.
+            unrelated ones, against the data set's answer (it may rise above the unedited model's). portability: on
+            what follows from the edit (``multi_hop`` is an earlier name). persona: on those questions. Each is None
+            where no request has such a prompt.
     """
 
     names: tuple[str, ...]
@@ -68,14 +73,20 @@ class Scores(Mapping[str, Score]):
     efficacy: float | None = field(init=False, compare=False)
     generalization: float | None = field(init=False, compare=False)
     specificity: float | None = field(init=False, compare=False)
-    multi_hop: float | None = field(init=False, compare=False)
+    portability: float | None = field(init=False, compare=False)
     persona: float | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         for probe in PROBES:
             object.__setattr__(self, probe, self[probe].mean if probe in self.names else None)
 
+    @property
+    def multi_hop(self) -> float | None:
+        return self.portability
+
     def __getitem__(self, name: str) -> Score:
+        for earlier, present in _EARLIER.items():
+            name = name.replace(earlier, present)
         if name not in self.names:
             raise KeyError(f"no score {with_nearest(name, self.names)}")
         values = [record[name] for record in self.per_request if record[name] is not None]
@@ -144,8 +155,8 @@ def evaluate(
     tokenizer,
     requests: Iterable[EditRequest | Mapping[str, object]],
     *,
-    metrics: Collection[str] = ("accuracy",),
-    reference: Reference | None = None,
+    metrics: Collection[str] = DEFAULT_METRICS,
+    reference: Reference | UneditedAnswers | None = None,
     chat_template: bool | None = False,
     end_of_answer: bool = False,
     max_tokens_per_forward: int = 2048,
@@ -155,17 +166,22 @@ def evaluate(
 ) -> Scores:
     """Score a model on edit requests, edited or not.
 
-    Token accuracy, always: for each prompt, the share of answer tokens that are the model's top choice when the answer
-    so far is given; averaged over requests.
+    Teacher-forced token accuracy, always: for each prompt, the share of answer tokens that are the model's top choice
+    when the answer so far is given; averaged over requests. It flatters, since the answer so far is given. What a user
+    sees is beside it by default: free answers, and locality where the unedited model is known.
 
     Args:
-        metrics: what to score beside token accuracy. ``"exact_match"``: whether all answer tokens are top choices
-            (``efficacy_exact_match`` and so on). ``"generation"``: greedy answers to the edit, rephrased, multi-hop and
-            persona prompts, whether they contain the answer (``efficacy_contains``) and then stop
-            (``efficacy_contains_and_stops``), see ``judge``; they may be 8 tokens longer than the answer.
-            ``"locality"``: on the unrelated prompts, top-1 agreement with the unedited model (``locality_agreement``)
-            and KL divergence from it in nats (``locality_kl``).
-        reference: the unedited model, or ``editor.unedited``; turns on locality.
+        metrics: what to score beside token accuracy. ``"generation"``: greedy answers to the edit, rephrased,
+            portability and persona prompts: whether they are the answer and then stop (``efficacy_free``, see
+            ``is_answer``), contain it (``efficacy_contains``), and contain it and then stop or go on in a new sentence
+            (``efficacy_contains_and_stops``, see ``judge``); they may be 8 tokens longer than the answer, where the
+            model's context allows that. ``"exact_match"``: whether all answer tokens are top choices when the answer so
+            far is given (``efficacy_exact_match`` and so on). ``"locality"``: needs a reference.
+        reference: the unedited model, ``editor.unedited``, or ``UneditedAnswers`` of one of them for many evaluations;
+            turns on locality, which is left out without it. The unedited model answers the unrelated prompts greedily,
+            up to 16 tokens or its end, whatever the data set's answer is, and the edited one is run over that: share of
+            the prompts with the same whole answer (``locality_same``), top-1 agreement along it
+            (``locality_agreement``) and KL divergence in nats (``locality_kl``).
         chat_template, end_of_answer: the form in which all prompts are asked and all answers expected, as in
             ``EditorConfig``. A fact edited in one form can be scored in the other. With an end, it counts as a token of
             every answer.
@@ -189,9 +205,8 @@ def evaluate(
     form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=end_of_answer)
     sequences = tokenize(tokenizer, [(question.prompt, question.answer) for question in questions], limit, asked, form)
     free = [i for i, q in enumerate(questions) if q.probe in _GENERATED] if "generation" in metrics else []
-    room = [len(sequences[i].answer) + _ROOM for i in free]
-    check_room([sequences[i].first + 1 for i in free], room, limit, [asked[i] for i in free])
-    unrelated = [i for i, q in enumerate(questions) if q.probe == "specificity"] if reference is not None else []
+    unrelated = [i for i, r in enumerate(requests) if r.locality_prompt] if reference is not None else []
+    unrelated_ids = _unrelated_ids(tokenizer, requests, unrelated, limit, form)
 
     names = _names({question.probe for question in questions}, metrics, reference is not None)
     records: list[dict[str, object]] = [
@@ -204,7 +219,7 @@ def evaluate(
         for i in broken:
             records[questions[i].request]["broken"] = True
 
-    total = len(sequences) + len(free) + len(unrelated)
+    total = len(sequences) + len(free) + 2 * len(unrelated)
     bar = tqdm(total=total, desc="Evaluating", unit="prompt", disable=None if progress is None else not progress)
     with bar:
         passes = {"max_tokens": max_tokens_per_forward, "on_done": bar.update}
@@ -215,30 +230,41 @@ def evaluate(
             if "exact_match" in metrics:
                 records[question.request][f"{question.probe}_exact_match"] = float(value == 1)
         if free:
-            prompts = [questions[i].prompt for i in free]
-            written = generate_continuations(model, tokenizer, prompts, room, form=form, **passes)
+            prompts = [TokenSequence(sequences[i].ids[: sequences[i].first + 1], ()) for i in free]
+            room = [len(sequences[i].answer) + _ROOM for i in free]
+            if limit is not None:
+                room = [min(new, limit - len(prompt) + 1) for new, prompt in zip(room, prompts, strict=True)]
+            written = continuations(model, tokenizer, prompts, room, end=form.end, **passes)
             mark_broken([i for i, text in zip(free, written, strict=True) if text.broken], len(free))
             for i, continuation in zip(free, written, strict=True):
                 probe, answer = questions[i].probe, questions[i].answer
                 contains, stops = judge(continuation, answer)
                 records[questions[i].request] |= {
+                    f"{probe}_free": float(is_answer(continuation, answer)),
                     f"{probe}_contains": float(contains),
                     f"{probe}_contains_and_stops": float(stops),
                     f"{probe}_text": continuation.text,
                 }
         if unrelated:
-            agreement, kl = locality(model, reference, [sequences[i] for i in unrelated], trunk=trunk, **passes)
-            for i, same, divergence in zip(unrelated, agreement.tolist(), kl.tolist(), strict=True):
-                divergence = None if math.isnan(divergence) else divergence
-                records[questions[i].request] |= {"locality_agreement": same, "locality_kl": divergence}
+            unedited = reference if isinstance(reference, UneditedAnswers) else UneditedAnswers(reference)
+            own = unedited.to(tokenizer, unrelated_ids, **passes)
+            kept = locality(model, unedited, own, trunk=trunk, **passes)
+            for i, answer, *values in zip(unrelated, own, *(column.tolist() for column in kept), strict=True):
+                records[i] |= {n: None if math.isnan(v) else v for n, v in zip(_LOCALITY, values, strict=True)}
+                records[i]["unedited_text"] = tokenizer.decode(answer.answer, skip_special_tokens=True)
     return Scores(names, records)
 
 
 def _questions(index: int, request: EditRequest) -> list[_Question]:
-    """Those that the request has prompt and answer for; a null multi-hop question is none."""
+    """Those that the request has prompt and answer for; a null multi-hop question is none.
+
+    A multi-hop question is one of portability, where there is no other.
+    """
     found = []
     for probe, names in PROBES.items():
         prompt, answer = (getattr(request, name) for name in names)
+        if probe == "portability" and not (prompt and answer):
+            prompt, answer = request.multi_hop_prompt, request.multi_hop_target
         if prompt and answer:
             name = f"request {index}" + (f" ({request.id})" if request.id else "") + f", {probe}"
             found.append(_Question(index, probe, name, prompt, answer))
@@ -252,8 +278,27 @@ def _names(asked: Collection[str], metrics: Collection[str], with_locality: bool
     if "exact_match" in metrics:
         names += [f"{probe}_exact_match" for probe in probes]
     if "generation" in metrics:
-        names += [f"{p}_{score}" for p in probes if p in _GENERATED for score in ("contains", "contains_and_stops")]
-    return tuple(names + ["locality_agreement", "locality_kl"] * with_locality)
+        names += [f"{probe}_{score}" for probe in probes if probe in _GENERATED for score in _FREE]
+    return tuple(names) + _LOCALITY * with_locality
+
+
+def _unrelated_ids(
+    tokenizer, requests: Sequence[EditRequest], chosen: Sequence[int], limit: int | None, form: Form
+) -> list[tuple[int, ...]]:
+    """Of the unrelated prompts of the chosen requests, which are asked without any answer.
+
+    Raises:
+        ValueError: for one without tokens, or longer than the model's context.
+    """
+    prompts = [requests[index].locality_prompt for index in chosen]
+    found = [tuple(ids) for ids in prompt_ids(tokenizer, prompts, form)] if prompts else []
+    for index, ids in zip(chosen, found, strict=True):
+        if not ids or (limit is not None and len(ids) > limit):
+            raise ValueError(
+                f"request {index}, locality: the unrelated prompt has {len(ids)} tokens; expected 1 to the model's "
+                f"context of {limit}"
+            )
+    return found
 
 
 def check_metrics(metrics: Collection[str], reference: Reference | None) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from stableedit_cpp import sideeffects
 from stableedit_cpp.editors import NamedEditor, named_editor
+from stableedit_cpp.evaluation import DEFAULT_METRICS
 from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import Source, find_source
@@ -57,7 +58,7 @@ class Matrix:
     checkpoint_at: list | None = None
     sample: int | None = None
     age_sample: int = 100
-    metrics: list = field(default_factory=lambda: ["accuracy"])
+    metrics: list = field(default_factory=lambda: [*DEFAULT_METRICS, "locality"])
     side_effects: Mapping[str, object] | None = None
     geometry: int = 4
     cumulative: int = 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.evaluation import evaluate
+from stableedit_cpp.evaluation import UneditedAnswers, evaluate
 from stableedit_cpp.evaluation.locality import Reference
 from stableedit_cpp.evaluation.scores import mean_and_error
 from stableedit_cpp.experiments.sources import Source
@@ -25,7 +25,7 @@ class Scorer:
     Args:
         sample: how many requests stand for all edits; None takes all.
         age_sample: how many stand for each bin of ages.
-        reference: the unedited model, for locality.
+        reference: the unedited model, for locality; it answers each unrelated prompt once, whatever is scored later.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Scorer:
         self._turn_size, self._sample, self._age_sample = turn_size, sample, age_sample
         self._how = {
             "metrics": metrics,
-            "reference": reference if "locality" in metrics else None,
+            "reference": UneditedAnswers(reference) if "locality" in metrics else None,
             "max_tokens_per_forward": max_tokens,
             "trunk": trunk,
             "allow_broken": True,

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from stableedit_cpp.data.hub import HUB_PREFIX
 from stableedit_cpp.editors import NamedEditor
 from stableedit_cpp.editors.config import LATER_FIELDS
-from stableedit_cpp.evaluation.scores import check_metrics
+from stableedit_cpp.evaluation.scores import DEFAULT_METRICS, check_metrics
 from stableedit_cpp.experiments.after_stream import Step
 from stableedit_cpp.experiments.sources import Source
 from stableedit_cpp.files.digest import file_digest
@@ -71,7 +71,7 @@ class RunSettings:
     checkpoints: tuple[int, ...]
     sample: int | None = None
     age_sample: int = 100
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] = (*DEFAULT_METRICS, "locality")
     side_effects: Mapping[str, object] | None = None
     geometry: int = 4
     cumulative: int = 0
