@@ -311,7 +311,9 @@ def test_evaluate_after_the_edit(edit, work, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^efficacy +\d\.\d{3} ± \d\.\d{3} +\(13 requests\)$", out, re.MULTILINE)
     model = AutoModelForCausalLM.from_pretrained("out")
-    expected = se.evaluate(model, tiny_tokenizer(bos=True), REQUESTS, progress=False)
+    how = {"reference": tiny_model("llama"), "progress": False}
+    expected = se.evaluate(model, tiny_tokenizer(bos=True), REQUESTS, **how)
+    assert {"efficacy_free", "locality_same"} <= set(expected)
     assert report_of()["scores"] == expected.to_dict()
 
 
@@ -556,6 +558,7 @@ def test_evaluate(model_directory, work, capsys):
     out = capsys.readouterr().out
     expected = se.evaluate(tiny_model("llama"), tiny_tokenizer(bos=True), REQUESTS, progress=False)
     assert str(expected) in out
+    assert "locality: not scored; say with --reference which the unedited model is" in out
     assert "scores and per-request values are in new/scores.json" in out
     document = json.loads(Path("new/scores.json").read_text(encoding="utf-8"))
     assert {name: document[name] for name in expected.to_dict()} == expected.to_dict()

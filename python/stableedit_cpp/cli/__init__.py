@@ -22,7 +22,7 @@ _COMMANDS = {
     "demo": "teach a small language model what happened after its training, then a stream of facts",
     "edit": "edit a model with a file of requests and save the result",
     "session": "edit for months: journal, audits, rollback, revert, export",
-    "evaluate": "score efficacy, generalization and specificity, with standard errors",
+    "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
     "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter",
     "datasets": "list the known data set formats, or look into a file",
     "bench": "edit streams of requests and measure along them",

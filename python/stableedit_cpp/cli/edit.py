@@ -143,7 +143,8 @@ def _work(
     if options.shrink is not None:
         steps["share_kept"] = lambda: editor.shrink(options.shrink) or options.shrink
     if options.evaluate:
-        steps["scores"] = lambda: evaluate(editor.model, editor.tokenizer, requests, progress=True)
+        how = {"reference": editor.unedited, "progress": True}
+        steps["scores"] = lambda: evaluate(editor.model, editor.tokenizer, requests, **how)
     said: list[str] = []
     stop = None
     for part, step in steps.items():

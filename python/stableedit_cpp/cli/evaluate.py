@@ -7,25 +7,24 @@ import argparse
 from stableedit_cpp.cli.datasets import add_format_options, format_of
 from stableedit_cpp.cli.options import add_metrics_option, add_model_options, load, new_parser, positive
 from stableedit_cpp.data import read_requests
-from stableedit_cpp.evaluation import evaluate
+from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 
 _EXAMPLE = """\
-  stableedit evaluate --model edited/ --requests edits.jsonl --output scores.json
-  stableedit evaluate --model edited/ --requests edits.jsonl --metrics exact-match generation locality \\
-      --reference smollm2-135m"""
+  stableedit evaluate --model edited/ --reference smollm2-135m --requests edits.jsonl --output scores.json
+  stableedit evaluate --model edited/ --requests edits.jsonl --metrics accuracy     # the published three alone"""
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
-    summary = "score efficacy, generalization and specificity, with standard errors"
+    summary = "score efficacy, generalization, specificity, free answers and locality, with standard errors"
     parser = new_parser(commands, "evaluate", summary, _EXAMPLE)
     add_model_options(parser)
     parser.add_argument(
         "--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also .gz; or hub:OWNER/NAME[:SPLIT]"
     )
     add_format_options(parser)
-    add_metrics_option(parser, "against the unedited model's own output; needs --reference")
+    add_metrics_option(parser, "whether the unedited model's own answers stay; comes with --reference", DEFAULT_METRICS)
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N requests")
@@ -45,6 +44,11 @@ def run(options: argparse.Namespace) -> int:
     metrics = [metric.replace("-", "_") for metric in options.metrics]
     scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, progress=True)
     print(scores)
+    if reference is None and any(request.locality_prompt for request in requests):
+        print(
+            "locality: not scored; say with --reference which the unedited model is, to see whether its own answers to "
+            "the unrelated prompts stay"
+        )
     if options.output:
         document = {"model": options.model, "reference": options.reference, "requests": options.requests}
         write_json(options.output, {**document, **scores.to_dict(), "environment": environment()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -49,15 +50,20 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="load the weights as (default: as saved)")
 
 
-def add_metrics_option(parser: argparse.ArgumentParser, locality: str) -> None:
+def add_metrics_option(parser: argparse.ArgumentParser, locality: str, default: Sequence[str]) -> None:
+    """
+    Args:
+        locality: what it compares with. default: metrics of ``evaluate``.
+    """
     parser.add_argument(
         "--metrics",
         nargs="+",
         choices=[metric.replace("_", "-") for metric in METRICS],
-        default=["accuracy"],
+        default=[metric.replace("_", "-") for metric in default],
         metavar="NAME",
-        help="beside token accuracy: exact-match, generation (free answers: contain the answer, and stop), "
-        f"locality ({locality})",
+        help="beside token accuracy: generation (free answers: are the answer and stop, contain it), "
+        f"locality ({locality}), exact-match (all tokens, when the answer so far is given); default: "
+        f"{' '.join(metric.replace('_', '-') for metric in default)}; accuracy alone is fastest",
     )
 
 

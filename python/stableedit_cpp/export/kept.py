@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from tqdm.auto import tqdm
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.originals import swapped
-from stableedit_cpp.evaluation import Scores, evaluate
+from stableedit_cpp.evaluation import DEFAULT_METRICS, Scores, evaluate
 from stableedit_cpp.export.change import ModelChange
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache
@@ -24,6 +24,7 @@ def evaluate_change(
     modules: Mapping[str, WeightChange],
     requests: Sequence[EditRequest],
     *,
+    metrics: Collection[str] = DEFAULT_METRICS,
     trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> Scores:
@@ -32,7 +33,7 @@ def evaluate_change(
     Args:
         model: the unedited model, e.g. within ``editor.unedited()``; left as found.
         modules: changes by module name, e.g. those of an adapter.
-        trunk, progress: as for ``evaluate``.
+        metrics, trunk, progress: as for ``evaluate``.
     """
     values = {}
     for name, change in modules.items():
@@ -40,7 +41,7 @@ def evaluate_change(
         values[weight] = weight.detach().clone()
         change.to(weight.device).add_to(values[weight])
     with swapped(values):
-        return evaluate(model, tokenizer, requests, trunk=trunk, progress=progress)
+        return evaluate(model, tokenizer, requests, metrics=metrics, trunk=trunk, progress=progress)
 
 
 def rank_for_efficacy(
@@ -76,7 +77,8 @@ def rank_for_efficacy(
 
     def efficacy(rank: int) -> float:
         modules = {name: spectrum.truncated(rank) for name, spectrum in spectra.items()}
-        return evaluate_change(model, tokenizer, modules, prompts, trunk=trunk, progress=False).efficacy
+        how = {"metrics": ["accuracy"], "trunk": trunk, "progress": False}
+        return evaluate_change(model, tokenizer, modules, prompts, **how).efficacy
 
     low, high = 1, max(len(spectrum.values) for spectrum in spectra.values())
     tried = {high: efficacy(high)}

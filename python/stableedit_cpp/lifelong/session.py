@@ -22,7 +22,7 @@ from stableedit_cpp.editors import (
 )
 from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import DamagedJournal, SessionClosed
-from stableedit_cpp.evaluation import Scores, evaluate
+from stableedit_cpp.evaluation import DEFAULT_METRICS, Scores, evaluate
 from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
@@ -227,7 +227,7 @@ class LifelongSession(SessionView):
 
     def evaluate(
         self,
-        metrics: Collection[str] = ("accuracy",),
+        metrics: Collection[str] = (*DEFAULT_METRICS, "locality"),
         *,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,

@@ -6,10 +6,11 @@ import argparse
 
 from stableedit_cpp.cli.options import add_metrics_option, positive
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
+from stableedit_cpp.evaluation import DEFAULT_METRICS
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 
 _AUDIT = "  stableedit session audit edits/ --sample 500"
-_EVALUATE = "  stableedit session evaluate edits/ --metrics locality --output scores.json"
+_EVALUATE = "  stableedit session evaluate edits/ --output scores.json"
 _REPAIR = "  stableedit session repair edits/ --rounds 2"
 
 
@@ -20,9 +21,10 @@ def add_parsers(actions) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON, with every request")
     add_opening_options(parser)
 
-    summary = "score the current edits: efficacy, generalization, specificity"
+    summary = "score the current edits: efficacy, generalization, specificity, free answers, locality"
     parser = new_action(actions, "evaluate", summary, _EVALUATE, evaluate)
-    add_metrics_option(parser, "against the session's unedited model")
+    own = "whether the own answers of the session's unedited model stay"
+    add_metrics_option(parser, own, (*DEFAULT_METRICS, "locality"))
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_opening_options(parser)
 
