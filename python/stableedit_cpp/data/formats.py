@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "Format", "choose_format", "detect", "parse_fields"]
 # The fields of an EditRequest, which is made of what a format finds.
 _REQUIRED = ("prompt", "target")
 _NAMES = (*_REQUIRED, "rephrase", "locality_prompt", "locality_target", "subject", "id", "persona")
-_NAMES += ("multi_hop_prompt", "multi_hop_target", "portability_prompt", "portability_target", "variants")
+_NAMES += ("multi_hop_prompt", "multi_hop_target", "variants", "portability_prompt", "portability_target")
 
 
 @dataclass(frozen=True)
