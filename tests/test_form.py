@@ -10,9 +10,8 @@ import torch
 from stableedit_cpp import EditRequest, StableEdit, StableEditConfig, UltraEditConfig, evaluate, generate
 from stableedit_cpp.lifelong import audit
 from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
-from stableedit_cpp.model.running import answer_logits
-from stableedit_cpp.model.tokens import TokenSequence, collate, prompt_ids, tokenize
-from support.chats import CHATS, chat_model, chat_tokenizer
+from stableedit_cpp.model.tokens import prompt_ids, tokenize
+from support.chats import CHATS, chat_model, chat_tokenizer, learn
 from support.tiny import FACTS, tiny_model, tiny_tokenizer
 
 KINDS = list(CHATS)
@@ -53,7 +52,7 @@ def test_a_chat_is_what_the_template_renders(kind):
 def test_an_empty_thought_belongs_to_the_prompt():
     tokenizer = chat_tokenizer("thinking")
     form = find_form(chat_model("thinking"), tokenizer, chat_template=True)
-    assert form == Form(True, "<think>\n\n</think>\n\n", "", None)
+    assert form == Form(True, "<think>\n\n</think>\n\n", "", stated("thinking"))
     assert prompt_ids(tokenizer, ["Gold is"], form)[0] == [
         *rendered(tokenizer, "Gold is"),
         *tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"],
@@ -66,22 +65,29 @@ def test_auto_takes_the_template_of_an_instruct_model_only(kind, end_of_answer):
     tokenizer = chat_tokenizer(kind)
     how = {"chat_template": None, "end_of_answer": end_of_answer}
     assert find_form(chat_model(kind), tokenizer, **how).chat
-    base = find_form(chat_model(kind, base=True), tokenizer, **how)
-    assert not base.chat and (base.end is not None) == end_of_answer
+    base = chat_tokenizer(kind)
+    base.eos_token = "</s>"
+    form = find_form(chat_model(kind, base=True), base, **how)
+    if kind == "mistral":  # its template writes whatever ends a text, so it fits any model
+        assert form.chat
+    else:
+        assert form == (Form(end=2, ended=True) if end_of_answer else RAW)
     tokenizer.chat_template = None
     assert not find_form(chat_model(kind), tokenizer, **how).chat
 
 
 def test_the_end_of_a_raw_answer_is_where_generation_stops():
     tokenizer, model = chat_tokenizer("llama 3"), chat_model("llama 3")
-    assert find_form(model, tokenizer, end_of_answer=True) == Form(end=2)  # the tokenizer's own, one of two
+    assert find_form(model, tokenizer, end_of_answer=True) == Form(end=2, ended=True)  # the tokenizer's own, one of two
     model.generation_config.eos_token_id = [261, 5]
     assert find_form(model, tokenizer, end_of_answer=True).end == 261  # the tokenizer's is none of them
     model.generation_config.eos_token_id = 7
-    assert stop_tokens(model, tokenizer) == (7,)
+    assert stop_tokens(model, tokenizer) == (7, 2)
     model.generation_config.eos_token_id = None
-    assert stop_tokens(model, tokenizer) == (2,) == (model.config.eos_token_id,)
+    model.config.eos_token_id = 5
+    assert stop_tokens(model, tokenizer) == (5, 2)
     model.config.eos_token_id = None
+    assert stop_tokens(model, tokenizer) == (2,)
     assert find_form(model, tokenizer, end_of_answer=True).end == 2
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end_of_answer needs an end-of-sequence token, and neither"):
@@ -96,7 +102,7 @@ def test_a_template_forced_on_a_model_that_stops_elsewhere():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
     form = find_form(model, tokenizer, chat_template=True, end_of_answer=True)
-    assert form == Form(True, "", " ", 2)
+    assert form == Form(True, "", " ", 2, ended=True)
     assert not find_form(model, tokenizer, chat_template=None).chat
     (sequence,) = tokenize(tokenizer, [("Gold is", "Au")], None, [""], form)
     assert tokenizer.decode([*sequence.ids, 2]) == "user: Gold is\nassistant: Au</s>"
@@ -161,20 +167,6 @@ def test_the_context_has_room_for_prompt_answer_and_end():
     assert len(tokenize(tokenizer, [("Gold is", "Au")], length, [""], form)) == 1
     with pytest.raises(ValueError, match=f"Au: prompt and target have {length} tokens, more than .* {length - 1}"):
         tokenize(tokenizer, [("Gold is", "Au")], length - 1, ["Au"], form)
-
-
-def learn(model: torch.nn.Module, sequences: list[TokenSequence]) -> None:
-    """Plain gradient descent on all weights until every answer token is the top choice by far."""
-    batch = collate(sequences, torch.device("cpu"))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        likely = answer_logits(model, batch).log_softmax(-1).gather(1, batch.labels[:, None])
-        if likely.min().exp() > 0.8:
-            return
-        optimizer.zero_grad()
-        (-likely.mean()).backward()
-        optimizer.step()
-    raise AssertionError("300 steps were not enough")
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama 3", "gemma", "mistral"])

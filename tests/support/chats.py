@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from support.tiny import tiny_model, tiny_tokenizer
+from stableedit_cpp.model.form import find_form
+from stableedit_cpp.model.running import answer_logits
+from stableedit_cpp.model.tokens import TokenSequence, collate, tokenize
+from support.tiny import FACTS, tiny_model, tiny_tokenizer
 
 _CHATML = """\
 {%- if messages[0].role != 'system' %}<|im_start|>system
@@ -49,7 +56,7 @@ class Chat:
     Attributes:
         special: control tokens beside those of ``tiny_tokenizer``, which get the ids from 259 on.
         eos: the tokenizer's end-of-sequence token. end: the one that ends an assistant's turn.
-        stops: where the generation of the instruct model stops, and that of its base model.
+        stops: where the generation of the instruct model stops; that of its base model does at "</s>".
         before: what the template writes between its generation prompt and an answer.
     """
 
@@ -58,17 +65,14 @@ class Chat:
     eos: str
     end: str
     stops: tuple[str, ...]
-    base_stops: tuple[str, ...] = ("</s>",)
     before: str = ""
 
 
 CHATS = {
     "chatml": Chat(_CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", "<|im_end|>", ("<|im_end|>",)),
     "llama 3": Chat(_LLAMA3, ("<|head|>", "<|/head|>", "<|eot_id|>"), "</s>", "<|eot_id|>", ("</s>", "<|eot_id|>")),
-    "gemma": Chat(
-        _GEMMA, ("<start_of_turn>", "<end_of_turn>"), "</s>", "<end_of_turn>", ("</s>", "<end_of_turn>"), ("</s>",)
-    ),
-    "mistral": Chat(_MISTRAL, ("[INST]", "[/INST]"), "</s>", "</s>", ("</s>",), ("<pad>",), " "),
+    "gemma": Chat(_GEMMA, ("<start_of_turn>", "<end_of_turn>"), "</s>", "<end_of_turn>", ("</s>", "<end_of_turn>")),
+    "mistral": Chat(_MISTRAL, ("[INST]", "[/INST]"), "</s>", "</s>", ("</s>",), " "),
     "thinking": Chat(
         _THINKING,
         ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
@@ -92,6 +96,41 @@ def chat_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 def chat_model(kind: str, *, base: bool = False, architecture: str = "llama", seed: int = 0) -> torch.nn.Module:
     """A tiny random model that stops as the instruct model of that kind does, or its base model."""
     model, vocabulary = tiny_model(architecture, seed=seed), chat_tokenizer(kind).get_vocab()
-    stops = CHATS[kind].base_stops if base else CHATS[kind].stops
+    stops = ("</s>",) if base else CHATS[kind].stops
     model.generation_config.eos_token_id = [vocabulary[token] for token in stops]
     return model
+
+
+def learn(model: torch.nn.Module, sequences: Sequence[TokenSequence]) -> None:
+    """Plain gradient descent on all weights until every answer token is the top choice by far."""
+    batch = collate(sequences, torch.device("cpu"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        likely = answer_logits(model, batch).log_softmax(-1).gather(1, batch.labels[:, None])
+        if likely.min().exp() > 0.8:
+            return
+        optimizer.zero_grad()
+        (-likely.mean()).backward()
+        optimizer.step()
+    raise AssertionError("300 steps were not enough")
+
+
+@cache
+def _taught(kind: str) -> torch.nn.Module:
+    model, tokenizer = chat_model(kind), chat_tokenizer(kind)
+    pairs = [(fact["prompt"], fact["target"]) for fact in FACTS[:6]]
+    form = find_form(model, tokenizer, chat_template=True, end_of_answer=True)
+    learn(model, tokenize(tokenizer, pairs, None, [""] * len(pairs), form))
+    return model
+
+
+def taught_model(kind: str) -> torch.nn.Module:
+    """A ``chat_model`` that knows the first six facts when it is asked in a chat."""
+    return copy.deepcopy(_taught(kind))
+
+
+def save_chat(directory: str | Path, kind: str) -> Path:
+    """``taught_model`` and its tokenizer, as saved by transformers."""
+    taught_model(kind).save_pretrained(directory)
+    chat_tokenizer(kind).save_pretrained(directory)
+    return Path(directory)

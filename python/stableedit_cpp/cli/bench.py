@@ -6,7 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from stableedit_cpp.cli.options import DTYPES, default_device, new_parser, positive
+from stableedit_cpp.cli.options import (
+    DTYPES,
+    add_form_options,
+    default_device,
+    form_settings,
+    new_parser,
+    positive,
+)
 from stableedit_cpp.data import parse_fields
 from stableedit_cpp.editors.registry import load_plugins
 from stableedit_cpp.evaluation import METRICS
@@ -78,6 +85,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument("--edit-modules", nargs="+", metavar="NAME", help="linear maps to edit, names or patterns")
     how.add_argument("--step-size", type=float, metavar="X", help="of every editor")
     how.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
+    add_form_options(how)
     how.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any other field of the editors' config"
     )
@@ -161,7 +169,7 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
     if options.side_effects is not None:
         settings["side_effects"] = read_yaml(options.side_effects)
     own = {name: given[name] for name in ("edit_modules", "step_size", "turn_size") if given[name] is not None}
-    own |= dict(map(_assignment, options.set))
+    own |= form_settings(options) | dict(map(_assignment, options.set))
     settings["editor_options"] = {**(settings.get("editor_options") or {}), **own}
     return settings
 

@@ -28,6 +28,7 @@ from stableedit_cpp.files.atomic import check_new_directory, check_writable_file
 from stableedit_cpp.files.digest import file_digest, model_digest
 from stableedit_cpp.files.environment import provenance
 from stableedit_cpp.lifelong.repair import repair
+from stableedit_cpp.model.form import RAW
 
 _EXAMPLE = """\
   stableedit edit --model smollm2-135m --requests edits.jsonl --warm-up training.json --output edited/
@@ -87,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
         "requests": options.requests,
         "requests_digest": _digest(options.requests),
         "edit_modules": [module.name for module in editor.modules],
+        "form": editor.form.describe(tokenizer),
         **provenance(),
     }
     if options.warm_up:
@@ -143,9 +145,9 @@ def _work(
     if options.shrink is not None:
         steps["share_kept"] = lambda: editor.shrink(options.shrink) or options.shrink
     if options.evaluate:
-        how = {"reference": editor.unedited, "progress": True}
+        how = {"reference": editor.unedited, "chat_template": editor.form.chat, "progress": True}
         steps["scores"] = lambda: evaluate(editor.model, editor.tokenizer, requests, **how)
-    said: list[str] = []
+    said = [] if editor.form == RAW else [f"Edited as {editor.form.describe(editor.tokenizer)}."]
     stop = None
     for part, step in steps.items():
         try:

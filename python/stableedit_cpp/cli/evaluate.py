@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.datasets import add_format_options, format_of
-from stableedit_cpp.cli.options import add_metrics_option, add_model_options, load, new_parser, positive
+from stableedit_cpp.cli.options import (
+    add_form_options,
+    add_metrics_option,
+    add_model_options,
+    form_settings,
+    load,
+    new_parser,
+    positive,
+)
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
+from stableedit_cpp.model.form import RAW, find_form
 
 _EXAMPLE = """\
   stableedit evaluate --model edited/ --reference smollm2-135m --requests edits.jsonl --output scores.json
@@ -26,6 +35,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_format_options(parser)
     add_metrics_option(parser, "whether the unedited model's own answers stay; comes with --reference", DEFAULT_METRICS)
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")
+    add_form_options(parser)
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N requests")
     return parser
@@ -42,7 +52,11 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         reference, _ = load(argparse.Namespace(**{**vars(options), "model": options.reference}))
     metrics = [metric.replace("-", "_") for metric in options.metrics]
-    scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, progress=True)
+    how = form_settings(options)
+    scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, **how, progress=True)
+    form = find_form(model, tokenizer, **how)
+    if form != RAW:
+        print(f"asked as {form.describe(tokenizer)}")
     print(scores)
     if reference is None and any(request.locality_prompt for request in requests):
         print(
@@ -51,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.output:
         document = {"model": options.model, "reference": options.reference, "requests": options.requests}
+        document["form"] = form.describe(tokenizer)
         write_json(options.output, {**document, **scores.to_dict(), "environment": environment()})
         print(f"scores and per-request values are in {options.output}")
     return 0

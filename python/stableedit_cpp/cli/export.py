@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp import core
-from stableedit_cpp.cli.options import DTYPES, default_device, new_parser, positive
+from stableedit_cpp.cli.options import DTYPES, add_form_options, default_device, new_parser, positive
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -85,6 +85,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of an adapter (default: the model's)")
     parser.add_argument("--requests", metavar="FILE", help="score base, edited and exported model on these edits")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
+    add_form_options(parser, end=False, default="as it was edited, where that is known, or else plain text")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -127,14 +128,16 @@ def export(
     requests = read_requests(options.requests, options.limit) if options.requests else []
     dtype = getattr(torch, change.dtype) if options.dtype == "auto" else DTYPES[options.dtype]
     rank, keep = options.rank, options.keep
+    edited = provenance.config.chat_template if provenance.config is not None else False
+    how = {"chat_template": edited if options.chat_template is None else options.chat_template, "progress": True}
     if options.keep_efficacy is not None:
-        rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, progress=True)
+        rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, **how)
     elif options.format == "lora" and rank is None and keep is None:
         keep = _KEEP
     scores: dict[str, Scores] = {}
     if requests:
         truncated = None if rank is None and keep is None else truncate(change.spectra, rank, keep, dtype)[0]
-        scores = _scores(model, tokenizer, change, truncated, requests)
+        scores = _scores(model, tokenizer, change, truncated, requests, how)
         provenance = replace(provenance, scores={name: found.means() for name, found in scores.items()})
     common = {"provenance": provenance, "overwrite": options.overwrite}
     report: LowRankReport | None = None
@@ -158,14 +161,15 @@ def _scores(
     change: ModelChange,
     truncated: dict[str, WeightChange] | None,
     requests: list[EditRequest],
+    how: dict[str, object],
 ) -> dict[str, Scores]:
     """Of the base model, of the edited one, and of the base model with the truncated change; leaves it edited."""
     trunk = None if change.others else TrunkCache.where_possible(model, find_modules(model, list(change.modules)))
-    scores = {"unedited": evaluate(model, tokenizer, requests, trunk=trunk, progress=True)}
+    scores = {"unedited": evaluate(model, tokenizer, requests, trunk=trunk, **how)}
     if truncated is not None:
-        exported = evaluate_change(model, tokenizer, truncated, requests, trunk=trunk, progress=True)
+        exported = evaluate_change(model, tokenizer, truncated, requests, trunk=trunk, **how)
     change.apply_to(model)
-    scores["edited"] = evaluate(model, tokenizer, requests, trunk=trunk, progress=True)
+    scores["edited"] = evaluate(model, tokenizer, requests, trunk=trunk, **how)
     return scores if truncated is None else {**scores, "exported": exported}
 
 

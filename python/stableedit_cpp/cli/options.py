@@ -16,10 +16,12 @@ from stableedit_cpp.model.load import SMOLLM2, load_model
 __all__ = [
     "DTYPES",
     "add_editor_options",
+    "add_form_options",
     "add_metrics_option",
     "add_model_options",
     "default_device",
     "editor_config",
+    "form_settings",
     "load",
     "new_parser",
     "positive",
@@ -67,6 +69,33 @@ def add_metrics_option(parser: argparse.ArgumentParser, locality: str, default: 
     )
 
 
+def add_form_options(parser, *, end: bool = True, default: str = "plain text") -> None:
+    """Of prompts and answers; what is not given is left to the config, or to what is called.
+
+    Args:
+        end: also the option for the end of answers.
+        default: what prompts are without the first.
+    """
+    parser.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="prompts are a user's turn, rendered by the tokenizer's chat template, and targets the assistant's "
+        f"(default: {default})",
+    )
+    if end:
+        parser.add_argument(
+            "--end-of-answer",
+            action=argparse.BooleanOptionalAction,
+            help="the token that ends an answer belongs to it (default: not)",
+        )
+
+
+def form_settings(options: argparse.Namespace) -> dict[str, bool]:
+    """What ``add_form_options`` was given, by the names that ``EditorConfig`` and ``evaluate`` have for it."""
+    given = {name: getattr(options, name, None) for name in ("chat_template", "end_of_answer")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def load(options: argparse.Namespace):
     """(model, tokenizer) as the options say."""
     return load_model(options.model, device=default_device(options), dtype=DTYPES[options.dtype])
@@ -97,6 +126,7 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--step-size", type=float, metavar="X", help="default 3.5e-4")
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
+    add_form_options(parser)
 
 
 def editor_config(options: argparse.Namespace) -> EditorConfig:
@@ -110,7 +140,7 @@ def editor_config(options: argparse.Namespace) -> EditorConfig:
         raise ValueError(f"--editor {options.editor}, but {whose} of {config.editor}")
     names = ("edit_modules", "step_size", "turn_size")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes, **form_settings(options))
 
 
 def positive(text: str) -> int:

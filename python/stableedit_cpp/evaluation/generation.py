@@ -111,7 +111,8 @@ def generate_continuations(
             raise ValueError(f"the prompt {prompt!r} has no tokens")
     names = [f"the prompt {prompt!r:.60}" for prompt in prompts]
     check_room([len(s) for s in sequences], max_new_tokens, context_length(model), names)
-    return continuations(model, tokenizer, sequences, max_new_tokens, max_tokens=max_tokens, on_done=on_done)
+    how = {"end": form.end, "max_tokens": max_tokens, "on_done": on_done}
+    return continuations(model, tokenizer, sequences, max_new_tokens, **how)
 
 
 def continuations(

@@ -48,6 +48,7 @@ class UneditedAnswers:
         tokenizer,
         prompts: Sequence[tuple[int, ...]],
         *,
+        end: int | None = None,
         max_tokens: int = 2048,
         on_done: Callable[[int], object] | None = None,
     ) -> list[TokenSequence]:
@@ -55,6 +56,7 @@ class UneditedAnswers:
 
         Args:
             prompts: token ids, no longer than the model's context; the same one may come several times.
+            end: a token that ends an answer beside those at which the model's generation stops.
             max_tokens: prompt tokens, padding included, in one batch.
             on_done: called with the number of prompts after each batch.
 
@@ -67,7 +69,8 @@ class UneditedAnswers:
                 limit = context_length(model)
                 room = [self._room if limit is None else min(self._room, limit - len(p) + 1) for p in fresh]
                 asked = [TokenSequence(prompt, ()) for prompt in fresh]
-                written = write_greedily(model, tokenizer, asked, room, max_tokens=max_tokens, on_done=on_done)
+                how = {"end": end, "max_tokens": max_tokens, "on_done": on_done}
+                written = write_greedily(model, tokenizer, asked, room, **how)
                 broken = [f"unrelated prompt {index}" for index, answer in enumerate(written) if answer.broken]
                 refuse_broken(model, broken, len(fresh), "the unedited model")
             self._answers |= {prompt: answer.tokens for prompt, answer in zip(fresh, written, strict=True)}

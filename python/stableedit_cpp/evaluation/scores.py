@@ -247,7 +247,7 @@ def evaluate(
                 }
         if unrelated:
             unedited = reference if isinstance(reference, UneditedAnswers) else UneditedAnswers(reference)
-            own = unedited.to(tokenizer, unrelated_ids, **passes)
+            own = unedited.to(tokenizer, unrelated_ids, end=form.end, **passes)
             kept = locality(model, unedited, own, trunk=trunk, **passes)
             for i, answer, *values in zip(unrelated, own, *(column.tolist() for column in kept), strict=True):
                 records[i] |= {n: None if math.isnan(v) else v for n, v in zip(_LOCALITY, values, strict=True)}

@@ -48,6 +48,7 @@ class Checkpoints:
             age_sample=settings.age_sample,
             metrics=settings.metrics,
             reference=editor.unedited,
+            chat_template=editor.form.chat,
             max_tokens=settings.editor.config.max_tokens_per_forward,
             trunk=trunk,
             progress=progress,

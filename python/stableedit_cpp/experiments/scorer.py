@@ -26,6 +26,7 @@ class Scorer:
         sample: how many requests stand for all edits; None takes all.
         age_sample: how many stand for each bin of ages.
         reference: the unedited model, for locality; it answers each unrelated prompt once, whatever is scored later.
+        chat_template: ask in chats, as the editor edits.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Scorer:
         age_sample: int,
         metrics: Collection[str],
         reference: Reference,
+        chat_template: bool,
         max_tokens: int,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,
@@ -48,6 +50,7 @@ class Scorer:
         self._how = {
             "metrics": metrics,
             "reference": UneditedAnswers(reference) if "locality" in metrics else None,
+            "chat_template": chat_template,
             "max_tokens_per_forward": max_tokens,
             "trunk": trunk,
             "allow_broken": True,

@@ -151,7 +151,7 @@ _LATE = ("model_digest", "config.edit_modules")
 # What the figures of the unedited model depend on.
 _BASELINE = ("model_digest", "dtype", "data.digest", "data.source", "data.format", "data.edits", "seed", "shuffle")
 _BASELINE += ("sample", "metrics", "side_effects", "cumulative")
-_FORM = ("chat_template", "end_of_answer")  # of the editor, in which all are scored
+_FORM = ("chat_template",)  # of the editor, in which all is asked
 
 
 def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:

@@ -25,6 +25,7 @@ def evaluate_change(
     requests: Sequence[EditRequest],
     *,
     metrics: Collection[str] = DEFAULT_METRICS,
+    chat_template: bool | None = False,
     trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> Scores:
@@ -33,7 +34,7 @@ def evaluate_change(
     Args:
         model: the unedited model, e.g. within ``editor.unedited()``; left as found.
         modules: changes by module name, e.g. those of an adapter.
-        metrics, trunk, progress: as for ``evaluate``.
+        metrics, chat_template, trunk, progress: as for ``evaluate``.
     """
     values = {}
     for name, change in modules.items():
@@ -41,7 +42,8 @@ def evaluate_change(
         values[weight] = weight.detach().clone()
         change.to(weight.device).add_to(values[weight])
     with swapped(values):
-        return evaluate(model, tokenizer, requests, metrics=metrics, trunk=trunk, progress=progress)
+        how = {"metrics": metrics, "chat_template": chat_template, "trunk": trunk, "progress": progress}
+        return evaluate(model, tokenizer, requests, **how)
 
 
 def rank_for_efficacy(
@@ -51,6 +53,7 @@ def rank_for_efficacy(
     requests: Sequence[EditRequest],
     *,
     keep: float = 0.95,
+    chat_template: bool | None = False,
     progress: bool | None = None,
 ) -> tuple[int, dict[int, float]]:
     """The smallest rank, common to all modules, at which an adapter has ``keep`` of the edited model's efficacy.
@@ -61,6 +64,7 @@ def rank_for_efficacy(
         model: the unedited model; left as found.
         requests: the edits; only their prompts and targets are looked at.
         keep: share of the efficacy, in (0, 1].
+        chat_template: as for ``evaluate``.
 
     Returns:
         The rank, and the efficacy at every rank that was tried; the largest is the full one.
@@ -77,7 +81,7 @@ def rank_for_efficacy(
 
     def efficacy(rank: int) -> float:
         modules = {name: spectrum.truncated(rank) for name, spectrum in spectra.items()}
-        how = {"metrics": ["accuracy"], "trunk": trunk, "progress": False}
+        how = {"metrics": ["accuracy"], "chat_template": chat_template, "trunk": trunk, "progress": False}
         return evaluate_change(model, tokenizer, modules, prompts, **how).efficacy
 
     low, high = 1, max(len(spectrum.values) for spectrum in spectra.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -120,7 +121,7 @@ def revert(
         work.take_out(applied_turn(view, editor, turn), set(ids), gone)
     passes = work.bring_back([want for want in wanted if want is not None], progress) if bring_back else 0
 
-    decode = editor.tokenizer.decode
+    decode = partial(editor.form.text, editor.tokenizer)
     requests = [
         RevertedRequest(
             id=entry.id,
@@ -155,7 +156,7 @@ def _wanted(
         elif other is not None:
             wanted.extend(editor.tokenize([view.history.entries[other].request]))
         else:
-            prompt = sequence.ids[: len(sequence.ids) - len(sequence.answer) + 1]
+            prompt, answer = sequence.ids[: sequence.first + 1], editor.form.cut(answer)
             wanted.append(TokenSequence(prompt + answer[:-1], answer))
     return wanted, follows
 

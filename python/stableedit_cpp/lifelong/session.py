@@ -229,6 +229,8 @@ class LifelongSession(SessionView):
         self,
         metrics: Collection[str] = (*DEFAULT_METRICS, "locality"),
         *,
+        chat_template: bool | None = None,
+        end_of_answer: bool = False,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,
     ) -> Scores:
@@ -236,6 +238,8 @@ class LifelongSession(SessionView):
 
         Args:
             metrics: see ``evaluate``; "locality" compares with the session's own unedited model.
+            chat_template: ask in chats, or in plain text; None asks as the session edits.
+            end_of_answer: see ``evaluate``.
             trunk: see ``audit``.
         """
         self._check_open()
@@ -245,6 +249,8 @@ class LifelongSession(SessionView):
             self.current_requests(),
             metrics=metrics,
             reference=self.editor.unedited if "locality" in metrics else None,
+            chat_template=self.editor.form.chat if chat_template is None else chat_template,
+            end_of_answer=end_of_answer,
             max_tokens_per_forward=self.editor.config.max_tokens_per_forward,
             trunk=trunk,
             progress=progress,

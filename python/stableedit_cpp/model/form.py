@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["RAW", "Form", "find_form", "stop_tokens"]
 
@@ -22,13 +22,29 @@ class Form:
         opening: what the template writes at the head of an answer beyond its generation prompt, an empty thought, say;
             belongs to the prompt.
         space: the white space between prompt and target; belongs to the answer.
-        end: the token that ends an answer, its last; None for answers that only stop.
+        end: the token that ends the assistant's turn, or a text; None where it does not matter.
+        ended: whether it is the last token of every answer. Otherwise an answer only stops.
     """
 
     chat: bool = False
     opening: str = ""
     space: str = " "
     end: int | None = None
+    ended: bool = False
+
+    @property
+    def closing(self) -> tuple[int, ...]:
+        """What every answer ends in: a token or none."""
+        return (self.end,) if self.ended else ()
+
+    def cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what a model has written, the answer: up to the first token that ends it, that one included."""
+        return tokens[: tokens.index(self.end) + 1] if self.ended and self.end in tokens else tokens
+
+    def text(self, tokenizer, tokens: tuple[int, ...]) -> str:
+        """What an answer says, without the token that ends it and what may follow."""
+        answer = self.cut(tokens)
+        return tokenizer.decode(answer[:-1] if answer[-1:] == self.closing else answer)
 
     def prompts(self, tokenizer, prompts: Sequence[str]) -> list[str]:
         """The texts after which an answer begins.
@@ -48,11 +64,16 @@ class Form:
                 )
         return [_render(tokenizer, prompt) + self.opening for prompt in prompts]
 
+    def describe(self, tokenizer) -> str:
+        """For people: "plain text", "turns of a chat, answers ending in '<|im_end|>'"."""
+        end = f", answers ending in {tokenizer.decode([self.end])!r}" if self.ended else ""
+        return ("turns of a chat" if self.chat else "plain text") + end
+
     def identity(self, tokenizer) -> dict[str, object]:
         """What tells this form from others, ready for JSON."""
         template = tokenizer.get_chat_template() if self.chat else None
         digest = None if template is None else hashlib.blake2b(template.encode(), digest_size=32).hexdigest()
-        return {"chat_template": digest, "opening": self.opening, "space": self.space, "end": self.end}
+        return {"chat_template": digest, "opening": self.opening, "space": self.space, "closing": [*self.closing]}
 
 
 RAW = Form()
@@ -68,53 +89,63 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
             token, at the end of a document; one whose template closes with just that token is taken for an instruct
             model. Where a template is missing or cannot be used, None leaves prompts as they are.
         end_of_answer: whether answers have a token that ends them. In a chat it is the first token after the
-            assistant's text at which the model's generation stops; where it stops at none of them, the first
-            control token. Otherwise it is the tokenizer's end-of-sequence token if generation stops at it, or
-            the first at which it does.
+            assistant's text at which the model's generation stops; where it stops at none of them (a template that is
+            not the model's), the first control token, to be added to ``model.generation_config.eos_token_id``. In
+            plain text it is the tokenizer's end-of-sequence token if generation stops at it, or else the first at
+            which it does.
 
     Raises:
         ValueError: for ``chat_template=True`` and a tokenizer without a template, or one that refuses a plain question,
             or after whose generation prompt no answer can follow; for ``end_of_answer`` where no token ends a text.
     """
-    if not chat_template and chat_template is not None:
-        return Form(end=_end_of_text(model, tokenizer) if end_of_answer else None)
-    try:
-        opening, space, closing = _chat(tokenizer)
-    except ValueError:
-        if chat_template:
-            raise
-        return find_form(model, tokenizer, end_of_answer=end_of_answer)
-    stops = stop_tokens(model, tokenizer)
-    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    end = next((token for token in ids if token in stops), None)
-    if end is None and chat_template is None:
-        return find_form(model, tokenizer, end_of_answer=end_of_answer)
-    if end is None and end_of_answer:
-        special = _special_tokens(tokenizer)
-        end = next((token for token in ids if token in special), None)
-        end = _end_of_text(model, tokenizer) if end is None else end
-    return Form(True, opening, space, end if end_of_answer else None)
+    chat = None if chat_template is False else _usable(model, tokenizer, needed=chat_template is True)
+    if chat is not None and (chat.end is not None or not end_of_answer):
+        return replace(chat, ended=end_of_answer)
+    end = _end_of_text(model, tokenizer) if end_of_answer else None
+    return replace(chat or RAW, end=end, ended=end_of_answer)
 
 
 def stop_tokens(model, tokenizer) -> tuple[int, ...]:
-    """The tokens at which ``model.generate`` stops: those of its generation config, or else of its config, or else the
-    tokenizer's end-of-sequence token."""
-    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+    """The tokens at which a text ends: those of the model's generation config, or else of its config, and the
+    tokenizer's end-of-sequence token, which not all generation configs know."""
+    own = tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*_model_stops(model), *([] if own is None else [own])]))
+
+
+def _model_stops(model) -> list[int]:
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         found = getattr(holder, "eos_token_id", None)
         if found is not None:
-            return (found,) if isinstance(found, int) else tuple(found)
-    return ()
+            return [found] if isinstance(found, int) else list(found)
+    return []
 
 
 def _end_of_text(model, tokenizer) -> int:
-    stops = stop_tokens(model, tokenizer)
-    if not stops:
+    stops, own = _model_stops(model), tokenizer.eos_token_id
+    if not stops and own is None:
         raise ValueError(
             "end_of_answer needs an end-of-sequence token, and neither the model nor its tokenizer has one; set the "
             "tokenizer's eos_token, or end_of_answer=False"
         )
-    own = tokenizer.eos_token_id
-    return own if own in stops else stops[0]
+    return own if own is not None and (own in stops or not stops) else stops[0]
+
+
+def _usable(model, tokenizer, *, needed: bool) -> Form | None:
+    """The form of a chat; None where the template is not needed and belongs to another model, or is of no use."""
+    try:
+        opening, space, closing = _chat(tokenizer)
+    except ValueError:
+        if needed:
+            raise
+        return None
+    ids, stops = tokenizer(closing, add_special_tokens=False)["input_ids"], stop_tokens(model, tokenizer)
+    end = next((token for token in ids if token in stops), None)
+    if end is None and not needed:
+        return None
+    if end is None:
+        special = _special_tokens(tokenizer)
+        end = next((token for token in ids if token in special), None)
+    return Form(True, opening, space, end)
 
 
 def _chat(tokenizer) -> tuple[str, str, str]:

@@ -64,7 +64,7 @@ def tokenize(
     Args:
         limit: context length of the model in tokens, if it has one.
         names: what to call each pair in an error message.
-        form: of prompts and answers; its end, if it has one, is the last token of each answer.
+        form: of prompts and answers.
 
     Raises:
         ValueError: for a target without tokens, a prompt without tokens or that the form refuses, or a pair longer than
@@ -78,7 +78,6 @@ def tokenize(
     prompts = _ids(tokenizer, opened, form)
     texts = _ids(tokenizer, [prompt + tail for prompt, tail in zip(opened, tails, strict=True)], form)
     answers = tokenizer(tails, add_special_tokens=False)["input_ids"]
-    end = () if form.end is None else (form.end,)
     sequences = []
     for name, (prompt_text, _), prompt, text, alone in zip(names, pairs, prompts, texts, answers, strict=True):
         answer = text[len(prompt) :] if text[: len(prompt)] == prompt else alone
@@ -86,7 +85,7 @@ def tokenize(
             raise ValueError(f"{name}: the prompt {prompt_text!r:.60} has no tokens")
         if not answer:
             raise ValueError(f"{name}: the target has no tokens")
-        answer = (*answer, *end)
+        answer = (*answer, *form.closing)
         length = len(prompt) + len(answer) - 1
         if limit is not None and length > limit:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.options import add_metrics_option, positive
+from stableedit_cpp.cli.options import add_form_options, add_metrics_option, form_settings, positive
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
 from stableedit_cpp.evaluation import DEFAULT_METRICS
 from stableedit_cpp.files.atomic import check_writable_file, write_json
@@ -25,6 +25,7 @@ def add_parsers(actions) -> None:
     parser = new_action(actions, "evaluate", summary, _EVALUATE, evaluate)
     own = "whether the own answers of the session's unedited model stay"
     add_metrics_option(parser, own, (*DEFAULT_METRICS, "locality"))
+    add_form_options(parser, default="as the session edits")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_opening_options(parser)
 
@@ -59,7 +60,8 @@ def evaluate(options: argparse.Namespace) -> int:
     with opened(options) as session:
         if not session.current_requests():
             raise ValueError(f"the session {options.directory} has no current edits to score")
-        scores = session.evaluate([metric.replace("-", "_") for metric in options.metrics], progress=True)
+        metrics = [metric.replace("-", "_") for metric in options.metrics]
+        scores = session.evaluate(metrics, **form_settings(options), progress=True)
     print(scores)
     if options.output:
         write_json(options.output, {"session": options.directory, **scores.to_dict()})
