@@ -115,6 +115,38 @@ def test_results_of_earlier_versions_stay_readable():
     assert all(run.finished and run.turns and run.editing_seconds for run in found.runs)
 
 
+def test_locality_along_the_answer_of_the_data_set_keeps_its_meaning(tmp_path):
+    """Up to version 0.2 ``locality_agreement`` followed the data set's answer: it must not pass for today's."""
+    run = write_run(tmp_path / "runs")
+    document = json.loads((run / "run.json").read_text())
+    earlier = {"efficacy": "efficacy", "portability": "multi_hop", "locality_agreement": "locality_agreement"}
+    earlier |= {"efficacy_contains": "multi_hop_contains", "locality_kl": "locality_kl"}
+
+    def as_written_then(scores: dict) -> dict:
+        return {then: scores[now] for now, then in earlier.items()}
+
+    for checkpoint in document["checkpoints"]:
+        for part in (checkpoint, *checkpoint["ages"]):
+            part["scores"] = as_written_then(part["scores"])
+        checkpoint["cumulative"] = {"before": dict(checkpoint["scores"]), "after": None}
+    (run / "run.json").write_text(json.dumps(document))
+    (run / "requests").mkdir()
+    (run / "requests" / "00001000.jsonl").write_text('{"index": 0, "multi_hop": 0.5, "locality_kl": 0.1}\n')
+    (found,) = read_results([tmp_path / "runs"]).runs
+    now = {"efficacy", "portability", "portability_contains", "locality_target_agreement", "locality_target_kl"}
+    for part in (found.last, found.last["ages"][0]):
+        assert set(part["scores"]) == now
+    assert set(found.last["cumulative"]["before"]) == now
+    then = document["checkpoints"][-1]["scores"]
+    assert found.last["scores"]["locality_target_agreement"] == then["locality_agreement"]
+    assert found.records(found.last) == [{"index": 0, "portability": 0.5, "locality_target_kl": 0.1}]
+    pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "top-1 agreement along the data set&#39;s unrelated answer" in text
+    assert "locality: top-1 agreement" not in text
+
+
 # --- where an interrupted run goes on ---
 
 

@@ -314,6 +314,33 @@ def test_samples_are_of_the_size_asked_for_and_grow_with_the_stream():
     assert age_bins(400, 100) == [(0, 100), (100, 200), (200, 400)]
 
 
+def test_the_unedited_model_answers_each_unrelated_prompt_once(data, tmp_path):
+    """For all checkpoints and all editors of a stream; with the default metrics, free answers are scored as well."""
+
+    def prompts_written(editors: list[str], **changes) -> tuple[int, dict]:
+        (model, tokenizer), rows = load("tiny"), []
+        generate = model.generate
+
+        def counted(input_ids, **how):
+            rows.append(len(input_ids))
+            return generate(input_ids=input_ids, **how)
+
+        model.generate = counted
+        runs = matrix(data, editors=editors, **changes).runs()
+        documents = run_matrix(runs, tmp_path / "-".join(editors), lambda _name: (model, tokenizer), progress=False)
+        return sum(rows), documents[0]
+
+    one, document = prompts_written(["stableedit"])
+    assert one == 40  # edits, each with an unrelated prompt of its own, and two checkpoints after the first
+    assert prompts_written(["stableedit", "no-ln"])[0] == one
+    assert document["checkpoints"][0]["scores"]["locality_same"]["mean"] == 1
+    last = document["checkpoints"][-1]["scores"]
+    assert last["locality_same"]["mean"] < last["locality_agreement"]["mean"] < 1
+    metrics = {"metrics": Matrix(datasets=["zsre"], models=["tiny"]).metrics, "sample": 5, "age_sample": 1}
+    scores = prompts_written(["ultraedit"], **metrics)[1]["checkpoints"][-1]["scores"]
+    assert {"efficacy", "efficacy_free", "generalization_contains", "locality_same"} <= set(scores)
+
+
 def test_retention_by_age_is_scored_on_a_sample(data, tmp_path):
     document = bench(data, tmp_path / "out", sample=5, age_sample=4)[0]
     last = document["checkpoints"][-1]

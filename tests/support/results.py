@@ -19,8 +19,12 @@ def scores(level: float, draw: random.Random) -> dict[str, dict[str, object]]:
         "efficacy": score(level + noise),
         "generalization": score(0.9 * level + noise),
         "specificity": score(0.24 + noise),
-        "multi_hop": score(None),
+        "portability": score(None),
+        "efficacy_free": score(0.6 * level + noise),
+        "efficacy_contains": score(0.7 * level + noise),
+        "locality_same": score(0.7 - 0.4 * level),
         "locality_agreement": score(0.85 - 0.2 * level),
+        "locality_kl": score(0.3 * level),
     }
 
 

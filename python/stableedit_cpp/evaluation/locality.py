@@ -32,12 +32,20 @@ class UneditedAnswers:
 
     Args:
         reference: the unedited model, or what shows it for a while (``editor.unedited``).
+        known: answers to token ids of prompts that are there already, and into which new ones go; for several of these
+            that show the same unedited model.
         max_new_tokens: an answer is cut off after so many.
     """
 
-    def __init__(self, reference: Reference, *, max_new_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        known: dict[tuple[int, ...], tuple[int, ...]] | None = None,
+        max_new_tokens: int = 16,
+    ) -> None:
         self._reference, self._room = reference, max_new_tokens
-        self._answers: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._answers = {} if known is None else known
 
     def shown(self) -> AbstractContextManager[nn.Module]:
         """The unedited model, within this context."""
@@ -73,7 +81,7 @@ class UneditedAnswers:
                 written = write_greedily(model, tokenizer, asked, room, **how)
                 broken = [f"unrelated prompt {index}" for index, answer in enumerate(written) if answer.broken]
                 refuse_broken(model, broken, len(fresh), "the unedited model")
-            self._answers |= {prompt: answer.tokens for prompt, answer in zip(fresh, written, strict=True)}
+            self._answers.update({prompt: answer.tokens for prompt, answer in zip(fresh, written, strict=True)})
         if on_done is not None:
             on_done(len(prompts) - len(fresh))
         return [TokenSequence(prompt + answer[:-1], answer) for prompt in prompts for answer in [self._answers[prompt]]]

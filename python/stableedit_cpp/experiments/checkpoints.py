@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stableedit_cpp import sideeffects
 from stableedit_cpp.editors import Editor
+from stableedit_cpp.evaluation import UneditedAnswers
 from stableedit_cpp.experiments.cost import Cost
 from stableedit_cpp.experiments.cumulative import CumulativeProbe
 from stableedit_cpp.experiments.run_directory import RunDirectory
@@ -24,7 +25,7 @@ class Checkpoints:
 
     Args:
         editor: of the run; its model is measured as it is.
-        cost: where the stream is, and what it has cost. trunk, progress: as for ``StreamRun``.
+        cost: where the stream is, and what it has cost. trunk, answers, progress: as for ``StreamRun``.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Checkpoints:
         cost: Cost,
         *,
         trunk: TrunkCache | None,
+        answers: dict | None,
         progress: bool | None,
     ) -> None:
         self._settings, self._directory, self._editor, self._cost = settings, directory, editor, cost
@@ -47,7 +49,7 @@ class Checkpoints:
             sample=settings.sample,
             age_sample=settings.age_sample,
             metrics=settings.metrics,
-            reference=editor.unedited,
+            unedited=UneditedAnswers(editor.unedited, known=answers),
             chat_template=editor.form.chat,
             max_tokens=settings.editor.config.max_tokens_per_forward,
             trunk=trunk,

@@ -6,7 +6,7 @@ docs/file-formats.md lists what is in them; ``RunDirectory`` writes those of a r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,8 @@ RUN_FILE, TURNS_FILE = "run.json", "turns.jsonl"
 RUN = {"format": "stableedit-bench-run", "version": 1}
 _THEORY_FILE, _THEORY = "theory.json", {"format": "stableedit-bench-theory", "version": 1}
 MEASUREMENTS = ("geometry", "probe")  # parts of a turn's seconds that are not editing
+# Up to version 0.2 of the program locality was measured along the data set's answer to the unrelated prompt.
+_ALONG_THE_TARGET = {"locality_agreement": "locality_target_agreement", "locality_kl": "locality_target_kl"}
 _NEEDED = ("name", "status", "settings.editor", "settings.dataset", "settings.model", "settings.seed")
 _NEEDED += ("settings.data.edits", "settings.config", "provenance", "checkpoints", "cost")
 
@@ -92,7 +94,7 @@ class Run:
     def records(self, checkpoint: dict) -> list[dict]:
         """One record a request that was scored at a checkpoint."""
         text = (self.path / records_file(checkpoint)).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return [_by_present_names(json.loads(line)) for line in text.splitlines()]
 
     @cached_property
     def turns(self) -> list[dict]:
@@ -137,13 +139,28 @@ def records_file(checkpoint: dict) -> str:
 
 
 def read_run(directory: str | Path) -> dict:
-    """The content of a run directory's ``run.json``.
+    """The content of a run directory's ``run.json``; scores of earlier versions by their names of today.
 
     Raises:
         FileNotFoundError: if there is none. ValueError: if it is damaged, lacks something, or is of another format or
             version.
     """
-    return _read(Path(directory) / RUN_FILE, RUN, _NEEDED)
+    document = _read(Path(directory) / RUN_FILE, RUN, _NEEDED)
+    for checkpoint in document["checkpoints"]:
+        for part in (checkpoint, *(checkpoint.get("ages") or [])):
+            if "scores" in part:
+                part["scores"] = _by_present_names(part["scores"])
+        if checkpoint.get("cumulative"):
+            found = checkpoint["cumulative"].items()
+            checkpoint["cumulative"] = {when: scores and _by_present_names(scores) for when, scores in found}
+    return document
+
+
+def _by_present_names(scores: Mapping[str, object]) -> dict[str, object]:
+    """Scores, or a request's values of them, by the names that they have now: what earlier versions measured otherwise
+    under a name of today gets a name of its own."""
+    earlier = {} if "locality_same" in scores else _ALONG_THE_TARGET
+    return {earlier.get(name, name.replace("multi_hop", "portability")): value for name, value in scores.items()}
 
 
 def read_results(paths: Iterable[str | Path]) -> Results:

@@ -58,7 +58,7 @@ def run_matrix(
         if not todo:
             continue
         model, tokenizer = load(model_name)
-        trunks = _Trunks(model, trunk_bytes)
+        trunks, answers = _Trunks(model, trunk_bytes), {}  # of the unedited model, whatever edits it
         for run, directory in todo:
             others = [(r, d) for r, d in zip(runs, directories, strict=True) if r is not run and r.source == run.source]
             modules = find_modules(model, run.editor.config.edit_modules or default_edit_modules(model))
@@ -71,6 +71,7 @@ def run_matrix(
                     tokenizer,
                     trunk=trunks.of(modules, "scoring"),
                     editing_trunk=trunks.of(modules, "editing", run.turns) if others else None,
+                    answers=answers,
                     siblings=[other.path for _, other in others],
                     **how,
                 )

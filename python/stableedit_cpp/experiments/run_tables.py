@@ -12,11 +12,22 @@ from stableedit_cpp.files.table import Cell, Table, label, number, score
 __all__ = ["comparison", "cost", "metric_title", "metrics_of", "over_seeds", "run_page", "score_cell"]
 
 _TITLES = {
-    "multi_hop": "multi-hop",
+    "locality_same": "locality: same answer",
     "locality_kl": "locality: KL, nats",
     "locality_agreement": "locality: top-1 agreement",
+    "locality_target_kl": "KL along the data set's unrelated answer, nats",  # as earlier versions measured it
+    "locality_target_agreement": "top-1 agreement along the data set's unrelated answer",
 }
-_ENDINGS = {"_exact_match": ", exact match", "_contains": ", answer contained", "_contains_and_stops": ", answered"}
+_ENDINGS = {"_exact_match": ", all tokens", "_free": ", free answer", "_contains": ", contained in it"}
+_ENDINGS |= {"_contains_and_stops": ", contained, then a stop"}
+# More of these is better.
+_COMPARED = ("efficacy", "generalization", "specificity", "portability", "locality_same", "locality_agreement")
+_COMPARED += ("efficacy_free", "generalization_free", "portability_free")
+_BEST = "The best of a data set and model is marked with ★."
+_EXPLAINED = {
+    "efficacy_free": "Free answer: what the model writes by itself is the answer, and then it stops.",
+    "locality_same": "Locality: against the unedited model's own answers to unrelated prompts.",
+}
 
 
 def metric_title(name: str) -> str:
@@ -94,14 +105,14 @@ def comparison(groups: Sequence[Group]) -> Table:
             scores = [score_cell(first["scores"].get(metric)) for metric in metrics]
             head = [label("unedited model"), label(group.dataset), label(group.model), number(None), number(0)]
             rows.append([*head, *scores])
-        best = {metric: _best(group, metric) for metric in ("efficacy", "generalization", "specificity")}
+        best = {metric: _best(group, metric) for metric in _COMPARED}
         for run in group.runs:
             cells = [score_cell(run.last["scores"].get(metric)) for metric in metrics]
             cells = [c._replace(best=best.get(m) is run) for m, c in zip(metrics, cells, strict=True)]
             head = [label(run.label), label(group.dataset), label(group.model), number(run.settings["seed"], "{}")]
             rows.append([*head, Cell(_progress(run), run.last["edits"]), *cells])
     caption = "Scores of all scored requests on the model after the last edit, ± one standard error. "
-    caption += "The best of a data set and model is marked with ★."
+    caption += " ".join([*(text for name, text in _EXPLAINED.items() if name in metrics), _BEST])
     columns = ["editor", "data set", "model", "seed", "edits", *map(metric_title, metrics)]
     return Table(columns, rows, caption, "comparison")
 

@@ -11,7 +11,6 @@ import torch
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.evaluation import UneditedAnswers, evaluate
-from stableedit_cpp.evaluation.locality import Reference
 from stableedit_cpp.evaluation.scores import mean_and_error
 from stableedit_cpp.experiments.sources import Source
 from stableedit_cpp.model.trunk import TrunkCache
@@ -25,7 +24,8 @@ class Scorer:
     Args:
         sample: how many requests stand for all edits; None takes all.
         age_sample: how many stand for each bin of ages.
-        reference: the unedited model, for locality; it answers each unrelated prompt once, whatever is scored later.
+        unedited: answers of the unedited model, for locality; each unrelated prompt is answered once, whatever is
+            scored later.
         chat_template: ask in chats, as the editor edits.
     """
 
@@ -39,7 +39,7 @@ class Scorer:
         sample: int | None,
         age_sample: int,
         metrics: Collection[str],
-        reference: Reference,
+        unedited: UneditedAnswers,
         chat_template: bool,
         max_tokens: int,
         trunk: TrunkCache | None = None,
@@ -49,7 +49,7 @@ class Scorer:
         self._turn_size, self._sample, self._age_sample = turn_size, sample, age_sample
         self._how = {
             "metrics": metrics,
-            "reference": UneditedAnswers(reference) if "locality" in metrics else None,
+            "reference": unedited if "locality" in metrics else None,
             "chat_template": chat_template,
             "max_tokens_per_forward": max_tokens,
             "trunk": trunk,

@@ -38,6 +38,7 @@ class StreamRun:
         trunk: of the model and the editor's modules; speeds up scoring and side effects.
         editing_trunk: another one, for editors that edit the same turns one after the other. One of its own: what it
             keeps was computed in the batches of these turns, so a run gives the bits that it gives alone.
+        answers: what the unedited model answers to unrelated prompts, by their token ids; kept for other runs on it.
         siblings: directories of other runs of the same stream; what one of them has measured of the unedited model is
             taken over.
         snapshot_seconds: a kill costs at most so much work, and one turn.
@@ -54,6 +55,7 @@ class StreamRun:
         *,
         trunk: TrunkCache | None = None,
         editing_trunk: TrunkCache | None = None,
+        answers: dict | None = None,
         siblings: Sequence[Path] = (),
         snapshot_seconds: float = 60.0,
         keep_state: bool = False,
@@ -66,7 +68,7 @@ class StreamRun:
         self._turn_size = settings.editor.config.turn_size
         self._cost = Cost(self.editor.modules[0].weight.device)
         self._geometry = Geometry(self.editor, settings.geometry, settings.source.seed) if settings.geometry else None
-        how = {"trunk": trunk, "progress": progress}
+        how = {"trunk": trunk, "answers": answers, "progress": progress}
         self._checkpoints = Checkpoints(settings, directory, self.editor, self._cost, **how)
         self._convergence = Convergence(directory.path / "covariance") if settings.convergence else None
 

@@ -42,7 +42,7 @@ def along_the_stream(group: Group) -> list[Picture]:
 def retention(group: Group) -> list[Picture]:
     """Scores at the last checkpoint by the age of the edit."""
     pictures = []
-    for metric in ("efficacy", "generalization", "specificity"):
+    for metric in ("efficacy", "generalization", "specificity", "efficacy_free", "locality_same"):
         lines = []
         for index, run in enumerate(group.runs):
             bins = [(b["from"], b["to"], b["scores"].get(metric)) for b in run.last.get("ages") or []]
@@ -53,7 +53,7 @@ def retention(group: Group) -> list[Picture]:
             continue
         said = [f"{run.label} {bins[0][2]['mean']:.3f} to {bins[-1][2]['mean']:.3f}" for _, run, bins in lines]
         alt = (
-            f"Line chart, {group.title}: {metric} of edits by their age at the last checkpoint. "
+            f"Line chart, {group.title}: {metric_title(metric)} of edits by their age at the last checkpoint. "
             f"From the youngest to the oldest: {', '.join(said)}."
         )
 
@@ -66,7 +66,7 @@ def retention(group: Group) -> list[Picture]:
             logarithmic(axes.xaxis)
             axes.set_xlabel("age: edits since (logarithmic)")
 
-        title = f"{metric} by age"
+        title = f"{metric_title(metric)} by age"
         pictures.append(draw(f"retention {group.title} {metric}", title, alt, paint, legend=len(lines)))
     return pictures
 
