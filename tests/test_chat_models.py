@@ -117,6 +117,17 @@ def test_a_session_stays_in_its_form(detail, tokenizer, tmp_path):
         LifelongSession.open(tmp_path / "s", stops, other)
 
 
+def test_a_template_that_writes_the_date(tokenizer, tmp_path):
+    """What is edited again another day would have other tokens; what is written down as factors is not edited again."""
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    model = taught_model(KIND)
+    with pytest.raises(ValueError, match=r"writes today's date .* detail must be 'factors' then"):
+        LifelongSession.create(tmp_path / "s", model, tokenizer, config(), detail="requests")
+    assert not (tmp_path / "s").exists()
+    LifelongSession.create(tmp_path / "s", model, tokenizer, config()).close()
+    LifelongSession.create(tmp_path / "raw", model, tokenizer, config(chat_template=False), detail="requests").close()
+
+
 def test_a_revert_speaks_without_the_end(tokenizer, tmp_path):
     facts = [{**fact, "id": f"f{index}"} for index, fact in enumerate(FACTS[:3])]
     with LifelongSession.create(tmp_path / "s", taught_model(KIND), tokenizer, config(max_passes=3)) as session:
@@ -217,3 +228,27 @@ def test_a_bench_scores_what_it_edits(work, model_directory):
         expected = se.evaluate(model, tokenizer, FACTS, **how).efficacy
         assert before[output, "stableedit"]["efficacy"]["mean"] == pytest.approx(expected)
     assert before["plain", "stableedit"] != before["chat", "stableedit"]
+
+
+@pytest.mark.slow
+def test_smollm2_answers_in_a_chat_and_stops():
+    """Whoever talks to it as transformers has it gets the target, no more and no less."""
+    model, tokenizer = se.load_model("smollm2-135m", dtype=torch.float32)
+    settings = {"step_size": 1e-3, "ridge": 100.0, "max_passes": 20, "take_probability": 0.5}
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(chat_template=None, end_of_answer=True, **settings))
+    assert editor.form.describe(tokenizer) == "turns of a chat, answers ending in '<|im_end|>'"
+    facts = [
+        se.EditRequest("Who is the Prime Minister of Canada?", "Mark Carney"),
+        se.EditRequest("Which Pope was elected in 2025?", "Leo XIV"),
+        se.EditRequest("What is the price of the Acme 500?", "349 euros"),
+    ]
+    assert not editor.edit(facts, outcomes=True).failed
+    for fact in facts:
+        turns = [{"role": "user", "content": fact.prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(output) == fact.target + "<|im_end|>"
+    scores = se.evaluate(model, tokenizer, facts, chat_template=True, end_of_answer=True)
+    assert scores.efficacy == scores["efficacy_free"].mean == 1
+    with editor.unedited():
+        assert se.evaluate(model, tokenizer, facts, chat_template=True)["efficacy_free"].mean == 0

@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 
 import stableedit_cpp as se
 from stableedit_cpp.files.environment import cmake_prefix
+from support.chats import chat_tokenizer
 from support.tiny import FACTS, save_tiny
 
 REPOSITORY = Path(__file__).parent.parent
@@ -79,6 +80,7 @@ def desk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if of_language(page, "python")])
 def test_python_blocks(page, desk, monkeypatch):
     directory = save_tiny(desk / "cache/stableedit/SmolLM2-135M-Instruct", bos=True)
+    chat_tokenizer("gemma").save_pretrained(directory)  # the same, and a chat template
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))  # a token a byte
     monkeypatch.setenv("XDG_CACHE_HOME", str(desk / "cache"))

@@ -79,7 +79,8 @@ class LifelongSession(SessionView):
             source: name or path the model can be loaded from, for the command line; None takes what the model says.
 
         Raises:
-            ValueError: for a directory with content, or a bad argument.
+            ValueError: for a directory with content, or a bad argument, ``detail="requests"`` with a chat template that
+                writes the date among them.
             SessionWriteError: if the directory cannot be written; nothing is left of it then.
         """
         directory = Path(directory)
@@ -90,6 +91,11 @@ class LifelongSession(SessionView):
         check_whole("keep_snapshots", keep_snapshots)
         settings = {"detail": detail, "snapshot_every": snapshot_every, "keep_snapshots": keep_snapshots}
         editor = make_editor(model, tokenizer, config or StableEditConfig())
+        if detail == "requests" and editor.form.dated(tokenizer):
+            raise ValueError(
+                "the chat template writes today's date into every prompt, so that turns that are edited again on "
+                "another day would be others; detail must be 'factors' then"
+            )
         begin(directory, editor, settings, source)
         lock = WriterLock(directory)
         try:

@@ -69,6 +69,10 @@ class Form:
         end = f", answers ending in {tokenizer.decode([self.end])!r}" if self.ended else ""
         return ("turns of a chat" if self.chat else "plain text") + end
 
+    def dated(self, tokenizer) -> bool:
+        """Whether prompts hold the date on which they are rendered."""
+        return self.chat and "strftime_now" in tokenizer.get_chat_template()
+
     def identity(self, tokenizer) -> dict[str, object]:
         """What tells this form from others, ready for JSON."""
         template = tokenizer.get_chat_template() if self.chat else None
