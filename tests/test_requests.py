@@ -106,6 +106,32 @@ PUBLISHED = {
 }
 
 
+def test_knowedit():
+    """Nested questions: the first of a kind, what follows from the fact before another name of its subject."""
+    record = {"subject": "Zembla", "prompt": "The capital of Zembla is", "target_new": "Onhava"}
+    record |= {"ground_truth": ["Paris"], "rephrase_prompt": "Zembla's capital is"}
+    alias = [{"prompt": "The capital of Nova Zembla is", "ground_truth": ["Onhava"]}]
+    river = [{"prompt": "The river through the capital of Zembla is", "ground_truth": [["Nira", "the Nira"]]}]
+    king = [{"prompt": "The king of Zembla is", "ground_truth": [["Charles"]]}, {"prompt": "no", "ground_truth": "no"}]
+    nested = {
+        "portability": {"Subject_Aliasing": alias, "Reasoning": river},
+        "locality": {"Relation_Specificity": king},
+    }
+    expected = {"prompt": record["prompt"], "target": "Onhava", "subject": "Zembla", "rephrase": "Zembla's capital is"}
+    assert EditRequest.from_record(record).to_dict() == expected
+    assert EditRequest.from_record(record | nested).to_dict() == expected | {
+        "locality_prompt": "The king of Zembla is",
+        "locality_target": "Charles",
+        "portability_prompt": river[0]["prompt"],
+        "portability_target": "Nira",
+    }
+    nested["portability"]["Reasoning"] = []
+    assert EditRequest.from_record(record | nested).portability_target == "Onhava"
+    flat = {"portability_prompt": "p", "portability_ground_truth": "a"}
+    assert EditRequest.from_record(record | nested | flat).portability_prompt == "p"
+    assert EditRequest.from_record(record | {"portability": None, "locality": {"Other": "x"}}).to_dict() == expected
+
+
 def test_fields_and_defaults():
     request = EditRequest("p", "t")
     assert dataclasses.asdict(request) == {**dict.fromkeys(FULL), "prompt": "p", "target": "t", "variants": ()}

@@ -116,7 +116,7 @@ def test_results_of_earlier_versions_stay_readable():
 
 
 def test_locality_along_the_answer_of_the_data_set_keeps_its_meaning(tmp_path):
-    """Up to version 0.2 ``locality_agreement`` followed the data set's answer: it must not pass for today's."""
+    """In earlier versions ``locality_agreement`` followed the data set's answer: it must not pass for today's."""
     run = write_run(tmp_path / "runs")
     document = json.loads((run / "run.json").read_text())
     earlier = {"efficacy": "efficacy", "portability": "multi_hop", "locality_agreement": "locality_agreement"}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from stableedit_cpp.data.knowedit import NESTED, nested_questions
 from stableedit_cpp.data.variants import MOVABLE, is_variant_column, numbered_variants
 from stableedit_cpp.files.words import with_nearest
 
@@ -41,7 +42,8 @@ class Format:
 
     def uses(self, name: str) -> bool:
         """Whether a field of a record with this name makes up a part of a request."""
-        return name in self.fields.values() or (self.name == "stableedit" and is_variant_column(name))
+        more = {"stableedit": is_variant_column, "counterfact": NESTED.__contains__}.get(self.name)
+        return name in self.fields.values() or (more is not None and more(name))
 
     def values(self, record: Mapping[str, object], seed: int = 0, variants: Sequence[str] = ()) -> dict[str, object]:
         """What a record says of each field of an EditRequest.
@@ -67,6 +69,8 @@ class Format:
                 f"{', '.join(map(str, record)) or 'none'}"
             )
         values = {name: record.get(own) for name, own in self.fields.items()}
+        if self.name == "counterfact":
+            values |= {name: value for name, value in nested_questions(record).items() if values[name] is None}
         if self.name == "stableedit" and (numbered := numbered_variants(record)):
             values["variants"] = [*_listed(values["variants"]), *numbered]
         if variants:
@@ -132,6 +136,8 @@ FORMATS = (
             "rephrase": "rephrase_prompt",
             "locality_prompt": "locality_prompt",
             "locality_target": "locality_ground_truth",
+            "portability_prompt": "portability_prompt",
+            "portability_target": "portability_ground_truth",
             "subject": "subject",
             "id": "case_id",
         },

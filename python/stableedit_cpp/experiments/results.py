@@ -31,7 +31,7 @@ RUN_FILE, TURNS_FILE = "run.json", "turns.jsonl"
 RUN = {"format": "stableedit-bench-run", "version": 1}
 _THEORY_FILE, _THEORY = "theory.json", {"format": "stableedit-bench-theory", "version": 1}
 MEASUREMENTS = ("geometry", "probe")  # parts of a turn's seconds that are not editing
-# Up to version 0.2 of the program locality was measured along the data set's answer to the unrelated prompt.
+# In earlier versions of the program locality was measured along the data set's answer to the unrelated prompt.
 _ALONG_THE_TARGET = {"locality_agreement": "locality_target_agreement", "locality_kl": "locality_target_kl"}
 _NEEDED = ("name", "status", "settings.editor", "settings.dataset", "settings.model", "settings.seed")
 _NEEDED += ("settings.data.edits", "settings.config", "provenance", "checkpoints", "cost")
