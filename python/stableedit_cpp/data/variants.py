@@ -17,6 +17,7 @@ MOVABLE = {
     "rephrase": ("rephrase", "target"),
     "persona": ("persona", "target"),
     "multi_hop": ("multi_hop_prompt", "multi_hop_target"),
+    "portability": ("portability_prompt", "portability_target"),
 }
 
 
