@@ -106,6 +106,33 @@ class TestAudit:
         assert report.superseded == 2 and report.requests == 13
         assert "2 superseded" in str(report)
 
+    def test_a_request_holds_with_all_its_variants(self, forgetful):
+        """Facts in groups hold where all of them do alone."""
+        alone = audit(forgetful, FACTS).entries
+        groups = [[0, 1], [2], [3, 4, 5], [6, 7, 8], [9], [10, 11, 12]]
+        pairs = [(fact["prompt"], fact["target"]) for fact in FACTS]
+        requests = [se.EditRequest(*pairs[first], variants=[pairs[i] for i in rest]) for first, *rest in groups]
+        report = audit(forgetful, requests)
+        for entry, (first, *rest) in zip(report.entries, groups, strict=True):
+            assert entry.holds == all(alone[i].holds for i in (first, *rest))
+            assert entry.lost_variants == [FACTS[i]["prompt"] for i in rest if not alone[i].holds]
+            assert entry.accuracy == alone[first].accuracy
+            assert entry.probability == min(alone[i].probability for i in (first, *rest))
+        assert any(
+            entry.lost_variants and alone[first].holds
+            for entry, (first, *_) in zip(report.entries, groups, strict=True)
+        )
+        before = len(report.forgotten)
+        assert len(repair(forgetful, requests, rounds=3).after.forgotten) < before
+
+    def test_what_a_later_request_answers_otherwise_is_left_to_it(self, tokenizer, forgetful):
+        first = {**FACTS[0], "variants": [("Gold is", "Ag"), ("Snow is", "white")]}
+        solved = []
+        forgetful.on_turn = lambda turn: solved.extend(turn.requests)
+        report = repair(forgetful, [first, FACTS[1]], min_probability=0.9999)
+        assert solved == se.data.request.as_requests([first | {"variants": [("Snow is", "white")]}, FACTS[1]])
+        assert (report.before.requests, report.before.superseded) == (2, 0)
+
     def test_trunk_gives_the_same(self, tokenizer):
         editor = make(tokenizer, edit_modules=MODULES[1:])
         trunk = se.TrunkCache(editor.model, editor.modules)

@@ -94,8 +94,8 @@ class EditRequest:
 
     @property
     def answers(self) -> dict[str, str]:
-        """The target of each statement by its question: the prompt without white space around it."""
-        return {prompt.strip(): target for prompt, target in self.statements}
+        """The target of each statement by its question, both without white space around them."""
+        return {prompt.strip(): target.strip() for prompt, target in self.statements}
 
     def to_dict(self) -> dict[str, object]:
         """The fields that are set, for JSON."""

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from stableedit_cpp.data.request import EditRequest
 
-__all__ = ["current_parts", "warn_of_contradictions", "without_questions"]
+__all__ = ["current_part", "current_parts", "replaces", "warn_of_contradictions"]
+
+
+def replaces(later: EditRequest, earlier: EditRequest, question: str) -> bool:
+    """Whether a request takes a question from an earlier one, both of which ask it: where it answers otherwise, and
+    where it is the prompt of both. What agrees stands side by side, the same consequence of two facts say."""
+    return later.answers[question] != earlier.answers[question] or question == later.question == earlier.question
 
 
 def current_parts(requests: Sequence[EditRequest]) -> dict[int, EditRequest]:
     """What is to hold of requests that were edited in this order, by index.
 
-    A request whose prompt a later one asks, as its prompt or as a variant, is not there: it is superseded. One of which
-    a later request asks only variants stays, without these.
+    A request whose prompt a later one takes, with its prompt or a variant, is not there: it is superseded. One of which
+    a later request takes only variants stays, without these.
     """
-    last = {question: index for index, request in enumerate(requests) for question in request.answers}
-    return {
-        index: without_questions(request, {question for question in request.answers if last[question] != index})
-        for index, request in enumerate(requests)
-        if last[request.question] == index
-    }
+    last = {question: request for request in requests for question in request.answers}
+    return {index: part for index, request in enumerate(requests) if (part := current_part(request, last)) is not None}
 
 
-def without_questions(request: EditRequest, gone: Container[str]) -> EditRequest:
-    """The request without the variants that ask one of these questions; itself where there is none."""
-    left = tuple(pair for pair in request.variants if pair[0].strip() not in gone)
+def current_part(request: EditRequest, last: Mapping[str, EditRequest]) -> EditRequest | None:
+    """What is to hold of a request; None if it is superseded.
+
+    Args:
+        last: the request that asked a question last, this one or a later, for each of its questions.
+    """
+    taken = {q for q in request.answers if last[q] is not request and replaces(last[q], request, q)}
+    if request.question in taken:
+        return None
+    left = tuple(pair for pair in request.variants if pair[0].strip() not in taken)
     return request if len(left) == len(request.variants) else replace(request, variants=left)
 
 
@@ -38,7 +47,7 @@ def warn_of_contradictions(requests: Sequence[EditRequest]) -> None:
     for index, request in enumerate(requests):
         for question, target in request.answers.items():
             before = answers.get(question, target)
-            if before.strip() != target.strip():
+            if before != target:
                 found.setdefault(index, (question, before, target))
             answers[question] = target
     if found:

@@ -11,6 +11,7 @@ from typing import Literal
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.superseding import replaces
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
 from stableedit_cpp.editors.turn import Turn, Work
@@ -33,15 +34,15 @@ def names_of(requests: Sequence[EditRequest]) -> list[str]:
 
 
 def turns_of(requests: Sequence[EditRequest], turn_size: int) -> Iterator[slice]:
-    """Cut a stream into turns of that size, or shorter ones: no turn holds two requests with one question, which it
-    would answer half and half, be it the prompt or a variant of theirs. The later one begins a new turn, and sees the
-    earlier one done."""
-    begin, asked = 0, set()
+    """Cut a stream into turns of that size, or shorter ones: no turn holds two requests of which the later replaces
+    what the earlier says, which it would answer half and half. The later one begins a new turn, and sees the earlier
+    one done."""
+    begin, asked = 0, {}
     for index, request in enumerate(requests):
-        if index - begin == turn_size or not asked.isdisjoint(request.answers):
+        if index - begin == turn_size or any(q in asked and replaces(request, asked[q], q) for q in request.answers):
             yield slice(begin, index)
-            begin, asked = index, set()
-        asked.update(request.answers)
+            begin, asked = index, {}
+        asked |= dict.fromkeys(request.answers, request)
     if asked:
         yield slice(begin, len(requests))
 

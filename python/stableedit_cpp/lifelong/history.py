@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.superseding import current_part, replaces
 from stableedit_cpp.lifelong.journal.codec import decode_requests
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.naming import asks_for, with_ids
@@ -31,7 +32,7 @@ class RequestEntry:
 
     Attributes:
         turn: the one it was edited in. repairs: turns that repaired it.
-        superseded_by: id of a later request with the same prompt that is current or superseded itself.
+        superseded_by: id of the last request that asks its prompt, where that replaces it (``data.superseding``).
         reverted_in: turn of the revert that took it out.
     """
 
@@ -115,8 +116,10 @@ class History:
         raise ValueError(f"there is no turn {turn}; the turns are 0 (before the first) to {len(self.steps)}")
 
     def current(self) -> list[EditRequest]:
-        """The requests that hold: edited, neither reverted nor superseded by one with the same prompt."""
-        return [entry.request for entry in self.entries.values() if entry.current]
+        """The requests that hold: edited, neither reverted nor superseded; without those variants that a later request
+        answers otherwise."""
+        last = {question: edited[-1] for question, edited in self._edited.items() if edited}
+        return [current_part(entry.request, last) for entry in self.entries.values() if entry.current]
 
     def pending(
         self, requests: Iterable[EditRequest | Mapping[str, object]], *, warm_up: bool = False
@@ -130,20 +133,41 @@ class History:
         requests = as_requests(requests)
         known, stacks = (self.warm_up, self._warmed_up) if warm_up else (self.entries, self._edited)
         asked: dict[str, list[int]] = {}
+        last: dict[str, int] = {}
         for index, request in enumerate(requests):
             asked.setdefault(request.question, []).append(index)
-        left = []
+            last |= dict.fromkeys(request.answers, index)
+        left = set()
         for question, indices in asked.items():
-            wanted = [requests[index] for index in indices]
-            left += indices[_done(stacks.get(question, []), wanted) :]
+            edited = [request for request in stacks.get(question, []) if request.question == question]
+            left.update(indices[_done(edited, [requests[index] for index in indices]) :])
+        for question, index in last.items():  # what a variant of another file has replaced since
+            edited = stacks.get(question)
+            if not edited or edited[-1].answers[question] != requests[index].answers[question]:
+                left.add(index)
         return with_ids([requests[index] for index in sorted(left)], known)
 
     def predecessor(self, question: str, without: Container[str] = ()) -> str | None:
-        """Id of the request that is current for a question, or would be ``without`` some."""
+        """Id of the request that asked a question last, as its prompt or a variant, or would have ``without`` some."""
         for request in reversed(self._edited.get(question, [])):
             if self.entries[request.id].reverted_in is None and request.id not in without:
                 return request.id
         return None
+
+    def holds(self, id: str, question: str) -> bool:
+        """Whether this request is the last that asked a question."""
+        return self.predecessor(question) == id
+
+    def superseded_by(self, request: EditRequest) -> list[str]:
+        """Ids of the current requests that this one would supersede."""
+        return [
+            earlier.id
+            for question in request.answers
+            for earlier in self._edited.get(question, [])
+            if earlier.question == question
+            and self.entries[earlier.id].current
+            and replaces(request, earlier, question)
+        ]
 
     def _forget_requests(self) -> None:
         self.entries: dict[str, RequestEntry] = {}
@@ -158,28 +182,34 @@ class History:
         if step.kind == "revert":
             for id in content["requests"]:
                 self.entries[id].reverted_in = step.turn
-            for question in {self.entries[id].request.question for id in content["requests"]}:
+            for question in {q for id in content["requests"] for q in self.entries[id].request.answers}:
                 self._settle(question)
             return
         for request in decode_requests(content):
             if step.kind == "warm_up":
                 self.warm_up[request.id] = request
-                self._warmed_up.setdefault(request.question, []).append(request)
+                for question in request.answers:
+                    self._warmed_up.setdefault(question, []).append(request)
             elif step.kind == "repair":
                 self.entries[request.id].repairs.append(step.turn)
             else:
                 self.entries[request.id] = RequestEntry(request.id, request, step.turn)
-                self._edited.setdefault(request.question, []).append(request)
-                self._settle(request.question)
+                for question in request.answers:
+                    self._edited.setdefault(question, []).append(request)
+                    self._settle(question)
 
     def _settle(self, question: str) -> None:
-        """The topmost is current; it supersedes those under it."""
-        entries = [self.entries[request.id] for request in self._edited[question]]
-        while entries and entries[-1].reverted_in is not None:
-            entries.pop().superseded_by = None
-        del self._edited[question][len(entries) :]
-        for entry in entries:
-            entry.superseded_by = entries[-1].id if entry is not entries[-1] else None
+        """The topmost is current; it supersedes those under it whose prompt it takes."""
+        edited = self._edited[question]
+        while edited and self.entries[edited[-1].id].reverted_in is not None:
+            self._supersede(edited.pop(), question, None)
+        for request in edited:
+            self._supersede(request, question, edited[-1])
+
+    def _supersede(self, request: EditRequest, question: str, top: EditRequest | None) -> None:
+        if request.question == question:
+            gone = top is not None and top is not request and replaces(top, request, question)
+            self.entries[request.id].superseded_by = top.id if gone else None
 
 
 def _done(edited: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> int:

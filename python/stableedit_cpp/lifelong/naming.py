@@ -35,9 +35,9 @@ def with_ids(requests: Sequence[EditRequest], taken: Container[str] = ()) -> lis
 
 
 def asks_for(request: EditRequest, edited: EditRequest) -> bool:
-    """Whether a request asks for what was edited: the same answer to the same question and, if it has an id, under that
-    id, or under that with the number that ``with_ids`` gave it."""
-    if (request.question, request.target.strip()) != (edited.question, edited.target.strip()):
+    """Whether a request asks for what was edited: the same answer to the same question, with the same variants, and, if
+    it has an id, under that id, or under that with the number that ``with_ids`` gave it."""
+    if request.question != edited.question or request.answers != edited.answers:
         return False
     stem, _dash, number = edited.id.rpartition("-")
     return request.id in (None, edited.id) or (request.id == stem and number.isdigit())

@@ -10,7 +10,7 @@ Neither feeds the running statistics, which keep what they have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -34,13 +34,15 @@ _PASSES = 20  # to bring answers back; 13 were the most in 50 reverts after 1,00
 
 @dataclass(frozen=True)
 class RevertedRequest:
-    """What became of one request.
+    """What became of one request, or of one of its variants.
 
     Attributes:
-        wanted: the answer that was to come back: that of the unedited model, or the target of the request with the same
-            prompt that is current again (``follows``); None if a later one with the same prompt is current anyway.
+        id: of the request. prompt, target: its own, or those of the variant.
+        wanted: the answer that was to come back: that of the unedited model, or the target of the request that asked
+            the same before (``follows``); None if a later one that asks the same is there anyway.
         before, after: the model's free answer, as many tokens as the wanted one (the target, if none is wanted) has.
         back: whether ``after`` is ``wanted``, token by token; None if none is wanted.
+        variants: the same of each variant, in order.
     """
 
     id: str
@@ -51,6 +53,7 @@ class RevertedRequest:
     before: str
     after: str
     back: bool | None
+    variants: list[RevertedRequest] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class RevertReport:
         turn: its number in the session.
         passes: solutions that it took to bring the answers back.
         others: how many of the other current requests were protected and scored.
-        others_before, others_after: their efficacy (teacher-forced token accuracy); None if there are none.
+        others_before, others_after: their efficacy (teacher-forced token accuracy, on variants, too); None if there are
+            none.
     """
 
     turn: int
@@ -73,15 +77,19 @@ class RevertReport:
 
     @property
     def back(self) -> tuple[int, int]:
-        """How many answers came back, and how many were to."""
-        wanted = [request.back for request in self.requests if request.back is not None]
+        """How many answers came back, and how many were to; those to variants count, too."""
+        wanted = [answer.back for answer in self._answers if answer.back is not None]
         return sum(wanted), len(wanted)
+
+    @property
+    def _answers(self) -> list[RevertedRequest]:
+        return [answer for request in self.requests for answer in (request, *request.variants)]
 
     def __str__(self) -> str:
         lines = [
             f"{request.id}: {request.prompt!r:.60} answered {request.before!r}, now {request.after!r}"
             + ("" if request.back is not False else f" instead of {request.wanted!r}")
-            for request in self.requests
+            for request in self._answers
         ]
         lines.append(f"turn {self.turn}: {self.back[0]} of {self.back[1]} answers are back ({self.passes} passes)")
         if self.others:
@@ -122,39 +130,50 @@ def revert(
     passes = work.bring_back([want for want in wanted if want is not None], progress) if bring_back else 0
 
     decode = partial(editor.form.text, editor.tokenizer)
-    requests = [
+    found = iter(
         RevertedRequest(
             id=entry.id,
-            prompt=entry.request.prompt,
-            target=entry.request.target,
+            prompt=prompt,
+            target=target,
             wanted=decode(want.answer) if want else None,
             follows=predecessor,
             before=decode(before),
             after=decode(after),
             back=after == want.answer if want else None,
         )
-        for entry, want, predecessor, before, after in zip(
-            entries, wanted, follows, answers_before, work.answers(asked), strict=True
+        for (entry, prompt, target), want, predecessor, before, after in zip(
+            _statements(entries), wanted, follows, answers_before, work.answers(asked), strict=True
         )
-    ]
+    )
+    requests = [replace(next(found), variants=[next(found) for _ in entry.request.variants]) for entry in entries]
     turn = view.history.next_turn
     report = RevertReport(turn, requests, passes, len(others), work.efficacy_before, work.efficacy_now())
     return report, work.added
 
 
+def _statements(entries: Sequence[RequestEntry]) -> list[tuple[RequestEntry, str, str]]:
+    """Entry, prompt and target of each statement, in the order of their tokens."""
+    return [(entry, *statement) for entry in entries for statement in entry.request.statements]
+
+
 def _wanted(
     view: SessionView, editor: Editor, entries: Sequence[RequestEntry], own: Sequence[TokenSequence], work: _Revert
 ) -> tuple[list[TokenSequence | None], list[str | None]]:
-    """The answer that is to come back for each request, and the id of the request that asks for it."""
+    """The answer that is to come back to each statement, and the id of the request that asks for it."""
     with editor.unedited():
         unedited = work.answers(own)
     wanted: list[TokenSequence | None] = []
-    follows = [view.history.predecessor(entry.request.question, {e.id for e in entries}) for entry in entries]
-    for entry, sequence, answer, other in zip(entries, own, unedited, follows, strict=True):
-        if not entry.current:
+    follows: list[str | None] = []
+    ids = {entry.id for entry in entries}
+    for (entry, prompt, _), sequence, answer in zip(_statements(entries), own, unedited, strict=True):
+        question = prompt.strip()
+        other = view.history.predecessor(question, ids)
+        follows.append(other)
+        if not view.history.holds(entry.id, question):
             wanted.append(None)
         elif other is not None:
-            wanted.extend(editor.tokenize([view.history.entries[other].request]))
+            request = view.history.entries[other].request
+            wanted.append(editor.tokenize([request])[list(request.answers).index(question)])
         else:
             prompt, answer = sequence.ids[: sequence.first + 1], editor.form.cut(answer)
             wanted.append(TokenSequence(prompt + answer[:-1], answer))

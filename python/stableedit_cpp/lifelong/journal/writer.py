@@ -102,8 +102,8 @@ class Recorder(Follower):
             factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair"
             content, tensors = encode_turn(turn, factors=factors or self.editor.guard is not None)
             if turn.kind == "edit":
-                before = {request.id: self.view.history.predecessor(request.question) for request in turn.requests}
-                content["supersedes"] = {new: old for new, old in before.items() if old is not None}
+                before = {request.id: self.view.history.superseded_by(request) for request in turn.requests}
+                content["supersedes"] = {new: ", ".join(old) for new, old in before.items() if old}
             self._append_step(content, tensors)
 
     def final(self, turn: AppliedTurn) -> None:
