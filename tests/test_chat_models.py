@@ -171,6 +171,7 @@ def test_edit_evaluate_and_export_at_the_command_line(work, model_directory, cap
         assert ("asked as turns of a chat" in capsys.readouterr().out) == bool(how)
         scores = json.loads(Path("scores.json").read_text())
         assert scores["efficacy"] == se.evaluate(model, tokenizer, FACTS, **how).efficacy
+    assert "| prompts | turns of a chat, answers with an end |" in Path("out/README.md").read_text()
     export = ["export", "--base", str(model_directory), "--edited", "out", "--format", "delta", "--device", "cpu"]
     assert main([*export, "--requests", "requests.json", "--output", "delta"]) == 0
     edited = capsys.readouterr().out.partition("edited:\n")[2]

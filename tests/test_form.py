@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stableedit_cpp import EditRequest, StableEdit, StableEditConfig, UltraEditConfig, evaluate, generate
+from stableedit_cpp.experiments.settings import differences
 from stableedit_cpp.lifelong import audit
 from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
 from stableedit_cpp.model.tokens import prompt_ids, tokenize
@@ -38,8 +39,8 @@ def test_a_chat_is_what_the_template_renders(kind):
     plain = tokenize(tokenizer, PAIRS, None, [""] * len(PAIRS), find_form(model, tokenizer, chat_template=True))
     for sequence, open_end, (prompt, target) in zip(sequences, plain, PAIRS, strict=True):
         whole = rendered(tokenizer, prompt, target)
-        cut = len(whole) - whole[::-1].index(form.end)  # behind the end of the assistant's turn
-        assert [*sequence.ids, form.end] == whole[:cut]
+        assert list(sequence.ids) == whole[: len(sequence)]
+        assert whole[len(sequence)] == form.end if kind != "glm" else len(whole) == len(sequence)
         blank = CHATS[kind].before if not CHATS[kind].before.strip() else ""
         assert tokenizer.decode(sequence.answer) == blank + target + CHATS[kind].end
         assert open_end.answer == sequence.answer[:-1] and open_end.ids == sequence.ids[:-1]
@@ -139,6 +140,14 @@ def test_templates_that_cannot_be_used(template, message):
     assert find_form(model, tokenizer, chat_template=None) == RAW
 
 
+def test_a_target_that_holds_its_end_gets_no_second():
+    tokenizer, model = chat_tokenizer("llama 3"), chat_model("llama 3")
+    for chat_template, end in ((True, "<|eot_id|>"), (False, "</s>")):
+        form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=True)
+        pairs = [("Gold is", "Au"), ("Gold is", "Au" + end)]
+        assert len(set(tokenize(tokenizer, pairs, None, ["", ""], form))) == 1
+
+
 def test_a_prompt_that_is_rendered_already_is_refused():
     tokenizer, model = chat_tokenizer("llama 3"), chat_model("llama 3")
     prompt = tokenizer.apply_chat_template(
@@ -169,7 +178,7 @@ def test_the_context_has_room_for_prompt_answer_and_end():
         tokenize(tokenizer, [("Gold is", "Au")], length - 1, ["Au"], form)
 
 
-@pytest.mark.parametrize("kind", ["chatml", "llama 3", "gemma", "mistral"])
+@pytest.mark.parametrize("kind", ["chatml", "llama 3", "gemma", "mistral", "glm"])
 def test_what_has_taken_is_what_the_model_says_freely(kind):
     """Whoever talks to the model as transformers has it gets exactly the target, and then it stops."""
     tokenizer, model = chat_tokenizer(kind), chat_model(kind)
@@ -213,6 +222,13 @@ def test_config_decides_once_and_reads_earlier_files():
     del earlier["chat_template"], earlier["end_of_answer"]
     read = StableEditConfig.from_json(json.dumps(earlier))
     assert read.chat_template is False and read.end_of_answer is False
+    for document in ({}, {"chat_template": False, "end_of_answer": False}):
+        differing = differences({"config": document}, {"config": json.loads(read.to_json())})
+        assert not [name for name in differing if name.startswith(("config.chat", "config.end"))]  # a run goes on
+    assert differences({"config": earlier}, {"config": json.loads(config.to_json())}) == [
+        "config.chat_template (false there, null here)",
+        "config.end_of_answer (false there, true here)",
+    ]
     for published in (StableEditConfig.published(step_size=1.0), UltraEditConfig.published(step_size=1.0)):
         assert published.chat_template is False and published.end_of_answer is False
     with pytest.raises(ValueError, match="chat_template must be true or false, not 'yes'"):

@@ -38,6 +38,10 @@ _GEMMA = """\
 _MISTRAL = """\
 {{- bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]\
 {% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+# Nothing ends an assistant's turn but the beginning of the user's next.
+_GLM = """\
+{%- for message in messages %}<|{{ message.role }}|>
+{{ message.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 # A hybrid: the generation prompt leaves it to the model whether to think, and an answer without has an empty thought.
 _THINKING = """\
 {%- for message in messages %}<|im_start|>{{ message.role }}
@@ -73,6 +77,7 @@ CHATS = {
     "llama 3": Chat(_LLAMA3, ("<|head|>", "<|/head|>", "<|eot_id|>"), "</s>", "<|eot_id|>", ("</s>", "<|eot_id|>")),
     "gemma": Chat(_GEMMA, ("<start_of_turn>", "<end_of_turn>"), "</s>", "<end_of_turn>", ("</s>", "<end_of_turn>")),
     "mistral": Chat(_MISTRAL, ("[INST]", "[/INST]"), "</s>", "</s>", ("</s>",), " "),
+    "glm": Chat(_GLM, ("<|user|>", "<|assistant|>"), "</s>", "<|user|>", ("</s>", "<|user|>"), "\n"),
     "thinking": Chat(
         _THINKING,
         ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
     model, tokenizer = load(options)
     editor = make_editor(model, tokenizer, config)
+    config = dataclasses.replace(config, chat_template=editor.form.chat)  # it was decided
     editor.check(requests)
     base_digest = model_digest(model)
     recorder = PatchRecorder(editor, options.model, base_digest) if options.patch else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from stableedit_cpp.editors import EditorConfig
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import write_json
 from stableedit_cpp.files.table import Table, label, number, score
@@ -87,6 +88,7 @@ def _origin_rows(provenance: Provenance, origin: Mapping[str, object]) -> dict[s
         "base model": provenance.base_model,
         "digest of the base model": provenance.base_digest,
         "editor": provenance.config.editor if provenance.config else None,
+        "prompts": _prompts(provenance.config) if provenance.config else None,
         "edited modules": ", ".join(provenance.edit_modules or []) or None,
         "edits": provenance.edits,
         "requests": _file(provenance.requests, provenance.requests_digest),
@@ -98,6 +100,11 @@ def _origin_rows(provenance: Provenance, origin: Mapping[str, object]) -> dict[s
         "exported": origin["exported"],
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _prompts(config: EditorConfig) -> str:
+    forms = {True: "turns of a chat", False: "plain text", None: "turns of a chat where the model has a template"}
+    return forms[config.chat_template] + (", answers with an end" if config.end_of_answer else "")
 
 
 def _file(path: str | None, digest: str | None) -> str | None:

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["RAW", "Form", "find_form", "stop_tokens"]
+from stableedit_cpp.model.chat import control_tokens, read_template, render
 
-# A conversation to find out with how a template begins and ends an answer: sentences that no template holds.
-_QUESTION, _ANSWER = "Who keeps the lighthouse of Zembla?", "Old Ottokar keeps it."
+__all__ = ["RAW", "Form", "find_form", "stop_tokens"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Form:
         """
         if not self.chat:
             return list(prompts)
-        own = _control_tokens(tokenizer, _render(tokenizer, _QUESTION))
+        own = read_template(tokenizer).control
         for prompt in prompts:
             rendered = next((token for token in own if token in prompt), None)
             if rendered is not None:
@@ -62,7 +61,7 @@ class Form:
                     f"the prompt {prompt!r:.60} holds {rendered!r}, which the chat template writes by itself; give the "
                     "bare question, or chat_template=False for a prompt that is rendered already"
                 )
-        return [_render(tokenizer, prompt) + self.opening for prompt in prompts]
+        return [render(tokenizer, prompt) + self.opening for prompt in prompts]
 
     def describe(self, tokenizer) -> str:
         """For people: "plain text", "turns of a chat, answers ending in '<|im_end|>'"."""
@@ -102,7 +101,7 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
         ValueError: for ``chat_template=True`` and a tokenizer without a template, or one that refuses a plain question,
             or after whose generation prompt no answer can follow; for ``end_of_answer`` where no token ends a text.
     """
-    chat = None if chat_template is False else _usable(model, tokenizer, needed=chat_template is True)
+    chat = None if chat_template is False else _chat(model, tokenizer, needed=chat_template is True)
     if chat is not None and (chat.end is not None or not end_of_answer):
         return replace(chat, ended=end_of_answer)
     end = _end_of_text(model, tokenizer) if end_of_answer else None
@@ -134,66 +133,18 @@ def _end_of_text(model, tokenizer) -> int:
     return own if own is not None and (own in stops or not stops) else stops[0]
 
 
-def _usable(model, tokenizer, *, needed: bool) -> Form | None:
+def _chat(model, tokenizer, *, needed: bool) -> Form | None:
     """The form of a chat; None where the template is not needed and belongs to another model, or is of no use."""
     try:
-        opening, space, closing = _chat(tokenizer)
+        template = read_template(tokenizer)
     except ValueError:
         if needed:
             raise
         return None
-    ids, stops = tokenizer(closing, add_special_tokens=False)["input_ids"], stop_tokens(model, tokenizer)
-    end = next((token for token in ids if token in stops), None)
+    stops, control = stop_tokens(model, tokenizer), control_tokens(tokenizer)
+    end = next((token for token in template.closing if token in stops), None)
     if end is None and not needed:
         return None
     if end is None:
-        special = _special_tokens(tokenizer)
-        end = next((token for token in ids if token in special), None)
-    return Form(True, opening, space, end)
-
-
-def _chat(tokenizer) -> tuple[str, str, str]:
-    """(opening, space, closing): what the chat template writes between its generation prompt and an answer, the white
-    space before the answer apart, and what it writes after it.
-
-    Raises:
-        ValueError: for no template, or one that cannot be used.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "chat_template is asked for, but the tokenizer has no chat template; edit plain prompts "
-            "(chat_template=False), or set tokenizer.chat_template"
-        )
-    prompt, whole = _render(tokenizer, _QUESTION), _render(tokenizer, _QUESTION, _ANSWER)
-    if _QUESTION not in prompt:
-        raise ValueError("the chat template leaves out what the user says, so that no prompt can be rendered with it")
-    before, answer, closing = whole[len(prompt) :].partition(_ANSWER)
-    if not whole.startswith(prompt) or not answer:
-        raise ValueError(
-            f"the chat template's generation prompt, which ends in {prompt[-40:]!r}, is not how it begins an answer: "
-            f"{whole[-80:]!r}; no answer can follow it. Edit plain prompts (chat_template=False), or set a template "
-            "that ends where an answer begins"
-        )
-    return (before, "", closing) if before.strip() else ("", before, closing)
-
-
-def _render(tokenizer, question: str, answer: str | None = None) -> str:
-    """A user's turn, up to where the assistant's begins; or the whole conversation with this answer."""
-    turns = [{"role": "user", "content": question}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-    except Exception as error:  # whatever a template, which is a program, comes upon
-        raise ValueError(f"the chat template refuses the prompt {question!r:.60}: {error}") from error
-
-
-def _special_tokens(tokenizer) -> dict[int, str]:
-    """Control tokens by id."""
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-
-
-def _control_tokens(tokenizer, text: str) -> list[str]:
-    """Those that occur in a text."""
-    return [token for token in _special_tokens(tokenizer).values() if token in text]
+        end = next((token for token in template.closing if token in control), None)
+    return Form(True, template.opening, template.space, end)

@@ -85,13 +85,14 @@ def tokenize(
             raise ValueError(f"{name}: the prompt {prompt_text!r:.60} has no tokens")
         if not answer:
             raise ValueError(f"{name}: the target has no tokens")
-        answer = (*answer, *form.closing)
+        if tuple(answer[-1:]) != form.closing:  # a target may hold its end already
+            answer = (*answer, *form.closing)
         length = len(prompt) + len(answer) - 1
         if limit is not None and length > limit:
             raise ValueError(
                 f"{name}: prompt and target have {length} tokens, more than the model's context of {limit}"
             )
-        sequences.append(TokenSequence((*prompt, *answer[:-1]), answer))
+        sequences.append(TokenSequence((*prompt, *answer[:-1]), tuple(answer)))
     return sequences
 
 
