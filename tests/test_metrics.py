@@ -12,7 +12,8 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.data import iter_requests, read_requests
-from stableedit_cpp.evaluation.generation import Continuation, generate_continuations, is_answer, judge
+from stableedit_cpp.evaluation.free_answers import is_answer, judge
+from stableedit_cpp.evaluation.generation import Continuation, generate_continuations
 from stableedit_cpp.evaluation.scores import PROBES
 from stableedit_cpp.model.tokens import TokenSequence, answer_positions, collate, tokenize
 from support.answers import Successor, follower, readable
@@ -299,6 +300,19 @@ def test_a_model_that_runs_on_after_the_answer(tokenizer, chain, free, contains,
         found = [scores[f"{probe}_{name}"].mean for name in ("free", "contains", "contains_and_stops")]
         assert found == [free, contains, stops], probe
         assert scores.per_request[0][f"{probe}_text"] == chain[1:12]
+
+
+def test_an_answer_that_is_known_to_end_is_not_written_again(tokenizer, monkeypatch):
+    """What a model says and where it stops is known from its top choices along the answer."""
+    model = follower(tokenizer, "q ab")
+    request = {"prompt": "q", "target": "ab", "rephrase": "xq"}
+    how = {"metrics": ["generation"], "progress": False}
+    written = se.evaluate(follower(tokenizer, "q ab"), tokenizer, [request, {"prompt": "q", "target": "a"}], **how)
+    assert [record["efficacy_text"] for record in written.per_request] == [" ab", " ab"]
+    assert [record["efficacy_free"] for record in written.per_request] == [1, 0]
+    monkeypatch.setattr(model, "generate", None)
+    assert se.evaluate(model, tokenizer, [request], **how).per_request == written.per_request[:1]
+    assert se.evaluate(model, tokenizer, [request], end_of_answer=True, **how).per_request == written.per_request[:1]
 
 
 def test_free_answers_are_those_of_transformers(tokenizer):

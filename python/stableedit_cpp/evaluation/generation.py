@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,12 +17,10 @@ from stableedit_cpp.model.untouched import input_device, untouched
 __all__ = [
     "Continuation",
     "Written",
+    "as_text",
     "check_room",
-    "continuations",
     "generate",
     "generate_continuations",
-    "is_answer",
-    "judge",
     "write_greedily",
 ]
 
@@ -112,26 +108,7 @@ def generate_continuations(
     names = [f"the prompt {prompt!r:.60}" for prompt in prompts]
     check_room([len(s) for s in sequences], max_new_tokens, context_length(model), names)
     how = {"end": form.end, "max_tokens": max_tokens, "on_done": on_done}
-    return continuations(model, tokenizer, sequences, max_new_tokens, **how)
-
-
-def continuations(
-    model: torch.nn.Module,
-    tokenizer,
-    prompts: Sequence[TokenSequence],
-    max_new_tokens: Sequence[int],
-    *,
-    end: int | None = None,
-    max_tokens: int = 2048,
-    on_done: Callable[[int], object] | None = None,
-) -> list[Continuation]:
-    """``generate_continuations`` of prompts that are tokens already, and that leave room for the new ones.
-
-    Args:
-        end: a token that ends the text beside those at which the model's generation stops.
-    """
-    how = {"end": end, "max_tokens": max_tokens, "on_done": on_done}
-    return [_text(tokenizer, found) for found in write_greedily(model, tokenizer, prompts, max_new_tokens, **how)]
+    return [as_text(tokenizer, found) for found in write_greedily(model, tokenizer, sequences, max_new_tokens, **how)]
 
 
 def write_greedily(
@@ -144,8 +121,13 @@ def write_greedily(
     max_tokens: int,
     on_done: Callable[[int], object] | None = None,
 ) -> list[Written]:
-    """What a model writes after each prompt, always the likeliest token, many prompts at a time. Arguments as
-    ``continuations``."""
+    """What a model writes after each prompt, always the likeliest token, many prompts at a time.
+
+    Args:
+        prompts, max_new_tokens: token ids, and how many may follow each; there is room for them in the context.
+        end: a token that ends a text beside those at which the model's generation stops.
+        max_tokens, on_done: as for ``generate_continuations``.
+    """
     ends = list(dict.fromkeys([*stop_tokens(model, tokenizer), *([] if end is None else [end])]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     found: list[Written | None] = [None] * len(prompts)
@@ -184,7 +166,7 @@ def _up_to_the_end(tokens: list[int], broken: list[bool], ends: Sequence[int]) -
     return Written(tuple(kept), stop is not None, any(broken[: len(kept)]))
 
 
-def _text(tokenizer, written: Written) -> Continuation:
+def as_text(tokenizer, written: Written) -> Continuation:
     if written.broken:
         return Continuation("", False, broken=True)
     body = list(written.tokens[:-1] if written.ended else written.tokens)
@@ -250,35 +232,3 @@ class _Watch(LogitsProcessor):
 
     def by_row(self) -> list[list[bool]]:
         return torch.stack(self._steps, 1).tolist()
-
-
-def is_answer(continuation: Continuation, answer: str) -> bool:
-    """Whether a continuation is the answer and nothing else: the model says it and stops.
-
-    Letter case, spacing, how letters are composed, and a full stop at the end make no other answer: they depend on
-    where in a sentence an answer stands. Any other word or mark does. The model stops if it ends its text, or writes
-    nothing but white space as far as it was let.
-    """
-    stops = continuation.ended or continuation.text != continuation.text.rstrip()
-    return stops and _plain(continuation.text) == _plain(answer)
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).removesuffix(".").rstrip()
-
-
-def judge(continuation: Continuation, answer: str) -> tuple[bool, bool]:
-    """Whether a continuation contains the answer, and whether it contains it and then stops.
-
-    The answer has to occur as whole words, in any case and spacing. The model stops if an end of sequence, line or
-    sentence follows; what comes after that does not matter.
-    """
-    words = r"\s+".join(re.escape(word) for word in answer.split())
-    found = list(re.finditer(rf"(?<!\w){words}(?!\w)", continuation.text, re.IGNORECASE))
-    return bool(found), any(_stops(continuation.text[match.end() :], continuation.ended) for match in found)
-
-
-def _stops(rest: str, ended: bool) -> bool:
-    if not rest.strip(" \t"):
-        return ended
-    return re.match(r"[ \t]*(\n|[.!?](?!\w))", rest) is not None

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
-from stableedit_cpp.evaluation.generation import continuations, is_answer, judge
+from stableedit_cpp.evaluation.free_answers import free_answers, is_answer, judge
 from stableedit_cpp.evaluation.locality import Reference, UneditedAnswers, locality
 from stableedit_cpp.files.words import with_nearest
 from stableedit_cpp.model.form import Form, find_form
-from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids, tokenize
+from stableedit_cpp.model.tokens import context_length, prompt_ids, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["DEFAULT_METRICS", "METRICS", "PROBES", "Score", "Scores", "check_metrics", "evaluate", "mean_and_error"]
@@ -37,7 +37,6 @@ _EARLIER = {"multi_hop": "portability"}  # names that scores had
 _GENERATED = ("efficacy", "generalization", "portability", "persona")
 _FREE = ("free", "contains", "contains_and_stops")
 _LOCALITY = ("locality_same", "locality_agreement", "locality_kl")
-_ROOM = 8  # tokens that a free answer may take beyond those of the expected one
 
 
 class Score(NamedTuple):
@@ -230,11 +229,9 @@ def evaluate(
             if "exact_match" in metrics:
                 records[question.request][f"{question.probe}_exact_match"] = float(value == 1)
         if free:
-            prompts = [TokenSequence(sequences[i].ids[: sequences[i].first + 1], ()) for i in free]
-            room = [len(sequences[i].answer) + _ROOM for i in free]
-            if limit is not None:
-                room = [min(new, limit - len(prompt) + 1) for new, prompt in zip(room, prompts, strict=True)]
-            written = continuations(model, tokenizer, prompts, room, end=form.end, **passes)
+            begun = (accuracy == 1).tolist()
+            how = {"end": form.end, "trunk": trunk, **passes}
+            written = free_answers(model, tokenizer, [sequences[i] for i in free], [begun[i] for i in free], **how)
             mark_broken([i for i, text in zip(free, written, strict=True) if text.broken], len(free))
             for i, continuation in zip(free, written, strict=True):
                 probe, answer = questions[i].probe, questions[i].answer
