@@ -273,3 +273,37 @@ class TestEditing:
         long = dataclasses.replace(request_of("q", id="a"), variants=["q", "x" * 100])
         with pytest.raises(ValueError, match=r"request 1 \(a\), variant 1: prompt and target have"):
             make(tokenizer).edit([FACTS[1], long])
+
+
+class TestScores:
+    METRICS = ("accuracy", "exact_match", "generation")
+
+    def test_are_those_of_each_variant_alone(self, tokenizer):
+        editor = make(tokenizer, **HALF | {"turn_size": 3})
+        editor.edit(WITH)
+        how = {"metrics": self.METRICS, "progress": False}
+        scores = se.evaluate(editor.model, tokenizer, WITH, **how)
+        alone = iter(se.evaluate(editor.model, tokenizer, APART, **how).per_request)
+        for request, record in zip(map(se.EditRequest.from_record, WITH), scores.per_request, strict=True):
+            (own, *variants) = [next(alone) for _ in request.statements]
+            for name, value in own.items():
+                if name.startswith("efficacy"):
+                    assert record[name] == value
+            if not variants:
+                assert {record[name] for name in scores if name.startswith("variants")} == {None}
+                continue
+            assert record["variants"] == pytest.approx(sum(v["efficacy"] for v in variants) / len(variants))
+            for what in ("exact_match", "free", "contains", "contains_and_stops"):
+                assert record[f"variants_{what}"] == float(all(v[f"efficacy_{what}"] for v in variants))
+            assert record["variants_text"] == [v["efficacy_text"] for v in variants]
+        assert scores.counts()["variants"] == {"scored": 2, "skipped": 1}
+        assert scores.variants == scores["variants"].mean is not None
+        json.dumps(scores.to_dict())
+
+    def test_are_left_out_where_there_are_none(self, tokenizer):
+        scores = se.evaluate(make(tokenizer).model, tokenizer, FACTS[:2], progress=False)
+        assert scores.variants is None and not [name for name in scores if "variant" in name]
+
+    def test_a_variant_that_is_too_long_is_named(self, tokenizer):
+        with pytest.raises(ValueError, match="request 0, variant 0: prompt and target have"):
+            se.evaluate(make(tokenizer).model, tokenizer, [request_of("x" * 100)], progress=False)

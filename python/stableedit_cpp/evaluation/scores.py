@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,11 @@ PROBES = {
     "portability": ("portability_prompt", "portability_target"),
     "persona": ("persona", "target"),
 }
+# Of its variants, a request may have several.
+_ALL_PROBES = (*PROBES, "variants")
 _ALWAYS = ("efficacy", "generalization", "specificity")
 _EARLIER = {"multi_hop": "portability"}  # names that scores had
-_GENERATED = ("efficacy", "generalization", "portability", "persona")
+_GENERATED = ("efficacy", "generalization", "portability", "persona", "variants")
 _FREE = ("free", "contains", "contains_and_stops")
 _LOCALITY = ("locality_same", "locality_agreement", "locality_kl")
 
@@ -63,8 +66,8 @@ class Scores(Mapping[str, Score]):
             unedited model's, ``unedited_text``, and with ``allow_broken`` a ``broken`` where the model answered NaN.
         efficacy: mean token accuracy on the edit prompts. generalization: on the rephrased ones. specificity: on the
             unrelated ones, against the data set's answer (it may rise above the unedited model's). portability: on
-            what follows from the edit (``multi_hop`` is an earlier name). persona: on those questions. Each is None
-            where no request has such a prompt.
+            what follows from the edit (``multi_hop`` is an earlier name). persona: on those questions. variants: on
+            those that are edited with the request. Each is None where no request has such a prompt.
     """
 
     names: tuple[str, ...]
@@ -74,9 +77,10 @@ class Scores(Mapping[str, Score]):
     specificity: float | None = field(init=False, compare=False)
     portability: float | None = field(init=False, compare=False)
     persona: float | None = field(init=False, compare=False)
+    variants: float | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        for probe in PROBES:
+        for probe in _ALL_PROBES:
             object.__setattr__(self, probe, self[probe].mean if probe in self.names else None)
 
     @property
@@ -148,6 +152,11 @@ class _Question(NamedTuple):
     prompt: str
     answer: str
 
+    def put(self, records: Sequence[dict[str, object]], name: str, value: object) -> None:
+        """Write a value into the record of the request, or add it to those of the other variants."""
+        record = records[self.request]
+        record[name] = [*(record.get(name) or []), value] if self.probe == "variants" else value
+
 
 def evaluate(
     model: torch.nn.Module,
@@ -170,8 +179,8 @@ def evaluate(
     sees is beside it by default: free answers, and locality where the unedited model is known.
 
     Args:
-        metrics: what to score beside token accuracy. ``"generation"``: greedy answers to the edit, rephrased,
-            portability and persona prompts: whether they are the answer and then stop (``efficacy_free``, see
+        metrics: what to score beside token accuracy. ``"generation"``: greedy answers to all but the unrelated
+            prompts: whether they are the answer and then stop (``efficacy_free``, see
             ``is_answer``), contain it (``efficacy_contains``), and contain it and then stop or go on in a new sentence
             (``efficacy_contains_and_stops``, see ``judge``); they may be 8 tokens longer than the answer, where the
             model's context allows that. ``"exact_match"``: whether all answer tokens are top choices when the answer so
@@ -195,6 +204,9 @@ def evaluate(
             layers have changed; an unknown metric; locality without a reference, or one with another vocabulary; a
             chat template that is not there or of no use.
         ModelBroken: if the model or the reference answers NaN, unless ``allow_broken``.
+
+    The variants of a request have one score together: the mean of their token accuracy, and yes where the answer is yes
+    for all of them (``variants_exact_match``, ``variants_free`` and so on).
     """
     check_metrics(metrics, reference)
     requests = as_requests(requests)
@@ -225,9 +237,9 @@ def evaluate(
         accuracy = answer_scores(model, sequences, trunk=trunk, **passes).accuracy
         mark_broken(accuracy.isnan().nonzero().flatten().tolist(), len(sequences))
         for question, value in zip(questions, accuracy.nan_to_num(0.0).tolist(), strict=True):
-            records[question.request][question.probe] = value
+            question.put(records, question.probe, value)
             if "exact_match" in metrics:
-                records[question.request][f"{question.probe}_exact_match"] = float(value == 1)
+                question.put(records, f"{question.probe}_exact_match", float(value == 1))
         if free:
             begun = (accuracy == 1).tolist()
             how = {"end": form.end, "trunk": trunk, **passes}
@@ -236,12 +248,10 @@ def evaluate(
             for i, continuation in zip(free, written, strict=True):
                 probe, answer = questions[i].probe, questions[i].answer
                 contains, stops = judge(continuation, answer)
-                records[questions[i].request] |= {
-                    f"{probe}_free": float(is_answer(continuation, answer)),
-                    f"{probe}_contains": float(contains),
-                    f"{probe}_contains_and_stops": float(stops),
-                    f"{probe}_text": continuation.text,
-                }
+                questions[i].put(records, f"{probe}_free", float(is_answer(continuation, answer)))
+                questions[i].put(records, f"{probe}_contains", float(contains))
+                questions[i].put(records, f"{probe}_contains_and_stops", float(stops))
+                questions[i].put(records, f"{probe}_text", continuation.text)
         if unrelated:
             unedited = reference if isinstance(reference, UneditedAnswers) else UneditedAnswers(reference)
             own = unedited.to(tokenizer, unrelated_ids, end=form.end, **passes)
@@ -249,7 +259,13 @@ def evaluate(
             for i, answer, *values in zip(unrelated, own, *(column.tolist() for column in kept), strict=True):
                 records[i] |= {n: None if math.isnan(v) else v for n, v in zip(_LOCALITY, values, strict=True)}
                 records[i]["unedited_text"] = tokenizer.decode(answer.answer, skip_special_tokens=True)
-    return Scores(names, records)
+    return Scores(names, [_variants_together(record) for record in records])
+
+
+def _variants_together(record: dict[str, object]) -> dict[str, object]:
+    """With one value for the variants of the request instead of one each; a text each stays."""
+    lists = {name: values for name, values in record.items() if isinstance(values, list) and not name.endswith("_text")}
+    return record | {name: fmean(values) if name == "variants" else min(values) for name, values in lists.items()}
 
 
 def _questions(index: int, request: EditRequest) -> list[_Question]:
@@ -258,19 +274,21 @@ def _questions(index: int, request: EditRequest) -> list[_Question]:
     A multi-hop question is one of portability, where there is no other.
     """
     found = []
+    whose = f"request {index}" + (f" ({request.id})" if request.id else "")
     for probe, names in PROBES.items():
         prompt, answer = (getattr(request, name) for name in names)
         if probe == "portability" and not (prompt and answer):
             prompt, answer = request.multi_hop_prompt, request.multi_hop_target
         if prompt and answer:
-            name = f"request {index}" + (f" ({request.id})" if request.id else "") + f", {probe}"
-            found.append(_Question(index, probe, name, prompt, answer))
+            found.append(_Question(index, probe, f"{whose}, {probe}", prompt, answer))
+    for number, (prompt, answer) in enumerate(request.variants):
+        found.append(_Question(index, "variants", f"{whose}, variant {number}", prompt, answer))
     return found
 
 
 def _names(asked: Collection[str], metrics: Collection[str], with_locality: bool) -> tuple[str, ...]:
     """Of all scores, in order."""
-    probes = [probe for probe in PROBES if probe in asked or probe in _ALWAYS]
+    probes = [probe for probe in _ALL_PROBES if probe in asked or probe in _ALWAYS]
     names = list(probes)
     if "exact_match" in metrics:
         names += [f"{probe}_exact_match" for probe in probes]
