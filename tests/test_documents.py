@@ -80,7 +80,7 @@ def desk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if of_language(page, "python")])
 def test_python_blocks(page, desk, monkeypatch):
     directory = save_tiny(desk / "cache/stableedit/SmolLM2-135M-Instruct", bos=True)
-    chat_tokenizer("gemma").save_pretrained(directory)  # the same, and a chat template
+    chat_tokenizer("mistral").save_pretrained(directory)  # the same, and a chat template
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))  # a token a byte
     monkeypatch.setenv("XDG_CACHE_HOME", str(desk / "cache"))

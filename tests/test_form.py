@@ -96,10 +96,21 @@ def test_the_end_of_a_raw_answer_is_where_generation_stops():
     assert find_form(model, tokenizer) == RAW
 
 
+def test_a_generation_config_that_does_not_know_the_end_of_a_turn():
+    """Many fine-tuned models keep that of their base model; the tokenizer knows better."""
+    tokenizer, model = chat_tokenizer("chatml"), chat_model("chatml", base=True)
+    with pytest.warns(
+        UserWarning, match=r"ends an answer with '<\|im_end\|>', .* add its id to model.generation_config"
+    ):
+        form = find_form(model, tokenizer, chat_template=None, end_of_answer=True)
+    assert form == Form(True, "", "", stated("chatml"), ended=True)
+
+
 def test_a_template_forced_on_a_model_that_stops_elsewhere():
     """The end of the turn is then the control token that the template writes; without one, the model's own end."""
     tokenizer, model = chat_tokenizer("gemma"), chat_model("gemma", base=True)
-    assert find_form(model, tokenizer, chat_template=True, end_of_answer=True).end == stated("gemma")
+    with pytest.warns(UserWarning, match="ends an answer with '<end_of_turn>', at which the generation of this model"):
+        assert find_form(model, tokenizer, chat_template=True, end_of_answer=True).end == stated("gemma")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
     form = find_form(model, tokenizer, chat_template=True, end_of_answer=True)

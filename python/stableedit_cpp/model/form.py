@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,7 +60,7 @@ class Form:
             if rendered is not None:
                 raise ValueError(
                     f"the prompt {prompt!r:.60} holds {rendered!r}, which the chat template writes by itself; give the "
-                    "bare question, or chat_template=False for a prompt that is rendered already"
+                    "bare question (chat_template=False takes it as it stands, and puts a space before its target)"
                 )
         return [render(tokenizer, prompt) + self.opening for prompt in prompts]
 
@@ -92,10 +93,10 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
             token, at the end of a document; one whose template closes with just that token is taken for an instruct
             model. Where a template is missing or cannot be used, None leaves prompts as they are.
         end_of_answer: whether answers have a token that ends them. In a chat it is the first token after the
-            assistant's text at which the model's generation stops; where it stops at none of them (a template that is
-            not the model's), the first control token, to be added to ``model.generation_config.eos_token_id``. In
-            plain text it is the tokenizer's end-of-sequence token if generation stops at it, or else the first at
-            which it does.
+            assistant's text at which the model's generation stops, or is meant to by its tokenizer; where there is none
+            (a template that is not the model's), the first control token. A warning says where ``model.generate`` does
+            not stop at it. In plain text it is the tokenizer's end-of-sequence token if generation stops at it, or else
+            the first at which it does.
 
     Raises:
         ValueError: for ``chat_template=True`` and a tokenizer without a template, or one that refuses a plain question,
@@ -103,6 +104,12 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
     """
     chat = None if chat_template is False else _chat(model, tokenizer, needed=chat_template is True)
     if chat is not None and (chat.end is not None or not end_of_answer):
+        if end_of_answer and chat.end not in _model_stops(model):
+            warnings.warn(
+                f"the chat template ends an answer with {tokenizer.decode([chat.end])!r}, at which the generation of "
+                "this model does not stop; add its id to model.generation_config.eos_token_id",
+                stacklevel=2,
+            )
         return replace(chat, ended=end_of_answer)
     end = _end_of_text(model, tokenizer) if end_of_answer else None
     return replace(chat or RAW, end=end, ended=end_of_answer)
