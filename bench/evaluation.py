@@ -37,13 +37,13 @@ def main() -> None:
     trunk = TrunkCache(model, editor.modules)
     unedited = UneditedAnswers(editor.unedited)
     without, cached, identical = [], [], []
-    processor: dict[str, list[float]] = {"accuracy": [], "free_answers": [], "locality": []}
+    processor: dict[str, list[float]] = {name: [] for name in ("without", "accuracy", "free_answers", "locality")}
 
     def score(count: int | None = None, trunk: TrunkCache | None = None, metrics=("accuracy",), reference=None):
         how = {"max_tokens_per_forward": options.max_tokens, "trunk": trunk, "progress": False}
         return evaluate(model, tokenizer, requests[:count], metrics=metrics, reference=reference, **how)
 
-    def processor_seconds(**how) -> float:
+    def processor_seconds(trunk: TrunkCache | None = trunk, **how) -> float:
         begin = time.process_time()
         score(None, trunk, **how)
         return time.process_time() - begin
@@ -56,6 +56,7 @@ def main() -> None:
         cached.append(seconds)
         identical.append(scores.per_request == plain.per_request)
         alone = processor_seconds()
+        processor["without"].append(processor_seconds(None))
         processor["accuracy"].append(alone)
         processor["free_answers"].append(processor_seconds(metrics=DEFAULT_METRICS) - alone)
         processor["locality"].append(processor_seconds(reference=unedited) - alone)

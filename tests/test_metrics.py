@@ -305,14 +305,23 @@ def test_a_model_that_runs_on_after_the_answer(tokenizer, chain, free, contains,
 def test_an_answer_that_is_known_to_end_is_not_written_again(tokenizer, monkeypatch):
     """What a model says and where it stops is known from its top choices along the answer."""
     model = follower(tokenizer, "q ab")
-    request = {"prompt": "q", "target": "ab", "rephrase": "xq"}
+    known = [{"prompt": "q", "target": "ab", "rephrase": "xq"}, {"prompt": "q", "target": "abc"}]
     how = {"metrics": ["generation"], "progress": False}
-    written = se.evaluate(follower(tokenizer, "q ab"), tokenizer, [request, {"prompt": "q", "target": "a"}], **how)
-    assert [record["efficacy_text"] for record in written.per_request] == [" ab", " ab"]
-    assert [record["efficacy_free"] for record in written.per_request] == [1, 0]
-    monkeypatch.setattr(model, "generate", None)
-    assert se.evaluate(model, tokenizer, [request], **how).per_request == written.per_request[:1]
-    assert se.evaluate(model, tokenizer, [request], end_of_answer=True, **how).per_request == written.per_request[:1]
+    generate, asked = model.generate, []
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: asked.append(len(inputs["input_ids"])) or generate(**inputs)
+    )
+    other = {"prompt": "q", "target": "a"}  # it goes on after that, nobody has looked where to
+    records = se.evaluate(model, tokenizer, [*known, other], **how).per_request
+    assert asked == [1]
+    assert [record["efficacy_text"] for record in records] == [" ab"] * 3
+    assert [record["efficacy_free"] for record in records] == [1, 0, 0]
+    assert [text for text, *_ in generate_continuations(model, tokenizer, ["q"], [9])] == [" ab"]
+    asked.clear()
+    with_end = se.evaluate(model, tokenizer, [*known, other], end_of_answer=True, **how).per_request
+    assert asked == [1]
+    assert [record["efficacy_free"] for record in with_end] == [1, 0, 0]
+    assert [record["efficacy_text"] for record in with_end] == [" ab"] * 3
 
 
 def test_free_answers_are_those_of_transformers(tokenizer):

@@ -41,6 +41,7 @@ def offloaded_above(directory: Path) -> nn.Module:
     """The layer above the edited ones, and the head, in host memory, fetched by accelerate when they run."""
     model = tiny_model("llama")
     model.model.layers.append(tiny_model("llama", seed=1).model.layers[2])
+    model.model.layers[3].self_attn.layer_idx = 3  # its place in the cache of keys and values
     model.config.num_hidden_layers = 4
     model.config.layer_types = None
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}

@@ -15,6 +15,7 @@ from stableedit_cpp.model.trunk import TrunkCache
 __all__ = [
     "AnswerScores",
     "ReadAnswer",
+    "accuracy_of",
     "answer_scores",
     "greedy_answers",
     "no_distribution",
@@ -110,15 +111,21 @@ def answer_scores(
 ) -> AnswerScores:
     """Accuracy and probability of each sequence's answer. Arguments as ``read_answers``."""
     read = read_answers(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
+    probability = torch.full((len(sequences),), torch.nan, dtype=torch.float64, device="cpu")
+    for index, answer in enumerate(read):
+        if not answer.broken:
+            probability[index] = answer.log_probability.min().exp()
+    return AnswerScores(accuracy_of(sequences, read), probability)
+
+
+def accuracy_of(sequences: Sequence[TokenSequence], read: Sequence[ReadAnswer]) -> torch.Tensor:
+    """The accuracy of ``answer_scores``, ``[sequences]``, of answers that are read already."""
     accuracy = torch.full((len(sequences),), torch.nan, dtype=torch.float64, device="cpu")
-    probability = accuracy.clone()
     for index, (sequence, answer) in enumerate(zip(sequences, read, strict=True)):
         if not answer.broken:
-            accuracy[index] = (
-                (answer.top == torch.tensor(sequence.answer, dtype=torch.long, device="cpu")).double().mean()
-            )
-            probability[index] = answer.log_probability.min().exp()
-    return AnswerScores(accuracy, probability)
+            right = answer.top == torch.tensor(sequence.answer, dtype=torch.long, device="cpu")
+            accuracy[index] = right.double().mean()
+    return accuracy
 
 
 def token_accuracy(

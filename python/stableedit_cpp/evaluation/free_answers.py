@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from stableedit_cpp.evaluation.answers import read_answers
+from stableedit_cpp.evaluation.answers import ReadAnswer, read_answers
 from stableedit_cpp.evaluation.generation import Continuation, Written, as_text, write_greedily
 from stableedit_cpp.model.form import stop_tokens
 from stableedit_cpp.model.tokens import TokenSequence, context_length
@@ -23,7 +23,7 @@ def free_answers(
     model: torch.nn.Module,
     tokenizer,
     sequences: Sequence[TokenSequence],
-    begun: Sequence[bool],
+    read: Sequence[ReadAnswer],
     *,
     end: int | None = None,
     max_tokens: int,
@@ -32,10 +32,11 @@ def free_answers(
 ) -> list[Continuation]:
     """Greedy answers to prompts, up to 8 tokens longer than those that are expected, or as long as the context allows.
 
+    The model's top choices along an expected answer are its greedy answer up to the first that is another token. Where
+    it ends by then, or right after the expected answer, which one more look tells, nothing has to be generated.
+
     Args:
-        sequences: prompts with expected answers.
-        begun: of each, whether all tokens of its expected answer are top choices of the model. Then its greedy answer
-            begins with these; where it ends there, which one more look tells, it need not be written once more.
+        sequences: prompts with expected answers. read: of ``read_answers`` of these.
         end: a token that ends a text beside those at which the model's generation stops.
         max_tokens: tokens, padding included, in one forward pass.
         trunk: saves that look the layers that no edit changes.
@@ -52,10 +53,11 @@ def free_answers(
         room = [min(new, limit - len(prompt) + 1) for new, prompt in zip(room, prompts, strict=True)]
     found: list[Written | None] = [None] * len(sequences)
     asked = []
-    for index, sequence in enumerate(sequences):
-        if begun[index] and sequence.answer[-1] in ends:
-            found[index] = Written(sequence.answer, ended=True, broken=False)
-        elif begun[index] and ends and room[index] > len(sequence.answer):
+    for index, (sequence, answer) in enumerate(zip(sequences, read, strict=True)):
+        said = () if answer.broken else _up_to_another(answer.top.tolist(), sequence.answer, ends)
+        if said and said[-1] in ends:
+            found[index] = Written(said, ended=True, broken=False)
+        elif said == sequence.answer and ends and room[index] > len(said):
             asked.append(index)
     looks = [TokenSequence((*sequences[i].ids, sequences[i].answer[-1]), (min(ends),)) for i in asked]
     for index, look in zip(asked, read_answers(model, looks, max_tokens=max_tokens, trunk=trunk), strict=True):
@@ -69,6 +71,14 @@ def free_answers(
     for index, one in zip(rest, written, strict=True):
         found[index] = one
     return [as_text(tokenizer, one) for one in found]
+
+
+def _up_to_another(choices: Sequence[int], answer: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
+    """The choices up to the first that is not the answer's token, or that ends the text."""
+    for place, (choice, token) in enumerate(zip(choices, answer, strict=True)):
+        if choice != token or choice in ends:
+            return tuple(choices[: place + 1])
+    return tuple(choices)
 
 
 def is_answer(continuation: Continuation, answer: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest, as_requests
-from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
+from stableedit_cpp.evaluation.answers import accuracy_of, read_answers, refuse_broken
 from stableedit_cpp.evaluation.free_answers import free_answers, is_answer, judge
 from stableedit_cpp.evaluation.locality import Reference, UneditedAnswers, locality
 from stableedit_cpp.files.words import with_nearest
@@ -234,16 +234,16 @@ def evaluate(
     bar = tqdm(total=total, desc="Evaluating", unit="prompt", disable=None if progress is None else not progress)
     with bar:
         passes = {"max_tokens": max_tokens_per_forward, "on_done": bar.update}
-        accuracy = answer_scores(model, sequences, trunk=trunk, **passes).accuracy
+        read = read_answers(model, sequences, trunk=trunk, **passes)
+        accuracy = accuracy_of(sequences, read)
         mark_broken(accuracy.isnan().nonzero().flatten().tolist(), len(sequences))
         for question, value in zip(questions, accuracy.nan_to_num(0.0).tolist(), strict=True):
             question.put(records, question.probe, value)
             if "exact_match" in metrics:
                 question.put(records, f"{question.probe}_exact_match", float(value == 1))
         if free:
-            begun = (accuracy == 1).tolist()
-            how = {"end": form.end, "trunk": trunk, **passes}
-            written = free_answers(model, tokenizer, [sequences[i] for i in free], [begun[i] for i in free], **how)
+            expected, how = [sequences[i] for i in free], {"end": form.end, "trunk": trunk, **passes}
+            written = free_answers(model, tokenizer, expected, [read[i] for i in free], **how)
             mark_broken([i for i, text in zip(free, written, strict=True) if text.broken], len(free))
             for i, continuation in zip(free, written, strict=True):
                 probe, answer = questions[i].probe, questions[i].answer
