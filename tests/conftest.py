@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is loaded. On tiny models a second OpenMP thread only waits, and where the cores have other work
 # (the other workers of pytest-xdist, for a start) it waits at each barrier for a core: fifteen times as long in all.
@@ -22,3 +23,12 @@ from support.tiny import tiny_tokenizer  # noqa: E402  loads torch
 def tokenizer():
     """One token a byte, no special tokens added."""
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def default_sigint():
+    """Python's own handler, also where the test run was started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    handler = signal.signal(signal.SIGINT, before)
+    assert handler is signal.default_int_handler  # put back by the editor

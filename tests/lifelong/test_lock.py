@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_one_writer_for_all_that_ask(tmp_path):
             with counting:
                 holders += 1
                 most = max(most, holders)
+            time.sleep(0.001)  # long enough for others to ask meanwhile, however busy the machine is
             with counting:
                 holders -= 1
             lock.release()

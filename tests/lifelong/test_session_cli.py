@@ -148,6 +148,7 @@ def test_a_file_again_after_a_revert(session, capsys):
     assert [request.id for request in SessionView("s").current_requests()] == ["f0", "f2", "f1-2"]
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_keeps_what_is_done(session, monkeypatch, capsys):
     """It comes while the second turn is written down; the same file again does the rest."""
     instants = iter(range(100))
