@@ -5,5 +5,6 @@ PYBIND11_MODULE(_core, m) {
   stableedit::bindings::bind_statistics(m);
   stableedit::bindings::bind_past_keys(m);
   stableedit::bindings::bind_update(m);
+  stableedit::bindings::bind_step(m);
   stableedit::bindings::bind_serialization(m);
 }

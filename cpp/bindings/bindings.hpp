@@ -16,6 +16,7 @@ namespace py = pybind11;
 
 void bind_past_keys(py::module_& m);
 void bind_statistics(py::module_& m);
+void bind_step(py::module_& m);
 void bind_update(py::module_& m);
 void bind_serialization(py::module_& m);
 

@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 
 #include <cmath>
 
@@ -76,6 +77,13 @@ double LowRankUpdate::inner(const LowRankUpdate& other) const {
   const at::Tensor lefts = at::mm(left_.t(), other.left_).to(at::kDouble);
   const at::Tensor rights = at::mm(right_, other.right_.t()).to(at::kDouble);
   return lefts.mul_(rights).sum().item<double>();
+}
+
+LowRankUpdate LowRankUpdate::scaled(double factor) const {
+  TORCH_CHECK_VALUE(std::isfinite(factor), "factor must be finite, but it is ", factor);
+  const std::optional<double> norm =
+      norm_ ? std::optional<double>(*norm_ * std::abs(factor)) : std::nullopt;
+  return {left_.mul(factor), right_, norm};
 }
 
 LowRankUpdate LowRankUpdate::select(const at::Tensor& rows) const {

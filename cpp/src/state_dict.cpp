@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "checks.hpp"
 #include "stableedit/normalizer.hpp"
 #include "stableedit/past_keys.hpp"
+#include "stableedit/step.hpp"
 #include "state_fields.hpp"
 
 namespace stableedit {
@@ -243,6 +245,30 @@ PastKeys PastKeys::from_state_dict(const StateDict& state) {
   past.pieces_ = read_pieces(pieces, past.count_ > 0 ? past.rows_.size(0) : 0);
   reader.finish();
   return past;
+}
+
+StateDict PolyakStep::state_dict() const {
+  at::Tensor recent = at::empty({static_cast<int64_t>(recent_.size())}, at::kDouble);
+  std::copy(recent_.begin(), recent_.end(), recent.data_ptr<double>());
+  return {{"share", number_field(options_.share)},
+          {"growth", number_field(options_.growth)},
+          {"window", integer_field(options_.window)},
+          {"recent", recent}};
+}
+
+PolyakStep PolyakStep::from_state_dict(const StateDict& state) {
+  StateReader reader(state, "PolyakStep");
+  const double share = reader.number("share");
+  const double growth = reader.number("growth");
+  PolyakStep step(StepOptions{share, growth, reader.integer("window", 1)});
+  const at::Tensor recent = reader.statistic("recent", 1).cpu();
+  TORCH_CHECK_VALUE(recent.size(0) <= step.options_.window && recent.gt(0).all().item<bool>(),
+                    "'recent' in the state of a PolyakStep must be at most ", step.options_.window,
+                    " positive steps");
+  const double* values = recent.const_data_ptr<double>();
+  step.recent_.assign(values, values + recent.size(0));
+  reader.finish();
+  return step;
 }
 
 }  // namespace stableedit

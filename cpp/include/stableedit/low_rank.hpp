@@ -52,6 +52,9 @@ class STABLEEDIT_API LowRankUpdate {
   /// \throws ValueError for an update of another shape, TypeError for one of another dtype.
   double inner(const LowRankUpdate& other) const;
 
+  /// This many times the change. \throws ValueError for a factor that is not finite.
+  LowRankUpdate scaled(double factor) const;
+
   /// The share of the given rows. \param rows `[m]` int64 indices into 0 .. r-1.
   LowRankUpdate select(const at::Tensor& rows) const;
 

@@ -32,4 +32,5 @@ namespace stableedit {}
 #include "stableedit/ridge.hpp"
 #include "stableedit/safetensors.hpp"
 #include "stableedit/serialization.hpp"
+#include "stableedit/step.hpp"
 #include "stableedit/whitening.hpp"
