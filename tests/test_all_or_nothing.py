@@ -9,19 +9,15 @@ import pytest
 import torch
 
 from stableedit_cpp.core import LowRankUpdate
-from stableedit_cpp.editors import turn as turns
 from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.interrupt import undisturbed
+from support.answers import none_takes
 from support.editors import MODULES, assert_same_bits, make
 from support.faults import Alarm, alarms, everything, fails_without_a_trace, instants
 from support.tiny import FACTS, tiny_model
 
 CLOSED = {"max_passes": 3, "past_key_weight": 0.05, "turn_size": 2}
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def none_has_taken(_model, sequences, **_how) -> torch.Tensor:
-    return torch.zeros(len(sequences))
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -47,7 +43,7 @@ class TestFailuresAtEveryStep:
         assert found > 2 * 4 * len(MODULES)
 
     def test_a_turn_of_several_passes(self, tokenizer, monkeypatch):
-        monkeypatch.setattr(turns, "token_accuracy", none_has_taken)
+        none_takes(monkeypatch)
         editor = make(tokenizer, **CLOSED)
         editor.edit(FACTS[:2])
         fails_without_a_trace(editor, lambda: editor.edit(FACTS[2:4]), monkeypatch)
@@ -145,7 +141,7 @@ class TestSignalsThatRaise:
     COUNT = 40
 
     def test_a_turn(self, tokenizer, monkeypatch):
-        monkeypatch.setattr(turns, "token_accuracy", none_has_taken)
+        none_takes(monkeypatch)
         editor = make(tokenizer, **CLOSED)
         editor.edit(FACTS[:2])
         before, here = everything(editor), editor.checkpoint()

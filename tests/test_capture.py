@@ -7,16 +7,16 @@ import torch
 
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.modules import find_modules
-from stableedit_cpp.model.tokens import longest_first, tokenize
+from stableedit_cpp.model.tokens import TokenSequence, longest_first, tokenize
 from support.captures import MICRO_BATCH, flags_of, plain_reference, sequences_of
 from support.tiny import pattern_of, tiny_model, tiny_tokenizer
 
 LAST_TWO = "model.layers.[12].mlp.down_proj"
 
 
-def capture_of(model, sequences, *, modules=LAST_TWO, max_tokens=100_000, names=None) -> CapturedTurn:
+def capture_of(model, sequences, *, modules=LAST_TWO, max_tokens=100_000, **how) -> CapturedTurn:
     found = find_modules(model, modules)
-    return capture(model, found, sequences, micro_batch=MICRO_BATCH, max_tokens=max_tokens, names=names)
+    return capture(model, found, sequences, micro_batch=MICRO_BATCH, max_tokens=max_tokens, **how)
 
 
 def assert_same(one: CapturedTurn, other: CapturedTurn, rtol: float = 1e-9) -> None:
@@ -44,6 +44,33 @@ class TestValues:
             torch.testing.assert_close(captured.keys[name], keys[name], rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(captured.value_gradients[name], gradients[name], rtol=1e-9, atol=1e-12)
             assert gradients[name].abs().max() > 1e-4  # there is something to compare
+
+    @pytest.mark.parametrize("max_tokens", [1, 111, 100_000])
+    def test_rows_of_the_prompts_too(self, max_tokens, tokenizer):
+        """All but the first of each request, whose rows are the same wherever they are asked for; the loss, and what
+        is said of each request, is that of the answers alone."""
+        model = tiny_model("gpt2", torch.float64)
+        sequences = sequences_of(tokenizer)
+        how = {"modules": GPT2_MODULES, "max_tokens": max_tokens}
+        captured, answers = (capture_of(model, sequences, prompt_rows=whole, **how) for whole in (True, False))
+        keys, gradients = plain_reference(model, sequences, GPT2_MODULES, prompt_rows=True)
+        assert captured.request.tolist() == [i for i in longest_first(sequences) for _ in range(len(sequences[i]) - 1)]
+        for name in GPT2_MODULES:
+            torch.testing.assert_close(captured.keys[name], keys[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(captured.value_gradients[name], gradients[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(captured.losses, answers.losses)
+        assert captured.loss == pytest.approx(answers.loss) and torch.equal(captured.correct, answers.correct)
+
+    def test_a_prompt_of_one_token_keeps_its_row(self):
+        model = tiny_model("llama", torch.float64)
+        captured = capture_of(model, [TokenSequence((5, 6), (6, 7)), TokenSequence((5,), (6,))], prompt_rows=True)
+        assert captured.request.tolist() == [0, 0, 1]
+
+    def test_the_output_embedding_sees_no_prompts(self, tokenizer):
+        model = tiny_model("llama")
+        capture_of(model, sequences_of(tokenizer), modules=["lm_head"])
+        with pytest.raises(ValueError, match="lm_head does not see every token"):
+            capture_of(model, sequences_of(tokenizer), modules=["lm_head"], prompt_rows=True)
 
     @pytest.mark.parametrize("max_tokens", [1, 40, 111, 300])
     def test_size_of_the_forward_pass_does_not_matter(self, max_tokens, tokenizer):

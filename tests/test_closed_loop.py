@@ -7,6 +7,7 @@ import torch
 
 from stableedit_cpp.editors import turn as turns
 from stableedit_cpp.evaluation.answers import AnswerScores
+from support.answers import none_takes
 from support.captures import sequences_of
 from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
 from support.tiny import FACTS, tiny_model
@@ -23,10 +24,6 @@ def whole_state(editor) -> dict[str, torch.Tensor]:
 
 def fail() -> None:
     raise RuntimeError("broken")
-
-
-def none_has_taken(_model, sequences, **_how) -> torch.Tensor:
-    return torch.zeros(len(sequences))
 
 
 def answer_tokens(tokenizer, requests) -> int:
@@ -85,7 +82,7 @@ class TestAllOrNothing:
     @pytest.mark.parametrize("number", [1, 2, 3])
     def test_a_failing_pass_takes_the_turn_back(self, number, monkeypatch, tokenizer):
         editor = make(tokenizer, **CLOSED)
-        monkeypatch.setattr(turns, "token_accuracy", none_has_taken)
+        none_takes(monkeypatch)
         editor.edit(FACTS[:TURN])
         before = whole_state(editor)
         with monkeypatch.context() as patch:
@@ -122,7 +119,7 @@ class TestRetries:
     @pytest.mark.parametrize("feeds", [True, False])
     def test_whether_they_feed_the_statistics(self, feeds, monkeypatch, tokenizer):
         editor = make(tokenizer, max_passes=2, retries_feed_statistics=feeds)
-        monkeypatch.setattr(turns, "token_accuracy", none_has_taken)
+        none_takes(monkeypatch)
         once = len(MODULES) * answer_tokens(tokenizer, FACTS[:TURN])
         editor.edit(FACTS[:TURN])
         assert self.count(editor) == (2 * once if feeds else once)

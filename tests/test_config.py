@@ -184,7 +184,7 @@ def test_fields_of_earlier_versions():
         ('{"format": "something-else"}', "not a stableedit-config"),
         ('{"step_size": -1}', "step_size must be greater than 0, not -1"),
         ('{"step_size": NaN}', "step_size must be a finite number, not nan"),
-        ('{"step_size": "1e-4"}', "step_size must be a finite number, not '1e-4'"),
+        ('{"step_size": "1e-4"}', "step_size must be a finite number, or 'auto', not '1e-4'"),
         ('{"edit_modules": 5}', "edit_modules must be a list of module names or patterns, not 5"),
     ],
 )

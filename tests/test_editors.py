@@ -14,6 +14,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.core import MasterWeight
 from stableedit_cpp.editors import turn as turns
+from stableedit_cpp.evaluation.answers import AnswerScores
 from stableedit_cpp.model.tokens import TokenSequence
 from support.captures import flags_of, sequences_of
 from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
@@ -219,24 +220,46 @@ class TestPasses:
         answers = iter([[0.5, 1.0, 0.0, 1.0, 0.9], [1.0] * 5])
         monkeypatch.setattr(turns, "capture", capture)
         editor = make(tokenizer, max_passes=5)
-        monkeypatch.setattr(turns, "token_accuracy", lambda *_args, **_how: torch.tensor(next(answers)))
+        monkeypatch.setattr(
+            turns, "answer_scores", lambda *_args, **_how: AnswerScores(torch.tensor(next(answers)), torch.ones(5))
+        )
         report = editor.edit(FACTS[:5])
         all_five = sequences_of(tokenizer, FACTS[:5])
         assert captured == [all_five, [all_five[0], all_five[2], all_five[4]]]
         assert report.turns[0].passes == 2
         assert report.turns[0].answer_tokens == sum(len(sequence.answer) for sequence in all_five)
 
+    def test_a_turn_ends_at_its_best_pass(self, monkeypatch, tokenizer):
+        """Three of five hold after the second pass, fewer after those that follow: they are not in the model, nor in
+        what a follower hears of."""
+        heard = []
+        editor, short = make(tokenizer, max_passes=4), make(tokenizer, max_passes=2)
+        editor.on_turn = heard.append
+        for one in (editor, short):
+            answers = iter([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+
+            def scores(_model, sequences, *, answers=answers, **_how):
+                return AnswerScores(torch.tensor(next(answers), dtype=torch.float64), torch.ones(len(sequences)))
+
+            monkeypatch.setattr(turns, "answer_scores", scores)
+            report = one.edit(FACTS[:5])
+            (turn,) = report.turns
+            assert turn.passes == 2 and [failure.index for failure in turn.failed] == [3, 4]
+            assert turn.taken == ([1, 3, 2, 1] if one is editor else [1, 3])
+        assert_same_bits(state_of(editor), state_of(short))
+        again = make(tokenizer, max_passes=4)
+        again.replay(heard[0])
+        assert_same_bits(state_of(again), state_of(editor))
+
+    def test_of_two_passes_with_which_as_many_take_the_likelier_answers_stay(self, monkeypatch, tokenizer):
+        likely = iter([0.2, 0.3, 0.1])
+        monkeypatch.setattr(
+            turns, "answer_scores", lambda *_a, **_h: AnswerScores(torch.zeros(5), torch.full((5,), next(likely)))
+        )
+        assert make(tokenizer, max_passes=3).edit(FACTS[:5]).turns[0].passes == 2
+
     def test_one_pass_by_default(self, tokenizer):
         assert [turn.passes for turn in make(tokenizer).edit(FACTS).turns] == [1, 1, 1]
-
-
-@pytest.fixture
-def default_sigint():
-    """Python's own handler, also where the test run was started with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    handler = signal.signal(signal.SIGINT, before)
-    assert handler is signal.default_int_handler  # put back by the editor
 
 
 @pytest.mark.usefixtures("default_sigint")
@@ -328,12 +351,12 @@ class TestInterrupt:
         editor.edit(FACTS[:5])
         before = state_of(editor)
 
-        def accuracy(*_args, **_how):
+        def scores(*_args, **_how):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            return torch.zeros(5)
+            return AnswerScores(torch.zeros(5), torch.zeros(5))
 
-        monkeypatch.setattr(turns, "token_accuracy", accuracy)
+        monkeypatch.setattr(turns, "answer_scores", scores)
         with pytest.raises(KeyboardInterrupt) as error:
             editor.edit(FACTS[5:10])
         assert not isinstance(error.value, se.EditInterrupted)

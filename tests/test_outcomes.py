@@ -105,7 +105,7 @@ class TestOutcomes:
         assert all(turn.seconds["outcomes"] > 0 for turn in report.turns)
 
     def test_what_failed_can_be_edited_again(self, tokenizer):
-        editor = make(tokenizer, **HALF)
+        editor = make(tokenizer, **HALF | {"max_passes": 10})
         first = editor.edit(FACTS)
         second = editor.edit(first.failed)
         assert second.requests == first.failed and len(second.failed) < len(first.failed)

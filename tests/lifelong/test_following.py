@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from stableedit_cpp.core import LowRankUpdate
-from stableedit_cpp.editors import turn as turns
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from stableedit_cpp.lifelong.history import History
 from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, is_state
 from stableedit_cpp.lifelong.journal.writer import Recorder
+from support.answers import none_takes
 from support.editors import assert_same_bits, weight_of
 from support.faults import Alarm, Faults, alarms, everything, instants
 from support.sessions import MODULES, config_of, create, reopen, stream, without_closing
@@ -221,7 +221,7 @@ def test_a_session_that_cannot_begin(owner, name, tokenizer, tmp_path, monkeypat
 @pytest.mark.parametrize("passes", [1, 3])
 def test_signals_that_raise_anywhere(passes, tokenizer, tmp_path, monkeypatch):
     """An application's handler may cut off anything; what is in the journal is in the model, and nothing else."""
-    monkeypatch.setattr(turns, "token_accuracy", lambda _model, sequences, **_how: torch.zeros(len(sequences)))
+    none_takes(monkeypatch)
     config = config_of(turn_size=2, max_passes=passes, past_key_weight=0.02)
     session = create(tmp_path / "s", tokenizer, config=config, snapshot_every=2)
     interrupted = written = 0

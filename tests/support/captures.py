@@ -14,8 +14,9 @@ def sequences_of(tokenizer, facts=FACTS):
     return tokenize(tokenizer, [(fact["prompt"], fact["target"]) for fact in facts], 64, [""] * len(facts))
 
 
-def plain_reference(model, sequences, modules: list[str]):
+def plain_reference(model, sequences, modules: list[str], *, prompt_rows: bool = False):
     """Micro-batch by micro-batch: mean cross-entropy over its answer tokens, one request at a time, whole backward.
+    With ``prompt_rows`` all rows but the first of each request.
 
     Returns keys and value gradients by module, request and position of each row.
     """
@@ -39,10 +40,11 @@ def plain_reference(model, sequences, modules: list[str]):
             loss.backward()
             for handle in handles:
                 handle.remove()
+            count = len(ids) - 1 if prompt_rows else len(answer)
             for name in modules:
                 h, out = seen[model.get_submodule(name)]
-                keys[name].append(h.reshape(len(ids), -1)[-len(answer) :].detach())
-                gradients[name].append(out.grad.reshape(len(ids), -1)[-len(answer) :])
+                keys[name].append(h.reshape(len(ids), -1)[-count:].detach())
+                gradients[name].append(out.grad.reshape(len(ids), -1)[-count:])
     model.zero_grad()
     join = {name: torch.cat(rows) for name, rows in keys.items()}
     return join, {name: torch.cat(rows) for name, rows in gradients.items()}

@@ -26,7 +26,7 @@ STEPS = [
     (ModuleEditor, "compute_update"),
     (LowRankUpdate, "norm"),
     (turns, "capture"),
-    (turns, "token_accuracy"),
+    (turns, "answer_scores"),
     (weights, "fingerprint"),
 ]
 ERRORS = [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, torch.linalg.LinAlgError]

@@ -13,6 +13,7 @@ from stableedit_cpp.cli.options import (
     form_settings,
     new_parser,
     positive,
+    step_size,
 )
 from stableedit_cpp.data import parse_fields
 from stableedit_cpp.editors.registry import load_plugins
@@ -83,7 +84,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how it edits")
     how.add_argument("--edit-modules", nargs="+", metavar="NAME", help="linear maps to edit, names or patterns")
-    how.add_argument("--step-size", type=float, metavar="X", help="of every editor")
+    how.add_argument("--step-size", type=step_size, metavar="X", help="of every editor: a number, or auto")
     how.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
     add_form_options(how)
     how.add_argument(

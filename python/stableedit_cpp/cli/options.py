@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "new_parser",
     "positive",
+    "step_size",
 ]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,7 +125,7 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj' (default: four in the last third)",
     )
-    parser.add_argument("--step-size", type=float, metavar="X", help="default 3.5e-4")
+    parser.add_argument("--step-size", type=step_size, metavar="X", help="a number, or auto (default 3.5e-4)")
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
     add_form_options(parser)
 
@@ -141,6 +142,16 @@ def editor_config(options: argparse.Namespace) -> EditorConfig:
     names = ("edit_modules", "step_size", "turn_size")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return dataclasses.replace(config, **changes, **form_settings(options))
+
+
+def step_size(text: str) -> float | str:
+    """argparse type: a number or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 
 def positive(text: str) -> int:

@@ -27,13 +27,16 @@ class EditorConfig:
     Attributes:
         edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``, ``{22..28}``) of the linear maps to edit;
             None takes the MLP output projections of four layers in the last third of the model.
-        step_size: the paper's eta, > 0.
+        step_size: the paper's eta, > 0; or "auto": each pass takes the step that its loss and its gradients ask for
+            (``core.PolyakStep``), which suits any model, loss and choice of modules.
         ridge: weight of the norm penalty in the least-squares solution, > 0.
         statistics: "shared" pools the running statistics of modules of one shape, as the published code does;
             "per_module" keeps them apart, as the paper has it.
         turn_size: edit requests a turn.
         micro_batch: requests over whose answer tokens the loss is averaged (sets the scale of the value gradients).
         max_passes: solve again, up to this often a turn, for the requests that have not taken yet (not in a warm-up).
+        prompt_rows: solve for what the prompt's tokens (all but the first) pass on, too, not only for what predicts the
+            answer: more rows in the same solution, better generalization (docs/closed-loop.md).
         take_probability: a request has taken when every answer token is the model's top choice and has at least this
             probability, in [0, 1). A margin lasts longer than a narrow win, and costs more drift.
         frozen_statistics: running statistics are those of the warm-up (without one, of the first turn); no later turn
@@ -56,12 +59,13 @@ class EditorConfig:
     editor: ClassVar[str]
 
     edit_modules: list[str] | None = None
-    step_size: float = 3.5e-4
+    step_size: float | Literal["auto"] = 3.5e-4
     ridge: float = 10.0
     statistics: Literal["shared", "per_module"] = "shared"
     turn_size: int = 100
     micro_batch: int = 10
     max_passes: int = 1
+    prompt_rows: bool = False
     take_probability: float = 0.0
     retries_feed_statistics: bool = True
     frozen_statistics: bool = False
@@ -78,12 +82,16 @@ class EditorConfig:
             if not modules or not all(isinstance(name, str) and name for name in modules):
                 raise ValueError(f"edit_modules must be a list of module names or patterns, not {self.edit_modules!r}")
             object.__setattr__(self, "edit_modules", modules)
-        self._check_positive("step_size", self.step_size)
+        if isinstance(self.step_size, str) and self.step_size != "auto":
+            raise ValueError(f"step_size must be a finite number, or 'auto', not {self.step_size!r}")
+        if self.step_size != "auto":
+            self._check_positive("step_size", self.step_size)
         self._check_positive("ridge", self.ridge)
         self._check_choice("statistics", ("shared", "per_module"))
         self._check_number("take_probability", self.take_probability)
         if not 0 <= self.take_probability < 1:
             raise ValueError(f"take_probability must be at least 0 and less than 1, not {self.take_probability!r}")
+        self._check_flag("prompt_rows")
         self._check_flag("retries_feed_statistics")
         self._check_flag("frozen_statistics")
         self._check_number("past_key_weight", self.past_key_weight)

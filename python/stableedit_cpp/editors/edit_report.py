@@ -66,8 +66,9 @@ class TurnReport:
     Attributes:
         requests, answer_tokens: size of the turn (n of the method is ``answer_tokens``, those of variants included).
         whitening: what was used, by statistics group ("full" falls back to "diagonal" while nu <= v + 1).
-        passes: how often the turn was solved (more than once only with ``max_passes``).
-        taken: requests that had taken after each pass but the last allowed one, after which nobody looks.
+        passes: how many solutions of the turn are in the weights (more than one only with ``max_passes``): those up to
+            the one after which most requests had taken.
+        taken: requests that had taken after each pass; also after those that were no better and are not in the weights.
         back_offs: passes solved again with a smaller step because of the editor's guard.
         drift: what the guard measured last, in nats; None without one.
         loss_before, efficacy_before: mean over requests and their variants, seen during the first capture.

@@ -324,7 +324,7 @@ class Editor:
 
         def work(_before: Checkpoint) -> None:
             for number, applied in enumerate(turn.passes):
-                self.solver.replay(turn.kind, number, applied.captured)
+                self.solver.replay(turn.kind, number, applied.captured, applied.step_size)
                 self.weights.apply(applied.updates)
             self.solver.remember(turn.kind, turn.passes[0].captured)
 

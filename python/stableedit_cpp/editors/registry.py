@@ -153,7 +153,9 @@ def named_editor(name: str, changes: Mapping[str, object] | None = None) -> Name
     for field, value in changes.items():
         if field not in fields:
             raise ValueError(f"editor {found.name}: unknown field of its config {with_nearest(field, fields)}")
-        if isinstance(value, str) and fields[field].type == "float":  # YAML takes 3e-4 for text: it wants 3.0e-4
+        if isinstance(value, str) and str(fields[field].type).startswith(
+            "float"
+        ):  # YAML takes 3e-4 for text: it wants 3.0e-4
             try:
                 changes[field] = float(value)
             except ValueError:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, ModuleEditor, PastKeys
+from stableedit_cpp.core import (
+    LifelongNormalizer,
+    LowRankUpdate,
+    ModuleEditor,
+    PastKeys,
+    PolyakStep,
+    first_order_decrease,
+)
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
 
-__all__ = ["Solver"]
+__all__ = ["Solution", "Solver"]
+
+
+class Solution(NamedTuple):
+    """What a pass adds to the weights.
+
+    Attributes:
+        updates: by module name, on the module's device.
+        step_size: that they were solved with.
+    """
+
+    updates: dict[str, LowRankUpdate]
+    step_size: float
 
 
 class Solver(ABC):
@@ -25,7 +45,8 @@ class Solver(ABC):
     Attributes:
         normalizers: the running statistics, by group of modules.
         past_keys: second moments of the keys of earlier turns, by module name; empty while ``past_key_weight`` is 0.
-        module_editors: by module name, on these statistics.
+        step: chooses the step of each pass and remembers the recent ones; None where ``step_size`` is a number.
+        module_editors: by module name, on these statistics; of step size 1 where the step is chosen.
         groups: the modules that share statistics.
     """
 
@@ -42,7 +63,8 @@ class Solver(ABC):
                 self.normalizers[group] = self._make_normalizer(key_dim, value_dim)
             if config.past_key_weight > 0:
                 self.past_keys[module.name] = PastKeys(key_dim)
-        self.module_editors = self.with_strength(config.step_size, config.ridge)
+        self.step = PolyakStep() if config.step_size == "auto" else None
+        self.module_editors = self._with_ridge(config.ridge)
 
     @abstractmethod
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
@@ -59,25 +81,29 @@ class Solver(ABC):
         device = keys[0].device
         self.normalizers[group].observe([key.to(device) for key in keys], [g.to(device) for g in gradients])
 
-    def statistics(self) -> dict[str, LifelongNormalizer | PastKeys]:
+    def statistics(self) -> dict[str, LifelongNormalizer | PastKeys | PolyakStep]:
         """All that a stream accumulates here, by the names that a state has for it."""
-        normalizers = {f"normalizer/{group}": normalizer for group, normalizer in self.normalizers.items()}
-        return normalizers | {f"past_keys/{name}": past for name, past in self.past_keys.items()}
+        found: dict[str, LifelongNormalizer | PastKeys | PolyakStep] = {
+            f"normalizer/{group}": one for group, one in self.normalizers.items()
+        }
+        found |= {f"past_keys/{name}": past for name, past in self.past_keys.items()}
+        return found if self.step is None else found | {"step": self.step}
 
     def devices(self) -> dict[str, torch.device]:
         """Where each part of the statistics lives, by the same names."""
-        return {
+        homes = {
             name: modules[0].weight.device
             for group, modules in self.groups.items()
             for name in (f"normalizer/{group}", *(f"past_keys/{module.name}" for module in modules))
         }
+        return homes | {"step": torch.device("cpu")}
 
-    def with_strength(self, step_size: float, ridge: float) -> dict[str, ModuleEditor]:
-        """Module editors on these statistics with another step size and ridge, by module name."""
+    def _with_ridge(self, ridge: float) -> dict[str, ModuleEditor]:
+        """Module editors on these statistics with another ridge, by module name."""
         return {
             module.name: ModuleEditor(
                 self.normalizers[group],
-                step_size=step_size,
+                step_size=1.0 if self.step is not None else self.config.step_size,
                 ridge=ridge,
                 past_key_weight=self.config.past_key_weight,
                 past_keys=self.past_keys.get(module.name),
@@ -104,29 +130,62 @@ class Solver(ABC):
         return {group: normalizer.effective_mode(self.mode(kind)) for group, normalizer in self.normalizers.items()}
 
     def solve(
-        self, captured: CapturedTurn, editors: Mapping[str, ModuleEditor] | None = None, mode: str | None = None
-    ) -> dict[str, LowRankUpdate]:
-        """Updates for what was captured, under the statistics as they are; by module name, on the module's device.
+        self,
+        captured: CapturedTurn,
+        mode: str | None = None,
+        *,
+        step: float = 1.0,
+        ridge: float = 1.0,
+        editors: Mapping[str, ModuleEditor] | None = None,
+    ) -> Solution:
+        """Updates for what was captured, under the statistics as they are. ``accept`` it once it is applied.
 
         Args:
-            editors: by module name, on these statistics; None takes ``module_editors``.
             mode: whitening that overrides the configured one.
+            step, ridge: how many times the configured, or chosen, step size and ridge.
+            editors: by module name, on these statistics, in the place of ``module_editors``.
+
+        Raises:
+            ValueError: where the step is chosen and no update would lower the loss, naming the modules.
         """
-        editors = self.module_editors if editors is None else editors
+        if editors is None:
+            editors = self.module_editors if ridge == 1.0 else self._with_ridge(self.config.ridge * ridge)
         updates: dict[str, LowRankUpdate] = {}
+        decrease = 0.0
         for modules in self.groups.values():
             device = captured.keys[modules[0].name].device  # that of the group's statistics
             for module in modules:
-                keys, gradients = captured.keys[module.name], captured.value_gradients[module.name]
-                update = editors[module.name].compute_update(keys.to(device), gradients.to(device), mode)
+                keys, gradients = (
+                    captured.keys[module.name].to(device),
+                    captured.value_gradients[module.name].to(device),
+                )
+                update = editors[module.name].compute_update(keys, gradients, mode)
+                if self.step is not None:
+                    decrease += first_order_decrease(update, keys, gradients)
                 home = module.weight.device
                 if home != device:
                     update = LowRankUpdate(update.left.to(home), update.right.to(home))
                 updates[module.name] = update
-        return updates
+        size = step * (self.config.step_size if self.step is None else self._choose(captured.loss, decrease))
+        factor = step if self.step is None else size
+        return Solution(
+            updates if factor == 1.0 else {name: update.scaled(factor) for name, update in updates.items()}, size
+        )
 
-    def replay(self, kind: str, number: int, captured: CapturedTurn) -> None:
-        """Do to the statistics what observing and solving a pass did, bit for bit, without solving it.
+    def _choose(self, loss: float, decrease: float) -> float:
+        try:
+            return self.step.choose(loss, decrease)
+        except ValueError as error:
+            names = ", ".join(module.name for modules in self.groups.values() for module in modules)
+            raise ValueError(f"no step can be chosen for edit_modules {names}: {error}") from None
+
+    def accept(self, step_size: float) -> None:
+        """Remember the step of a pass that was applied."""
+        if self.step is not None:
+            self.step.accept(step_size)
+
+    def replay(self, kind: str, number: int, captured: CapturedTurn, step_size: float) -> None:
+        """Do to the statistics what observing, solving and applying a pass did, bit for bit, without solving it.
 
         Solving changes nothing but the whitener, which it renews where that is due.
         """
@@ -136,6 +195,7 @@ class Solver(ABC):
             for module in modules:
                 gradients = captured.value_gradients[module.name].to(device)
                 self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
+        self.accept(step_size)
 
     def remember(self, kind: str, captured: CapturedTurn) -> None:
         """Add the keys of a turn's first pass to the past keys."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
-from stableedit_cpp.editors.solver import Solver
+from stableedit_cpp.editors.solver import Solution, Solver
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.evaluation.answers import answer_scores, token_accuracy
 from stableedit_cpp.evaluation.generation import generate_continuations
@@ -67,6 +66,16 @@ class Work:
         """Share of each answer's tokens that are the model's top choice; NaN where the model is broken."""
         limit = self.config.max_tokens_per_forward
         return token_accuracy(self.model, sequences, max_tokens=limit, trunk=self.trunk)
+
+
+class _Best(NamedTuple):
+    """The pass of a turn after which most requests had taken, or where none did, the answers were likeliest; and the
+    way back to it."""
+
+    rank: tuple[int, float]
+    passes: int
+    pending: list[int]
+    weights: Checkpoint | None
 
 
 class Turn:
@@ -121,35 +130,44 @@ class Turn:
         return turn
 
     def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:
-        """Apply one pass after the other; ``keep`` them if somebody wants to see them."""
-        report, count = self.report, len(self.requests)
+        """Apply one pass after the other, up to the one after which most requests have taken; ``keep`` the passes if
+        somebody wants to see them."""
+        report, weights, count = self.report, self.work.weights, len(self.requests)
         allowed = 1 if self.kind == "warm_up" else self.work.config.max_passes
         pending = list(range(len(self.sequences)))
         passes: list[AppliedPass] = []
+        best: _Best | None = None
         for number in range(allowed):
-            captured, updates, ridge = self._solve(pending, number, interrupts)
+            captured, solution, ridge = self._solve(pending, number, interrupts)
             if number == 0:
                 first = captured
             if keep:
                 owners = torch.tensor([self.owners[index] for index in pending], device="cpu")[captured.request]
                 past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
-                passes.append(AppliedPass(captured, updates, owners, ridge, past_keys))
-            if number + 1 < allowed:
-                with report.timed("capture"):
-                    pending = self._not_taken()
-                report.taken.append(count - len({self.owners[index] for index in pending}))
-                bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{report.taken[-1]}/{count}"})
-                if not pending:
-                    break
+                passes.append(AppliedPass(captured, solution.updates, owners, ridge, solution.step_size, past_keys))
+            if allowed == 1:
+                break
+            with report.timed("capture"):
+                pending, likely = self._look()
+            taken = count - len({self.owners[index] for index in pending})
+            report.taken.append(taken)
+            bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{taken}/{count}"})
+            if best is None or (taken, likely) > best.rank:
+                best = _Best((taken, likely), number + 1, pending, Checkpoint(weights) if pending else None)
+            if not pending:
+                break
+        if best is not None and best.passes < report.passes:  # what came after it was no better
+            weights.put_back(best.weights)
+            report.passes, pending = best.passes, best.pending
         if self.work.outcomes:
             with report.timed("outcomes"):
-                report.failed = self._failures(self._not_taken() if pending else [])
+                report.failed = self._failures(pending if best is not None else self._look()[0])
         self.work.solver.remember(self.kind, first)
-        return passes
+        return passes[: report.passes]
 
     def _solve(
         self, pending: Sequence[int], number: int, interrupts: InterruptGuard
-    ) -> tuple[CapturedTurn, dict[str, LowRankUpdate], float]:
+    ) -> tuple[CapturedTurn, Solution, float]:
         """Capture, fold in, solve and apply one pass; the last of the result is the ridge."""
         work, report, ridge = self.work, self.report, self.work.config.ridge
         with interrupts.droppable():
@@ -160,42 +178,41 @@ class Turn:
                     [self.sequences[index] for index in pending],
                     micro_batch=work.config.micro_batch,
                     max_tokens=work.config.max_tokens_per_forward,
+                    prompt_rows=work.config.prompt_rows,
                     names=[self.names[index] for index in pending],
                     trunk=work.trunk,
                 )
             with report.timed("mathematics"):
                 report.whitening |= work.solver.observe(self.kind, number, captured)
-                updates = self._updates(captured)
+                solution = self._solution(captured)
             with report.timed("apply"):  # much that can go wrong does so here, where nothing has to be taken back
-                for name, update in updates.items():
+                for name, update in solution.updates.items():
                     work.weights[name].check(update)
         if work.guard is None:
-            self._apply(updates)
+            self._apply(solution)
         else:
-            updates, ridge = self._apply_guarded(work.guard, captured, updates)
+            solution, ridge = self._apply_guarded(work.guard, captured, solution)
+        work.solver.accept(solution.step_size)
         if number == 0:
-            report.answer_tokens = len(captured.request)
+            report.answer_tokens = sum(len(sequence.answer) for sequence in self.sequences)
             report.loss_before = float(captured.losses.mean())
             report.efficacy_before = float(captured.correct.mean())
         report.passes += 1
-        return captured, updates, ridge
+        return captured, solution, ridge
 
-    def _updates(self, captured: CapturedTurn, step: float = 1.0, ridge: float = 1.0) -> dict[str, LowRankUpdate]:
-        """Solve with so many times the configured step size and ridge."""
-        solver, config = self.work.solver, self.work.config
-        editors = None if step == ridge == 1.0 else solver.with_strength(config.step_size * step, config.ridge * ridge)
-        updates = solver.solve(captured, editors, solver.mode(self.kind))
-        self.report.update_norms |= {name: update.norm() for name, update in updates.items()}
-        return updates
+    def _solution(self, captured: CapturedTurn, step: float = 1.0, ridge: float = 1.0) -> Solution:
+        """Solve with so many times the step size and ridge."""
+        solver = self.work.solver
+        solution = solver.solve(captured, solver.mode(self.kind), step=step, ridge=ridge)
+        self.report.update_norms |= {name: update.norm() for name, update in solution.updates.items()}
+        return solution
 
-    def _apply(self, updates: dict[str, LowRankUpdate]) -> None:
+    def _apply(self, solution: Solution) -> None:
         with self.report.timed("apply"):
-            self.work.weights.apply(updates)
+            self.work.weights.apply(solution.updates)
 
-    def _apply_guarded(
-        self, guard: Guard, captured: CapturedTurn, updates: dict[str, LowRankUpdate]
-    ) -> tuple[dict[str, LowRankUpdate], float]:
-        """Apply what the guard tolerates: the updates, or those of a smaller step and a stronger ridge."""
+    def _apply_guarded(self, guard: Guard, captured: CapturedTurn, solution: Solution) -> tuple[Solution, float]:
+        """Apply what the guard tolerates: the solution, or that of a smaller step and a stronger ridge."""
         report, weights = self.report, self.work.weights
         before = Checkpoint(weights)
         for back_offs in range(guard.back_offs + 1):
@@ -204,24 +221,21 @@ class Turn:
                 report.back_offs += 1
                 weights.put_back(before)
                 with report.timed("mathematics"):
-                    updates = self._updates(captured, guard.step_factor**back_offs, ridge)
-            self._apply(updates)
+                    solution = self._solution(captured, guard.step_factor**back_offs, ridge)
+            self._apply(solution)
             with report.timed("guard"):
                 report.drift = guard.drift().mean
             if report.drift <= guard.limit:
-                return updates, self.work.config.ridge * ridge
+                return solution, self.work.config.ridge * ridge
         raise guard.refusal(report.drift)
 
-    def _not_taken(self) -> list[int]:
-        """Indices of the sequences that have not taken."""
-        config = self.work.config
-        if config.take_probability == 0.0:
-            taken = self.work.accuracy(self.sequences) == 1.0
-        else:
-            limit, trunk = config.max_tokens_per_forward, self.work.trunk
-            scores = answer_scores(self.work.model, self.sequences, max_tokens=limit, trunk=trunk)
-            taken = (scores.accuracy == 1.0) & (scores.probability >= config.take_probability)
-        return [index for index in range(len(self.sequences)) if not taken[index]]
+    def _look(self) -> tuple[list[int], float]:
+        """Indices of the sequences that have not taken, and how likely the least likely tokens of all are."""
+        config, trunk = self.work.config, self.work.trunk
+        scores = answer_scores(self.work.model, self.sequences, max_tokens=config.max_tokens_per_forward, trunk=trunk)
+        taken = (scores.accuracy == 1.0) & (scores.probability >= config.take_probability)
+        pending = [index for index in range(len(self.sequences)) if not taken[index]]
+        return pending, float(scores.probability.nan_to_num(-1.0).mean())
 
     def _failures(self, indices: Sequence[int]) -> list[Failure]:
         """The requests that these sequences belong to, and what the model answers to them."""

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight, PastKeys
+from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight, PastKeys, PolyakStep
 from stableedit_cpp.editors.followers import Follower, Followers
 from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.editors.originals import OriginalWeights
@@ -16,7 +16,7 @@ from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["Checkpoint", "EditedWeights"]
 
-Statistics = Mapping[str, LifelongNormalizer | PastKeys]
+Statistics = Mapping[str, LifelongNormalizer | PastKeys | PolyakStep]
 _Result = TypeVar("_Result")
 _TURN = "a turn"
 

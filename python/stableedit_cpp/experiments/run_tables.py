@@ -90,9 +90,13 @@ def _settings(run: Run) -> str:
     before = f"{warm['size']:,} warm-up edits ({warm['position']})" if warm["size"] else "no warm-up"
     return (
         f"{settings['data']['edits']:,} edits of {settings['dataset']} in turns of {config['turn_size']} after "
-        f"{before}; {settings['model']}, seed {settings['seed']}, step size {config['step_size']:g}; {sample}. "
+        f"{before}; {settings['model']}, seed {settings['seed']}, step size {_step(config['step_size'])}; {sample}. "
         "Means ± standard errors."
     )
+
+
+def _step(size: float | str) -> str:
+    return size if isinstance(size, str) else f"{size:g}"
 
 
 def comparison(groups: Sequence[Group]) -> Table:

@@ -221,7 +221,7 @@ class _Revert:
                 bar.set_postfix({"pass": number})
                 if not pending:
                     return number
-                self._add(self.editor.solver.solve(self._capture(pending), self._editors))
+                self._add(self.editor.solver.solve(self._capture(pending), editors=self._editors).updates)
         return _PASSES
 
     def answers(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
@@ -260,7 +260,7 @@ class _Revert:
         return {
             name: ModuleEditor(
                 editor.normalizer,
-                step_size=config.step_size,
+                step_size=editor.step_size,
                 ridge=config.ridge,
                 past_keys=protected[name],
                 past_key_weight=0.0 if protected[name] is None else 1.0,

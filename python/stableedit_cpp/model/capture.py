@@ -26,7 +26,8 @@ NotFiniteError = ModelBroken  # its earlier name
 
 @dataclass(frozen=True)
 class CapturedTurn:
-    """Rows are answer tokens of a turn, n in all, the longest request first.
+    """Rows are answer tokens of a turn, n in all, the longest request first; with ``prompt_rows`` also the tokens of
+    the prompts before them, but the first of each, whose value gradients are what flows back through attention.
 
     Attributes:
         keys: by module name, input of the module, ``[n, k]``, float32 (float64 for a float64 model).
@@ -34,6 +35,7 @@ class CapturedTurn:
             is the mean cross-entropy over the answer tokens of each micro-batch, summed over micro-batches.
         request: index into the captured requests, ``[n]`` int64.
         micro_batch: number of the micro-batch, ``[n]`` int64.
+        loss: the loss whose gradients these are, in nats; NaN where nobody kept it.
         losses: mean cross-entropy of each request's answer, in nats, ``[requests]``.
         correct: share of each request's answer tokens that the model already predicts, ``[requests]``.
     """
@@ -42,6 +44,7 @@ class CapturedTurn:
     value_gradients: dict[str, torch.Tensor]
     request: torch.Tensor
     micro_batch: torch.Tensor
+    loss: float
     losses: torch.Tensor
     correct: torch.Tensor
 
@@ -55,6 +58,7 @@ class _Tap:
         self.keys: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
         self.batch: Batch | None = None
+        self.positions: torch.Tensor | None = None  # into the flattened batch: where rows are read
 
     def __call__(self, _module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         self.keys = self.select(inputs[0].detach())
@@ -64,13 +68,13 @@ class _Tap:
         return self.output.clone()
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows at answer positions, float32 at least; some models (OPT) hand over ``[batch * length, d]``."""
+        """Rows at the positions, float32 at least; some models (OPT) hand over ``[batch * length, d]``."""
         rows = tensor.reshape(-1, tensor.shape[-1])
         # The output embedding sees nothing but answer positions (see answer_logits).
-        if len(rows) != len(self.batch.positions):
+        if len(rows) != len(self.batch.positions) or self.positions is not self.batch.positions:
             if len(rows) != self.batch.input_ids.numel():
                 raise ValueError(f"edit_modules: {self.name} does not see every token once, so it cannot be edited")
-            rows = rows[self.batch.positions.to(rows.device)]
+            rows = rows[self.positions.to(rows.device)]
         elif rows.data_ptr() == tensor.data_ptr():
             rows = rows.clone()
         return rows if rows.dtype == torch.float64 else rows.float()
@@ -83,6 +87,7 @@ def capture(
     *,
     micro_batch: int,
     max_tokens: int,
+    prompt_rows: bool = False,
     names: Sequence[str] | None = None,
     trunk: TrunkCache | None = None,
 ) -> CapturedTurn:
@@ -90,10 +95,11 @@ def capture(
 
     Requests are sorted by length, longest first and stable, and cut into micro-batches of ``micro_batch``, which fixes
     the scale of the gradients; how many run together in one forward pass (``max_tokens``) does not matter to them.
-    No weight gradient is computed, nothing is propagated below the first edited module, nor through linear maps at
-    prompt positions, and the model's training mode and ``requires_grad`` flags are left as found.
+    No weight gradient is computed, nothing is propagated below the first edited module, nor (without ``prompt_rows``)
+    through linear maps at prompt positions; the model's training mode and ``requires_grad`` flags are left as found.
 
     Args:
+        prompt_rows: capture rows at prompt positions, too.
         names: what to call each sequence in an error message.
         trunk: keeps the output of the layers below the first edited module for a retry, or reuses what it kept.
 
@@ -119,29 +125,41 @@ def capture(
         for indices in pack(sequences, max_tokens):
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device)
-            linears.gradients_for(batch)
+            positions = batch.positions
+            if prompt_rows:
+                positions = torch.tensor(_all_positions(chosen, batch.input_ids.shape[1]), device="cpu")
+            else:
+                linears.gradients_for(batch)
             for tap in taps:
-                tap.batch, tap.output = batch, None
+                tap.batch, tap.positions, tap.output = batch, positions, None
             loss, hit = _backward(answer_logits(model, batch, trunk, chosen), taps, batch, pieces)
             losses.append(loss)
             hits.append(hit)
 
-    request = torch.tensor([index for index in order for _ in sequences[index].answer], dtype=torch.long, device="cpu")
+    answer = torch.tensor([index for index in order for _ in sequences[index].answer], dtype=torch.long, device="cpu")
+    request = answer
+    if prompt_rows:
+        rows = [index for index in order for _ in _all_rows(sequences[index])]
+        request = torch.tensor(rows, dtype=torch.long, device="cpu")
     loss, hit = torch.cat(losses).cpu(), torch.cat(hits).cpu()
     keys = {name: torch.cat(piece[0]) for name, piece in pieces.items()}
     # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
     # keeps small numbers out of a half-precision backward pass.
     gradients = {name: torch.cat(piece[1]) for name, piece in pieces.items()}
     gradients = {name: g * weight[request].to(g).unsqueeze(1) for name, g in gradients.items()}
-    _check_finite(loss, keys, gradients, request, names)
-    answers = torch.bincount(request, minlength=len(sequences))
+    _check_finite(loss, answer, names, "loss")
+    for what, tensors in (("key", keys), ("value gradient", gradients)):
+        for name, tensor in tensors.items():
+            _check_finite(tensor, request, names, f"{what} at {name}")
+    answers = torch.bincount(answer, minlength=len(sequences))
     return CapturedTurn(
         keys,
         gradients,
         request,
         group[request],
-        torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").index_add_(0, request, loss) / answers,
-        torch.zeros(len(sequences), dtype=torch.float32, device="cpu").index_add_(0, request, hit.float()) / answers,
+        float((loss.double() * weight[answer]).sum()),
+        torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").index_add_(0, answer, loss) / answers,
+        torch.zeros(len(sequences), dtype=torch.float32, device="cpu").index_add_(0, answer, hit.float()) / answers,
     )
 
 
@@ -176,20 +194,20 @@ def _backward(
     return loss.detach(), logits.argmax(-1) == labels
 
 
-def _check_finite(
-    loss: torch.Tensor,
-    keys: dict[str, torch.Tensor],
-    gradients: dict[str, torch.Tensor],
-    request: torch.Tensor,
-    names: Sequence[str] | None,
-) -> None:
-    checks = [("loss", loss)]
-    checks += [(f"key at {name}", key) for name, key in keys.items()]
-    checks += [(f"value gradient at {name}", gradient) for name, gradient in gradients.items()]
-    for what, tensor in checks:
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            rows = finite if finite.ndim == 1 else finite.all(1)
-            index = int(request[(~rows).cpu()][0])
-            name = names[index] if names is not None else f"request {index}"
-            raise NotFiniteError(f"{name}: the {what} is NaN or infinite; the turn was not applied")
+def _all_rows(sequence: TokenSequence) -> range:
+    """Positions of all tokens but the first; of that one, too, where it is the whole prompt."""
+    return range(min(1, sequence.first), len(sequence))
+
+
+def _all_positions(sequences: Sequence[TokenSequence], width: int) -> list[int]:
+    """The same as indices into the flattened ``[sequences, width]``, padded on the right."""
+    return [row * width + place for row, sequence in enumerate(sequences) for place in _all_rows(sequence)]
+
+
+def _check_finite(tensor: torch.Tensor, request: torch.Tensor, names: Sequence[str] | None, what: str) -> None:
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        rows = finite if finite.ndim == 1 else finite.all(1)
+        index = int(request[(~rows).cpu()][0])
+        name = names[index] if names is not None else f"request {index}"
+        raise NotFiniteError(f"{name}: the {what} is NaN or infinite; the turn was not applied")

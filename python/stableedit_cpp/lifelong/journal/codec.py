@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -29,6 +30,7 @@ def encode_turn(turn: AppliedTurn, *, factors: bool) -> tuple[dict, dict[str, to
         "passes": len(turn.passes),
         "factors": factors,
         "ridge": [applied.ridge for applied in turn.passes],
+        "step_size": [applied.step_size for applied in turn.passes],
     }
     tensors: dict[str, torch.Tensor] = {}
     for number, applied in enumerate(turn.passes if factors else ()):
@@ -84,12 +86,14 @@ def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mappi
             value_gradients={name: tensors[f"{number}/{name}/gradients"].to(home) for name, home in homes.items()},
             request=tensors[f"{number}/captured/request"],
             micro_batch=tensors[f"{number}/captured/micro_batch"],
+            loss=math.nan,
             losses=torch.empty(0, device="cpu"),
             correct=torch.empty(0, device="cpu"),
         )
         past_keys = any(f"{number}/{name}/keys" in tensors for name in homes)
         request, ridge = tensors[f"{number}/request"], content["ridge"][number]
-        passes.append(AppliedPass(captured, updates, request, ridge, past_keys))
+        step_size = content["step_size"][number] if "step_size" in content else math.nan  # before 0.3.0: as configured
+        passes.append(AppliedPass(captured, updates, request, ridge, step_size, past_keys))
     return AppliedTurn(content["kind"], decode_requests(content), passes, TurnReport(**content["report"]))
 
 
