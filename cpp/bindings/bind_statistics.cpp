@@ -85,30 +85,34 @@ void bind_whitening(py::module_& m) {
 mode: 'full', 'diagonal' or 'none'. floor: lower bound on the eigenvalues of the covariance,
 absolute or relative to their mean. refresh: reuse a decomposition until the sample count has grown
 by this fraction (0: decompose every turn). drift_limit: decompose anyway for a turn that would be
-whitened to a mean square more than this factor above what the covariance lets expect.)")
+whitened to a mean square more than this factor above what the covariance lets expect. centred: True
+whitens about the running mean and weights targets by their keys, as published; False whitens by the
+second moment about zero and does not weight, so that an update never raises the loss to first order.)")
       .def(py::init(no_gil([](const std::string& mode, double floor, const std::string& floor_mode_,
-                              double refresh, double drift_limit) {
-             const WhiteningOptions options{whitening_mode(mode), floor, floor_mode(floor_mode_),
-                                            refresh, drift_limit};
+                              double refresh, double drift_limit, bool centred) {
+             const WhiteningOptions options{
+                 whitening_mode(mode), floor,  floor_mode(floor_mode_), refresh,
+                 drift_limit,          centred};
              options.check();
              return options;
            })),
            py::kw_only(), py::arg("mode") = "full", py::arg("floor") = defaults.floor,
            py::arg("floor_mode") = "relative", py::arg("refresh") = defaults.refresh,
-           py::arg("drift_limit") = defaults.drift_limit)
+           py::arg("drift_limit") = defaults.drift_limit, py::arg("centred") = defaults.centred)
       .def_property_readonly("mode",
                              [](const WhiteningOptions& self) { return to_string(self.mode); })
       .def_readonly("floor", &WhiteningOptions::floor)
       .def_readonly("refresh", &WhiteningOptions::refresh)
       .def_readonly("drift_limit", &WhiteningOptions::drift_limit)
+      .def_readonly("centred", &WhiteningOptions::centred)
       .def_property_readonly(
           "floor_mode", [](const WhiteningOptions& self) { return to_string(self.floor_mode); })
       .def("__repr__", [](const WhiteningOptions& self) {
         return py::str(
                    "WhiteningOptions(mode={!r}, floor={!r}, floor_mode={!r}, refresh={!r}, "
-                   "drift_limit={!r})")
+                   "drift_limit={!r}, centred={!r})")
             .format(to_string(self.mode), self.floor, to_string(self.floor_mode), self.refresh,
-                    self.drift_limit);
+                    self.drift_limit, self.centred);
       });
 
   py::class_<Whitener>(m, "Whitener", "One fixed whitening transform of centred value gradients.")

@@ -43,7 +43,8 @@ Equivalent to:
            py::arg("weight"), py::arg("layout") = "linear", "Subtract from a weight in place.")
       .def("norm", no_gil(&LowRankUpdate::norm), "Frobenius norm, from r x r products.")
       .def("inner", no_gil(&LowRankUpdate::inner), py::arg("other"), "Frobenius inner product.")
-      .def("scaled", no_gil(&LowRankUpdate::scaled), py::arg("factor"), "This many times the change.")
+      .def("scaled", no_gil(&LowRankUpdate::scaled), py::arg("factor"),
+           "This many times the change.")
       .def("select", no_gil(&LowRankUpdate::select), py::arg("rows"),
            "The share of the given rows, int64 [m].");
 }

@@ -48,9 +48,11 @@ at::Tensor ModuleEditor::targets(const at::Tensor& keys, const at::Tensor& value
   check_rows(keys, "keys", normalizer_->key_dim());
   check_rows(value_gradients, "value_gradients", normalizer_->value_dim());
   check_same_rows(keys, "keys", value_gradients, "value_gradients");
+  const at::Tensor whitened = normalizer_->normalize_value_gradients(value_gradients, mode);
+  if (!normalizer_->options().whitening.centred) return whitened.mul(-options_.step_size);
   const at::Tensor scale =
       normalizer_->normalize_keys(keys).square().sum(1, /*keepdim=*/true).mul_(-options_.step_size);
-  return normalizer_->normalize_value_gradients(value_gradients, mode).mul(scale);
+  return whitened.mul(scale);
 }
 
 LowRankUpdate ModuleEditor::compute_update(const at::Tensor& keys,

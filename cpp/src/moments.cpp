@@ -69,6 +69,10 @@ at::Tensor RunningMoments::variance() const {
   return m2_ / static_cast<double>(count_ - 1);
 }
 
+at::Tensor RunningMoments::root_mean_square() const {
+  return (m2_ / std::max(1.0, static_cast<double>(count_)) + mean_.square()).sqrt();
+}
+
 at::Tensor RunningMoments::stddev() const { return variance().sqrt_(); }
 
 }  // namespace stableedit

@@ -114,6 +114,11 @@ at::Tensor NormalInverseWishart::covariance_upper(at::ScalarType dtype) const {
   return psi.to(dtype, /*non_blocking=*/false, /*copy=*/true).div_(divisor);
 }
 
+at::Tensor NormalInverseWishart::second_moment_upper(at::ScalarType dtype) const {
+  const at::Tensor m = mean().to(dtype);
+  return covariance_upper(dtype).addr_(m, m);
+}
+
 void NormalInverseWishart::add_prior(at::Tensor& psi) const {
   if (prior_.kappa > 0.0 && count_ > 0) {
     psi.addr_(mean_, mean_, 1.0, prior_.kappa * static_cast<double>(count_) / kappa());

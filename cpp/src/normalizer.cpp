@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <cmath>
 #include <random>
@@ -72,6 +73,8 @@ void LifelongNormalizer::merge(const LifelongNormalizer& other) {
   TORCH_CHECK_VALUE(other.options_.whitening.mode == options_.whitening.mode,
                     "cannot merge a normalizer with ", to_string(other.options_.whitening.mode),
                     " whitening into one with ", to_string(options_.whitening.mode), " whitening");
+  TORCH_CHECK_VALUE(other.options_.whitening.centred == options_.whitening.centred,
+                    "cannot merge a centred normalizer and one that is not");
   LifelongNormalizer next = *this;
   next.key_moments_.merge(other.key_moments_);
   next.value_moments_.merge(other.value_moments_);
@@ -104,7 +107,9 @@ at::Tensor LifelongNormalizer::normalize_value_gradients(const at::Tensor& value
   at::Tensor rows = value_gradients.to(dtype);
   const WhiteningMode effective = effective_mode(mode);
   if (effective == WhiteningMode::kNone) return rows;
+  const bool centred = options_.whitening.centred;
   if (effective == WhiteningMode::kDiagonal) {
+    if (!centred) return Whitener::diagonal(value_moments_.root_mean_square()).transform(rows);
     return Whitener::diagonal(value_moments_.stddev())
         .transform(rows - value_moments_.mean().to(dtype));
   }
@@ -114,11 +119,13 @@ at::Tensor LifelongNormalizer::normalize_value_gradients(const at::Tensor& value
   if (due) {
     whitener_dtype_ = dtype;
     whitener_nu_ = nu;
-    keep(Whitener::full(value_tracker_->covariance_upper(dtype), options_.whitening.floor,
-                        options_.whitening.floor_mode, options_.whitening.refresh > 0.0));
+    keep(Whitener::full(centred ? value_tracker_->covariance_upper(dtype)
+                                : value_tracker_->second_moment_upper(dtype),
+                        options_.whitening.floor, options_.whitening.floor_mode,
+                        options_.whitening.refresh > 0.0));
     ++decompositions_;
   }
-  return whitener_->transform(rows - value_tracker_->mean().to(dtype));
+  return whitener_->transform(centred ? rows - value_tracker_->mean().to(dtype) : rows);
 }
 
 void LifelongNormalizer::keep(Whitener whitener) {
@@ -135,7 +142,8 @@ void LifelongNormalizer::keep(Whitener whitener) {
 bool LifelongNormalizer::outgrown(const std::vector<at::Tensor>& value_gradients) const {
   if (!whitener_ || options_.whitening.refresh == 0.0) return false;
   const at::Tensor directions = probes_.t();
-  const at::Tensor mean = at::mv(probes_, value_tracker_->mean().to(whitener_dtype_));
+  at::Tensor mean = at::mv(probes_, value_tracker_->mean().to(whitener_dtype_));
+  if (!options_.whitening.centred) mean = at::zeros_like(mean);
   at::Tensor squares = at::zeros({}, mean.options().dtype(at::kDouble));
   int64_t n = 0;
   for (const at::Tensor& batch : value_gradients) {

@@ -147,6 +147,7 @@ StateDict LifelongNormalizer::state_dict() const {
       {"whitening.floor_mode", integer_field(static_cast<int64_t>(whitening.floor_mode))},
       {"whitening.refresh", number_field(whitening.refresh)},
       {"whitening.drift_limit", number_field(whitening.drift_limit)},
+      {"whitening.centred", integer_field(whitening.centred ? 1 : 0)},
       {"decompositions", integer_field(decompositions_)}};
   add_part(state, "keys.", key_moments_.state_dict());
   add_part(state, "values.", value_moments_.state_dict());
@@ -169,7 +170,9 @@ LifelongNormalizer LifelongNormalizer::from_state_dict(const StateDict& state) {
       .floor = reader.number("whitening.floor"),
       .floor_mode = static_cast<FloorMode>(reader.integer("whitening.floor_mode", 0, 1)),
       .refresh = reader.number("whitening.refresh"),
-      .drift_limit = reader.number("whitening.drift_limit")};
+      .drift_limit = reader.number("whitening.drift_limit"),
+      .centred = !reader.has("whitening.centred") ||  // before 0.3.0 there was nothing else
+                 reader.integer("whitening.centred", 0, 1) == 1};
   options.unbiased_batches = keys.unbiased_batches();
   std::optional<NormalInverseWishart> tracker;
   if (options.whitening.mode == WhiteningMode::kFull) {

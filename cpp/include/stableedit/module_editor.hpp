@@ -27,6 +27,7 @@ struct STABLEEDIT_API EditOptions {
 ///     V_i = - step_size * ||h_hat_i||^2 * g_hat_i
 ///     D   = (H^T H + past_key_weight C + ridge I)^(-1) H^T V,     W <- W + D^T
 ///
+/// Where the normalizer is not centred (`WhiteningOptions::centred`), V_i = - step_size * g_hat_i.
 /// C, the second moment of the keys of earlier turns, is ours; its weight is 0 unless asked for.
 /// It never touches a weight: applying the result is the caller's business.
 /// Several editors may share one normalizer (pooled statistics): then `observe` the turn of all of

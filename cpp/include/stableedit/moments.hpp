@@ -47,6 +47,9 @@ class STABLEEDIT_API RunningMoments {
   /// Square root of `variance()`.
   at::Tensor stddev() const;
 
+  /// Square root of M2 / count + mean^2, `[dim]` float64; all zeros before the first batch.
+  at::Tensor root_mean_square() const;
+
   StateDict state_dict() const;  ///< see stableedit::StateDict
 
   /// The way back. \throws ValueError for a state that is not of this class.

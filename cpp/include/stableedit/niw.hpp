@@ -74,6 +74,11 @@ class STABLEEDIT_API NormalInverseWishart {
   /// eigendecomposition reads: one `[v, v]` tensor of memory.
   at::Tensor covariance_upper(at::ScalarType dtype) const;
 
+  /// Expected second moment about zero, Psi / (nu - v - 1) + m m^T, in `dtype` with only its upper
+  /// triangle meaningful.
+  /// \throws ValueError while nu <= v + 1.
+  at::Tensor second_moment_upper(at::ScalarType dtype) const;
+
   StateDict state_dict() const;  ///< see stableedit::StateDict
 
   /// The way back. \throws ValueError for a state that is not of this class.

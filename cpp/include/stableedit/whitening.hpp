@@ -53,6 +53,14 @@ struct STABLEEDIT_API WhiteningOptions {
   /// to. (A fall needs no watch: what was seen keeps counting, so between two decompositions the
   /// covariance shrinks by no more than `refresh` allows.)
   double drift_limit = 2.0;
+  /// True as published: value gradients are whitened about their running mean, and targets weighted
+  /// by the squared norms of the normalised keys. False: value gradients are whitened by their
+  /// second moment about zero, E[g g^T] = Sigma + m m^T, and targets are not weighted. Then the
+  /// update never raises the loss to first order, however few rows there are: with D = A^(-1) H^T V
+  /// and V = -G P, it is lowered by tr(H A^(-1) H^T G P G^T), and both factors are positive
+  /// semi-definite. About the mean, the first rows of a stream (one fact!) have hardly anything
+  /// left to whiten.
+  bool centred = true;
 
   /// \throws ValueError for a field out of range.
   void check() const;
