@@ -159,5 +159,5 @@ def test_options_say_what_they_are():
         assert repr(eval(repr(options))) == repr(options)
     assert repr(NiwPrior(nu=2)) == "NiwPrior(kappa=0.0, psi=0.0, nu=2.0)"
     assert repr(WhiteningOptions(floor_mode="absolute")) == (
-        "WhiteningOptions(mode='full', floor=0.1, floor_mode='absolute', refresh=0.0, drift_limit=2.0)"
+        "WhiteningOptions(mode='full', floor=0.1, floor_mode='absolute', refresh=0.0, drift_limit=2.0, centred=True)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,16 +27,16 @@ class AppliedPass:
             token i, so that ``update.select(rows)`` is the share of the requests that own these rows.
         request: index into the turn's requests that owns each row, ``[n]`` int64 on the CPU.
         ridge: that it was solved with; the configured one, unless a guard asked for a stronger.
-        step_size: that it was solved with; NaN in the record of an earlier version, which had but the configured one.
         past_keys: whether the keys of earlier turns took part; if not, ``right`` holds the keys themselves.
+        step_size: that it was solved with; NaN in the record of an earlier version, which had but the configured one.
     """
 
     captured: CapturedTurn
     updates: dict[str, LowRankUpdate]
     request: torch.Tensor
     ridge: float
-    step_size: float
     past_keys: bool
+    step_size: float = math.nan
 
     def contribution(self, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
         """What the rows that ``owned`` marks, ``[n]`` bool, added: subtracting it leaves the pass of the others alone.

@@ -16,7 +16,7 @@ _FORMAT_VERSION = 1
 # Fields that earlier versions wrote, with the one value that still means something: what they did without them.
 _EARLIER = {"past_key_rank": None}
 # Fields that earlier versions did not have, with what those did.
-LATER_FIELDS = {"chat_template": False, "end_of_answer": False}
+LATER_FIELDS = {"chat_template": False, "end_of_answer": False, "prompt_rows": False}
 _Config = TypeVar("_Config", bound="EditorConfig")
 
 

@@ -24,6 +24,9 @@ class StableEditConfig(EditorConfig):
         floor: lower bound on the eigenvalues of the covariance, >= 0.
         refresh: reuse a whitening transform until the number of samples has grown by this fraction, in [0, 1]; 0
             computes it anew every turn, as published.
+        centred: whiten the value gradients about their running mean, and weight targets by the squared norms of the
+            normalised keys, as published. False whitens by the second moment about zero and does not weight: then an
+            update never raises the loss to first order, however few rows there are, one fact's included.
         floor_mode: "relative" to the mean eigenvalue, which suits any model and loss scale, or "absolute" (published).
     """
 
@@ -34,6 +37,7 @@ class StableEditConfig(EditorConfig):
     floor: float = 0.1
     floor_mode: Literal["relative", "absolute"] = "relative"
     refresh: float = 0.1
+    centred: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +48,7 @@ class StableEditConfig(EditorConfig):
             object.__setattr__(self, "warm_up_whitening", weaker)
         self._check_choice("warm_up_whitening", modes[: modes.index(self.whitening) + 1])
         self._check_choice("floor_mode", ("relative", "absolute"))
+        self._check_flag("centred")
         self._check_number("floor", self.floor)
         if self.floor < 0:
             raise ValueError(f"floor must be at least 0, not {self.floor!r}")
@@ -75,7 +80,11 @@ class _Solver(Solver):
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
         config = self.config
         whitening = WhiteningOptions(
-            mode=config.whitening, floor=config.floor, floor_mode=config.floor_mode, refresh=config.refresh
+            mode=config.whitening,
+            floor=config.floor,
+            floor_mode=config.floor_mode,
+            refresh=config.refresh,
+            centred=config.centred,
         )
         return LifelongNormalizer(key_dim, value_dim, whitening=whitening)
 

@@ -144,7 +144,7 @@ class Turn:
             if keep:
                 owners = torch.tensor([self.owners[index] for index in pending], device="cpu")[captured.request]
                 past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
-                passes.append(AppliedPass(captured, solution.updates, owners, ridge, solution.step_size, past_keys))
+                passes.append(AppliedPass(captured, solution.updates, owners, ridge, past_keys, solution.step_size))
             if allowed == 1:
                 break
             with report.timed("capture"):

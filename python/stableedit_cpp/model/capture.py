@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,18 +36,18 @@ class CapturedTurn:
             is the mean cross-entropy over the answer tokens of each micro-batch, summed over micro-batches.
         request: index into the captured requests, ``[n]`` int64.
         micro_batch: number of the micro-batch, ``[n]`` int64.
-        loss: the loss whose gradients these are, in nats; NaN where nobody kept it.
         losses: mean cross-entropy of each request's answer, in nats, ``[requests]``.
         correct: share of each request's answer tokens that the model already predicts, ``[requests]``.
+        loss: the loss whose gradients these are, in nats; NaN where nobody kept it.
     """
 
     keys: dict[str, torch.Tensor]
     value_gradients: dict[str, torch.Tensor]
     request: torch.Tensor
     micro_batch: torch.Tensor
-    loss: float
     losses: torch.Tensor
     correct: torch.Tensor
+    loss: float = math.nan
 
 
 class _Tap:
@@ -157,9 +158,9 @@ def capture(
         gradients,
         request,
         group[request],
-        float((loss.double() * weight[answer]).sum()),
         torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").index_add_(0, answer, loss) / answers,
         torch.zeros(len(sequences), dtype=torch.float32, device="cpu").index_add_(0, answer, hit.float()) / answers,
+        float((loss.double() * weight[answer]).sum()),
     )
 
 

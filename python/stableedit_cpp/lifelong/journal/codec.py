@@ -86,14 +86,13 @@ def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mappi
             value_gradients={name: tensors[f"{number}/{name}/gradients"].to(home) for name, home in homes.items()},
             request=tensors[f"{number}/captured/request"],
             micro_batch=tensors[f"{number}/captured/micro_batch"],
-            loss=math.nan,
             losses=torch.empty(0, device="cpu"),
             correct=torch.empty(0, device="cpu"),
         )
         past_keys = any(f"{number}/{name}/keys" in tensors for name in homes)
         request, ridge = tensors[f"{number}/request"], content["ridge"][number]
         step_size = content["step_size"][number] if "step_size" in content else math.nan  # before 0.3.0: as configured
-        passes.append(AppliedPass(captured, updates, request, ridge, step_size, past_keys))
+        passes.append(AppliedPass(captured, updates, request, ridge, past_keys, step_size))
     return AppliedTurn(content["kind"], decode_requests(content), passes, TurnReport(**content["report"]))
 
 
