@@ -125,9 +125,11 @@ class Scores(Mapping[str, Score]):
         return {**self.means(), **rest}
 
     def __str__(self) -> str:
-        width = max([15, *(len(name) + 1 for name in self.names)])
+        # What is missing is said once, not again for each score of the same prompt.
+        shown = {n: score for n, score in self.items() if score.mean is not None or self.broken or n in _ALL_PROBES}
+        width = max([15, *(len(name) + 1 for name in shown)])
         lines = []
-        for name, score in self.items():
+        for name, score in shown.items():
             if score.mean is None:
                 reason = "the model is broken" if self.broken else "no request has the prompt for it"
                 lines.append(f"{name:<{width}}not scored: {reason}")
