@@ -13,6 +13,7 @@ import torch
 from stableedit_cpp.core import LifelongNormalizer, PastKeys
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.data.superseding import warn_of_contradictions
+from stableedit_cpp.editors.anchors import Anchors
 from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport
@@ -74,6 +75,7 @@ class Editor:
         self.solver = self.solver_class(self.modules, self._config)
         self.weights = EditedWeights(self.modules, self.solver.statistics())
         self.guard: Guard | None = None
+        self._anchors: Anchors | None = None  # asks the unedited model, so not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
 
     @property
@@ -330,6 +332,13 @@ class Editor:
 
         self.weights.change(work, "doing a turn again")
 
+    def _hold_anchors(self) -> Anchors | None:
+        if self.config.anchors > 0 and self._anchors is None:
+            limit = self.config.max_tokens_per_forward
+            how = {"count": self.config.anchors, "max_tokens": limit}
+            self._anchors = Anchors(self.model, self.tokenizer, self.modules, self.form, self.unedited, **how)
+        return self._anchors
+
     def _run(
         self,
         requests: Iterable,
@@ -351,6 +360,7 @@ class Editor:
             self.weights,
             self.solver,
             self.guard,
+            self._hold_anchors() if kind != "warm_up" else None,
             trunk,
             lent,
             outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),

@@ -124,6 +124,7 @@ class Solver(ABC):
         """
         feed = (number == 0 and kind != "repair") or self.config.retries_feed_statistics
         feed = feed and (kind == "warm_up" or not self.config.frozen_statistics)
+        captured = captured.owned
         for group, modules in self.groups.items():
             if feed or self.normalizers[group].count == 0:  # there is nothing else to normalise with
                 self._observe(group, modules, captured)
@@ -200,7 +201,7 @@ class Solver(ABC):
     def remember(self, kind: str, captured: CapturedTurn) -> None:
         """Add the keys of a turn's first pass to the past keys."""
         if kind != "repair" and self.past_keys:
-            self.fold_keys(captured, self.past_keys)
+            self.fold_keys(captured.owned, self.past_keys)
 
     def fold_keys(self, captured: CapturedTurn, into: Mapping[str, PastKeys]) -> None:
         """Add captured keys to second moments, by module name."""

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.editors.anchors import Anchors
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import Failure, TurnReport
@@ -45,6 +46,7 @@ class Work:
 
     Attributes:
         form: of prompts and answers.
+        anchors: add unrelated prompts to each pass (not in a warm-up); None adds none.
         trunk: outputs of the layers below the edited ones; None where there is no use for them.
         trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
         outcomes: find out which requests took. answers: and what the model answers to the others.
@@ -57,6 +59,7 @@ class Work:
     weights: EditedWeights
     solver: Solver
     guard: Guard | None
+    anchors: Anchors | None
     trunk: TrunkCache | None
     trunk_is_lent: bool
     outcomes: bool
@@ -118,8 +121,9 @@ class Turn:
     def _apply_all(self, change: Checkpoint, interrupts: InterruptGuard, bar: tqdm) -> AppliedTurn:
         followers = self.work.weights.followers
         guarding = self.work.guard.trunk if self.work.guard is not None else None
+        holding = self.work.anchors.trunk if self.work.anchors is not None else None
         # Nobody but us can change weights before the followers are called: reading them once is enough.
-        with trusted(self.work.trunk, guarding):
+        with trusted(self.work.trunk, guarding, holding):
             passes = self._passes(interrupts, bar, keep=followers.hear_turns)
         turn = AppliedTurn(self.kind, self.requests, passes, self.report)
         followers.applied(turn)
@@ -142,7 +146,8 @@ class Turn:
             if number == 0:
                 first = captured
             if keep:
-                owners = torch.tensor([self.owners[index] for index in pending], device="cpu")[captured.request]
+                # A row that belongs to no request, -1, finds the last of these.
+                owners = torch.tensor([*(self.owners[index] for index in pending), -1], device="cpu")[captured.request]
                 past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
                 passes.append(AppliedPass(captured, solution.updates, owners, ridge, past_keys, solution.step_size))
             if allowed == 1:
@@ -172,16 +177,19 @@ class Turn:
         work, report, ridge = self.work, self.report, self.work.config.ridge
         with interrupts.droppable():
             with report.timed("capture"):
+                sequences = [self.sequences[index] for index in pending]
                 captured = capture(
                     work.model,
                     work.weights.modules,
-                    [self.sequences[index] for index in pending],
+                    sequences,
                     micro_batch=work.config.micro_batch,
                     max_tokens=work.config.max_tokens_per_forward,
                     prompt_rows=work.config.prompt_rows,
                     names=[self.names[index] for index in pending],
                     trunk=work.trunk,
                 )
+                if work.anchors is not None and self.kind != "warm_up":
+                    captured = work.anchors.join(captured, sequences)
             with report.timed("mathematics"):
                 report.whitening |= work.solver.observe(self.kind, number, captured)
                 solution = self._solution(captured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_f
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.model.untouched import input_device, untouched
 
-__all__ = ["CapturedTurn", "NotFiniteError", "capture"]
+__all__ = ["CapturedTurn", "NotFiniteError", "capture", "join"]
 
 
 NotFiniteError = ModelBroken  # its earlier name
@@ -34,8 +34,8 @@ class CapturedTurn:
         keys: by module name, input of the module, ``[n, k]``, float32 (float64 for a float64 model).
         value_gradients: by module name, gradient of the loss with respect to the module's output, ``[n, v]``. The loss
             is the mean cross-entropy over the answer tokens of each micro-batch, summed over micro-batches.
-        request: index into the captured requests, ``[n]`` int64.
-        micro_batch: number of the micro-batch, ``[n]`` int64.
+        request: index into the captured requests, ``[n]`` int64; -1 for rows that belong to none (``join``).
+        micro_batch: number of the micro-batch, ``[n]`` int64; -1 as above.
         losses: mean cross-entropy of each request's answer, in nats, ``[requests]``.
         correct: share of each request's answer tokens that the model already predicts, ``[requests]``.
         loss: the loss whose gradients these are, in nats; NaN where nobody kept it.
@@ -48,6 +48,37 @@ class CapturedTurn:
     losses: torch.Tensor
     correct: torch.Tensor
     loss: float = math.nan
+
+    @property
+    def owned(self) -> CapturedTurn:
+        """The rows that belong to requests alone: what statistics and past keys are made of."""
+        rows = self.request >= 0
+        if rows.all():
+            return self
+        count = int(rows.sum())  # they come first
+        return replace(
+            self,
+            keys={name: key[:count] for name, key in self.keys.items()},
+            value_gradients={name: gradient[:count] for name, gradient in self.value_gradients.items()},
+            request=self.request[:count],
+            micro_batch=self.micro_batch[:count],
+        )
+
+
+def join(captured: CapturedTurn, others: CapturedTurn) -> CapturedTurn:
+    """The rows of a turn, and behind them others that belong to none of its requests; the losses add up."""
+    nobody = torch.full_like(others.request, -1)
+    return replace(
+        captured,
+        keys={name: torch.cat([key, others.keys[name]]) for name, key in captured.keys.items()},
+        value_gradients={
+            name: torch.cat([gradient, others.value_gradients[name]])
+            for name, gradient in captured.value_gradients.items()
+        },
+        request=torch.cat([captured.request, nobody]),
+        micro_batch=torch.cat([captured.micro_batch, nobody]),
+        loss=captured.loss + others.loss,
+    )
 
 
 class _Tap:
@@ -86,9 +117,11 @@ def capture(
     modules: Sequence[EditModule],
     sequences: Sequence[TokenSequence],
     *,
-    micro_batch: int,
     max_tokens: int,
+    micro_batch: int = 10,
     prompt_rows: bool = False,
+    reference: Sequence[torch.Tensor] | None = None,
+    weight: float = 1.0,
     names: Sequence[str] | None = None,
     trunk: TrunkCache | None = None,
 ) -> CapturedTurn:
@@ -101,6 +134,9 @@ def capture(
 
     Args:
         prompt_rows: capture rows at prompt positions, too.
+        reference: of each sequence log-probabilities ``[answer tokens, vocabulary]`` of any floating dtype: the loss is
+            then not that of the answers, but ``weight`` times the sum over answer tokens of the KL divergence of these
+            distributions to the model's; ``micro_batch`` plays no part.
         names: what to call each sequence in an error message.
         trunk: keeps the output of the layers below the first edited module for a retry, or reuses what it kept.
 
@@ -111,7 +147,11 @@ def capture(
     if trunk is not None:
         trunk.check(sequences)
     order = longest_first(sequences)
-    weight, group = _micro_batches(sequences, order, micro_batch)
+    if reference is None:
+        weights, group = _micro_batches(sequences, order, micro_batch)
+    else:
+        weights = torch.full((len(sequences),), weight, dtype=torch.float64, device="cpu")
+        group = torch.zeros(len(sequences), dtype=torch.long, device="cpu")
     taps = [_Tap(module) for module in modules]
     pieces: dict[str, tuple[list, list]] = {tap.name: ([], []) for tap in taps}
     losses: list[torch.Tensor] = []
@@ -133,7 +173,8 @@ def capture(
                 linears.gradients_for(batch)
             for tap in taps:
                 tap.batch, tap.positions, tap.output = batch, positions, None
-            loss, hit = _backward(answer_logits(model, batch, trunk, chosen), taps, batch, pieces)
+            wanted = None if reference is None else torch.cat([reference[index] for index in indices])
+            loss, hit = _backward(answer_logits(model, batch, trunk, chosen), taps, batch, pieces, wanted)
             losses.append(loss)
             hits.append(hit)
 
@@ -147,7 +188,7 @@ def capture(
     # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
     # keeps small numbers out of a half-precision backward pass.
     gradients = {name: torch.cat(piece[1]) for name, piece in pieces.items()}
-    gradients = {name: g * weight[request].to(g).unsqueeze(1) for name, g in gradients.items()}
+    gradients = {name: g * weights[request].to(g).unsqueeze(1) for name, g in gradients.items()}
     _check_finite(loss, answer, names, "loss")
     for what, tensors in (("key", keys), ("value gradient", gradients)):
         for name, tensor in tensors.items():
@@ -160,7 +201,7 @@ def capture(
         group[request],
         torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").index_add_(0, answer, loss) / answers,
         torch.zeros(len(sequences), dtype=torch.float32, device="cpu").index_add_(0, answer, hit.float()) / answers,
-        float((loss.double() * weight[answer]).sum()),
+        float((loss.double() * weights[answer]).sum()),
     )
 
 
@@ -178,12 +219,21 @@ def _micro_batches(
 
 
 def _backward(
-    logits: torch.Tensor, taps: Sequence[_Tap], batch: Batch, pieces: dict[str, tuple[list, list]]
+    logits: torch.Tensor,
+    taps: Sequence[_Tap],
+    batch: Batch,
+    pieces: dict[str, tuple[list, list]],
+    reference: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Collect the rows of one forward pass; returns the loss and whether the model was right, per answer token."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = batch.labels.to(logits.device)
-    loss = F.cross_entropy(logits, labels, reduction="none")
+    if reference is None:
+        loss = F.cross_entropy(logits, labels, reduction="none")
+    else:
+        # Rounded to half precision it is no longer a distribution to the last digit.
+        wanted = reference.to(logits).log_softmax(-1)
+        loss = F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
     unused = [tap.name for tap in taps if tap.output is None]
     if unused:
         raise ValueError(f"edit_modules: {', '.join(unused)} took no part in the forward pass")
