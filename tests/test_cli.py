@@ -241,6 +241,29 @@ def test_other_request_files(edit, work, name):
     assert_same_weights(weights_of("out"), edited_by_hand(se.StableEditConfig(), FACTS))
 
 
+def test_variants_of_a_data_set(edit, work, capsys):
+    assert edit("--variants", "rephrase", "--limit", 4, "--evaluate") == 0
+    report = json.loads((work / "out" / "stableedit_report.json").read_text())
+    assert report["edit"]["edits"] == 4
+    assert [turn["answer_tokens"] for turn in report["edit"]["turns"]] == [
+        2 * sum(len(f["target"]) + 1 for f in FACTS[:4])
+    ]
+    assert report["scores"]["counts"]["variants"] == {"scored": 4, "skipped": 0}
+    assert report["scores"]["generalization"] is None
+    assert "variants " in capsys.readouterr().out
+
+
+def test_a_contradiction_is_one_sentence(edit, work, capsys):
+    requests = [{"prompt": "Water is", "target": target} for target in ("dry", "wet")]
+    (work / "requests.json").write_text(json.dumps(requests))
+    assert edit() == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stableedit: ")]
+    assert said == [
+        "stableedit: one request contradicts an earlier one of the same call, and the later wins; request 1 answers "
+        "'Water is' with 'wet' instead of 'dry'"
+    ]
+
+
 def test_warm_up_and_limits(edit, work):
     (work / "warm.json").write_text(json.dumps(FACTS[::-1]))
     assert edit("--warm-up", "warm.json", "--warm-up-limit", 8, "--limit", 3, "--turn-size", 5) == 0

@@ -276,6 +276,11 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert "  prompt            Who?" in shown
     assert "request 1" not in shown
 
+    write(Path("b.json"), [{"src": "p", "ans": "t", "rephrase": "r"}])
+    assert main(["datasets", "show", "b.json", "--variants", "rephrase"]) == 0
+    shown = capsys.readouterr().out
+    assert "  variant           r -> t" in shown and "rephrase          " not in shown.split("request 0")[1]
+
 
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -288,6 +293,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
             ["show", "a.json", "--fields", "prompt=question,target=reply"],
             "the record lacks the field 'reply' (target)",
         ),
+        (["show", "a.json", "--variants", "rephase"], "'rephase', did you mean 'rephrase'?"),
     ],
 )
 def test_bad_commands(tmp_path, monkeypatch, capsys, options, words):

@@ -7,8 +7,9 @@ import json
 
 from stableedit_cpp.cli.options import new_parser, positive
 from stableedit_cpp.data import FORMATS, Format, describe, parse_fields
+from stableedit_cpp.data.variants import MOVABLE
 
-__all__ = ["add_format_options", "add_parser", "format_of", "run"]
+__all__ = ["add_format_options", "add_parser", "reading_settings", "run"]
 
 _EXAMPLE = """\
   stableedit datasets ls
@@ -33,7 +34,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     if options.action == "show":
         count = True if options.count else None
-        print(describe(options.source, first=options.first, format=format_of(options), seed=options.seed, count=count))
+        print(describe(options.source, first=options.first, count=count, **reading_settings(options)))
     elif options.json:
         print(json.dumps({format_.name: dict(format_.fields) for format_ in FORMATS}, indent=2))
     else:
@@ -57,8 +58,15 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
         "--fields", metavar="MAP", help="fields of any other data set, e.g. prompt=question,target=answer,rephrase=para"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice among paraphrases (default 0)")
+    parser.add_argument(
+        "--variants",
+        metavar="NAMES",
+        help=f"questions that are edited with their request instead of scored, e.g. rephrase (of {', '.join(MOVABLE)})",
+    )
 
 
-def format_of(options: argparse.Namespace) -> str | dict[str, str] | None:
-    """What ``add_format_options`` was given."""
-    return parse_fields(options.fields) if options.fields is not None else options.format
+def reading_settings(options: argparse.Namespace) -> dict[str, object]:
+    """What ``add_format_options`` was given, as ``read_requests`` takes it."""
+    format_ = parse_fields(options.fields) if options.fields is not None else options.format
+    names = [name.strip() for name in options.variants.split(",")] if options.variants else []
+    return {"format": format_, "seed": options.seed, "variants": names}

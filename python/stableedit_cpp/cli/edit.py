@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stableedit_cpp.cli.datasets import add_format_options, format_of
+from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
     add_editor_options,
     add_model_options,
     editor_config,
     load,
     new_parser,
+    plain_warnings,
     positive,
 )
 from stableedit_cpp.core import save_patch
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     # Everything that can be wrong is looked at before the model is loaded.
     config = editor_config(options)
     _check(options)
-    how = {"format": format_of(options), "seed": options.seed}
+    how = reading_settings(options)
     requests = read_requests(options.requests, options.limit, **how)
     warm_up = read_requests(options.warm_up, options.warm_up_limit, **how) if options.warm_up else []
 
@@ -96,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
     if options.warm_up:
         report |= {"warm_up_requests": options.warm_up, "warm_up_digest": _digest(options.warm_up)}
 
-    stop, said = _work(editor, requests, warm_up, options, report)
+    with plain_warnings():
+        stop, said = _work(editor, requests, warm_up, options, report)
     if recorder is not None:
         Path(options.patch).absolute().parent.mkdir(parents=True, exist_ok=True)
         save_patch(options.patch, recorder.patch(Path(options.patch).stem))

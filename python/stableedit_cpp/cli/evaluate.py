@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.datasets import add_format_options, format_of
+from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
     add_form_options,
     add_metrics_option,
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         check_writable_file(options.output)
     if "locality" in options.metrics and not options.reference:
         raise ValueError("--metrics locality compares with the unedited model; say with --reference which that is")
-    requests = read_requests(options.requests, options.limit, format=format_of(options), seed=options.seed)
+    requests = read_requests(options.requests, options.limit, **reading_settings(options))
     model, tokenizer = load(options)
     reference = None
     if options.reference:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +27,7 @@ __all__ = [
     "form_settings",
     "load",
     "new_parser",
+    "plain_warnings",
     "positive",
     "step_size",
 ]
@@ -152,6 +156,18 @@ def step_size(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings are sentences for people, without the line of our code that they come from."""
+
+    def show(message, *_arguments, **_names) -> None:
+        print(f"stableedit: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def positive(text: str) -> int:

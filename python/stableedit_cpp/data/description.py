@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp.data.formats import Format, choose_format, detect
 from stableedit_cpp.data.reading import source_records
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.variants import check_movable
 
 __all__ = ["Description", "describe"]
 
@@ -41,7 +42,8 @@ class Description:
         counted = f"{self.records:,}" if self.complete else f"the first {self.records:,} of more; --count reads all"
         lines = [self.source, f"format   {self.format.name}", f"records  {counted}", ""]
         lines.append(f"{'field of a request':<20}{'field of a record':<24}filled in")
-        for name, own in self.format.fields.items():
+        moved = {} if "variants" in self.format.fields or "variants" not in self.filled else {"variants": "(see below)"}
+        for name, own in {**self.format.fields, **moved}.items():
             count = self.filled.get(name, 0)
             lacking = f", missing in {self.records - count:,}" if count < self.records else ""
             lines.append(f"{name:<20}{own:<24}{count:,}{lacking}")
@@ -49,7 +51,9 @@ class Description:
             lines.append(f"not used: {', '.join(self.unused)}")
         for index, request in enumerate(self.first):
             lines += ["", f"request {index}"]
-            lines += [f"  {name:<18}{value}" for name, value in request.to_dict().items()]
+            own = request.to_dict() | {"variants": None}
+            lines += [f"  {name:<18}{value}" for name, value in own.items() if value is not None]
+            lines += [f"  {'variant':<18}{prompt} -> {target}" for prompt, target in request.variants]
         return "\n".join(lines)
 
 
@@ -59,13 +63,14 @@ def describe(
     first: int = 3,
     format: str | Format | Mapping[str, str] | None = None,
     seed: int = 0,
+    variants: Sequence[str] = (),
     count: bool | None = None,
     progress: bool | None = None,
 ) -> Description:
     """Look into a data set.
 
     Args:
-        source, format, seed: as for ``iter_requests``.
+        source, format, seed, variants: as for ``iter_requests``.
         first: how many requests to keep.
         count: read to the end; None does so for files up to 64 MB.
         progress: show a bar; None shows it on a terminal.
@@ -75,7 +80,7 @@ def describe(
     """
     if count is None:
         count = Path(source).is_file() and Path(source).stat().st_size <= _CHEAP
-    chosen = choose_format(format)
+    chosen, variants = choose_format(format), check_movable(variants)
     filled: Counter[str] = Counter()
     kept: list[EditRequest] = []
     unused: list[str] = []
@@ -88,7 +93,7 @@ def describe(
                 break
             try:
                 chosen = chosen or detect(record)
-                request = EditRequest.from_record(record, chosen, seed)
+                request = EditRequest.from_record(record, chosen, seed, variants)
             except ValueError as error:
                 raise ValueError(f"{source}, {place}: {error}") from None
             if records == 0:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from stableedit_cpp.cli.datasets import add_format_options, format_of
+from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import add_editor_options, add_model_options, editor_config, load, positive
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
 from stableedit_cpp.data import read_requests
@@ -71,7 +71,7 @@ def create(options: argparse.Namespace) -> int:
 
 
 def edit(options: argparse.Namespace) -> int:
-    requests = read_requests(options.requests, options.limit, format=format_of(options), seed=options.seed)
+    requests = read_requests(options.requests, options.limit, **reading_settings(options))
     warm_up = _read_warm_up(options)
     with opened(options) as session:
         pending = session.pending(requests)
@@ -87,7 +87,7 @@ def edit(options: argparse.Namespace) -> int:
 def _read_warm_up(options: argparse.Namespace) -> list[EditRequest]:
     if not options.warm_up:
         return []
-    return read_requests(options.warm_up, options.warm_up_limit, format=format_of(options), seed=options.seed)
+    return read_requests(options.warm_up, options.warm_up_limit, **reading_settings(options))
 
 
 def _warm_up(session: LifelongSession, requests: list[EditRequest]) -> None:

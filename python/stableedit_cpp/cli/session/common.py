@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from stableedit_cpp.cli.options import default_device, new_parser
+from stableedit_cpp.cli.options import default_device, new_parser, plain_warnings
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from stableedit_cpp.model.load import load_model
 
@@ -46,8 +44,7 @@ def opened(options: argparse.Namespace) -> Iterator[LifelongSession]:
     options.model = options.model or found["source"]
     if options.model is None:
         raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
-    with warnings.catch_warnings():
-        warnings.showwarning = _show
+    with plain_warnings():
         dtype = getattr(torch, found["dtype"])
         model, tokenizer = load_model(options.model, device=default_device(options), dtype=dtype)
         with LifelongSession.open(options.directory, model, tokenizer, exact=not options.inexact) as session:
@@ -58,7 +55,3 @@ def print_json(document: object) -> None:
     if dataclasses.is_dataclass(document):
         document = dataclasses.asdict(document)
     print(json.dumps(document, indent=2, ensure_ascii=False))
-
-
-def _show(message, *_arguments, **_names) -> None:
-    print(f"stableedit: {message}", file=sys.stderr)

@@ -49,9 +49,14 @@ def show_log(options: argparse.Namespace) -> int:
         fields = [
             {"id": entry.id, "turn": entry.turn, "state": entry.state, "repairs": entry.repairs}
             | {"prompt": entry.request.prompt, "target": entry.request.target}
+            | {"variants": [list(pair) for pair in entry.request.variants]}
             for entry in view.history.entries.values()
         ]
-        lines = ["{id:<20} turn {turn:<6} {state:<24} {prompt} -> {target}".format(**entry) for entry in fields]
+        lines = [
+            "{id:<20} turn {turn:<6} {state:<24} {prompt} -> {target}".format(**entry)
+            + (f" (and {len(entry['variants'])} variants)" if entry["variants"] else "")
+            for entry in fields
+        ]
     else:
         entries = view.log()
         fields, lines = [dataclasses.asdict(entry) for entry in entries], [str(entry) for entry in entries]
