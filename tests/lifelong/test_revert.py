@@ -98,6 +98,28 @@ def test_one_after_the_other_or_together(tokenizer, tmp_path):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
+def test_anchors_belong_to_no_request(tokenizer, tmp_path):
+    """Without the last request of a turn its anchors are still held: the turn is that of the others and them."""
+    session = create(tmp_path / "s", tokenizer, config=config_of(anchors=4))
+    turns = []
+    session.editor.on_turn = turns.append
+    session.edit(stream(3))
+    session.editor.on_turn = None
+    (applied,) = turns[0].passes
+    left = applied.request != 2
+    assert 0 < int((applied.request == -1).sum()) < int(left.sum())
+    before = {name: weight.master.double().clone() for name, weight in session.editor.weights.items()}
+    session.revert("f2", bring_back=False)
+    for name, weight in session.editor.weights.items():
+        keys, update = applied.captured.keys[name].double(), applied.updates[name]
+        values = (keys @ keys.T + applied.ridge * torch.eye(len(keys))) @ update.left.double().T
+        rest = keys[left] @ keys[left].T + applied.ridge * torch.eye(int(left.sum()))
+        expected = torch.linalg.solve(rest, values[left]).T @ keys[left]
+        change = before[name] - weight.master.double()
+        tolerance = 1e-3 * float(update.dense().norm())
+        torch.testing.assert_close(change, update.dense().double() - expected, rtol=1e-3, atol=tolerance)
+
+
 def test_all_of_a_turn(tokenizer, tmp_path):
     """Without all of its requests a turn adds nothing; its repairs go as well."""
     session = create(tmp_path / "s", tokenizer)

@@ -25,7 +25,8 @@ class AppliedPass:
         captured: what it was computed from; its rows are those of the updates.
         updates: by module name; column i of ``left`` ``[v, n]`` and row i of ``right`` ``[n, k]`` belong to answer
             token i, so that ``update.select(rows)`` is the share of the requests that own these rows.
-        request: index into the turn's requests that owns each row, ``[n]`` int64 on the CPU.
+        request: index into the turn's requests that owns each row, -1 where none does, ``[n]`` int64 on the CPU. Rows
+            of a request's variants are its own.
         ridge: that it was solved with; the configured one, unless a guard asked for a stronger.
         past_keys: whether the keys of earlier turns took part; if not, ``right`` holds the keys themselves.
         step_size: that it was solved with; NaN in the record of an earlier version, which had but the configured one.

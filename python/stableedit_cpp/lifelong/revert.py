@@ -205,7 +205,9 @@ class _Revert:
         """
         for applied in reversed(turn.passes):
             for share, sign in ((ids | gone, -1.0), (gone, 1.0)):
-                owned = torch.tensor([request.id in share for request in turn.requests], device="cpu")[applied.request]
+                # The last is that of rows that belong to no request, those of anchors: they stay.
+                flags = [*(request.id in share for request in turn.requests), False]
+                owned = torch.tensor(flags, device="cpu")[applied.request]
                 if owned.any():
                     shares = applied.contribution(owned)
                     self._add({name: LowRankUpdate(u.left * sign, u.right) for name, u in shares.items()})
