@@ -46,7 +46,7 @@ class TestForms:
     def test_one_text_is_one_paraphrase(self):
         assert se.EditRequest("p", "t", variants="q").variants == (("q", "t"),)
 
-    @pytest.mark.parametrize("variants", [None, (), [], [PROMPT]])
+    @pytest.mark.parametrize("variants", [None, (), [], "", [PROMPT]])
     def test_none_is_none(self, variants):
         request = se.EditRequest(PROMPT, TARGET, variants=variants)
         assert request == se.EditRequest(PROMPT, TARGET) and "variants" not in request.to_dict()
@@ -207,7 +207,16 @@ APART = [
 
 
 class TestEditing:
-    @pytest.mark.parametrize("changes", [{}, HALF, {"max_passes": 4, "take_probability": 0.1, "past_key_weight": 0.1}])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            HALF,
+            {"max_passes": 4, "take_probability": 0.1, "past_key_weight": 0.1},
+            {"max_passes": 3, "step_size": "auto", "prompt_rows": True, "end_of_answer": True, "centred": False},
+        ],
+        ids=["one pass", "often", "sure", "automatic"],
+    )
     def test_solves_all_statements_together(self, changes, tokenizer):
         together, apart = make(tokenizer, **changes | {"turn_size": 3}), make(tokenizer, **changes | {"turn_size": 6})
         report = together.edit(WITH)

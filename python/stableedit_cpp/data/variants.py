@@ -27,15 +27,17 @@ def clean_text(name: str, value: object, *, required: bool) -> str | None:
     Raises:
         ValueError: for what is not text, or is empty though it is required; with the name of the field.
     """
-    if not (isinstance(value, str) or (value is None and not required)):
+    if value is None and not required:
+        return None
+    if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {type(value).__name__} ({value!r:.60})")
     try:
-        (value or "").encode()
+        value.encode()
     except UnicodeEncodeError:  # JSON can smuggle in half of a surrogate pair, which no tokenizer takes
         raise ValueError(f"{name} is not valid Unicode text ({value!r:.60})") from None
     if required and not value.strip():
         raise ValueError(f"{name} is empty; an edit request needs a prompt and a target answer")
-    return value.strip(_BLANKS) if value else value
+    return value.strip(_BLANKS)
 
 
 def as_variants(value: object, prompt: str, target: str) -> tuple[tuple[str, str], ...]:
@@ -52,7 +54,7 @@ def as_variants(value: object, prompt: str, target: str) -> tuple[tuple[str, str
         ValueError: for a variant of another form, without a target, or with another answer to a prompt that the request
             has already.
     """
-    if value is None:
+    if value is None or (isinstance(value, Sequence) and not value):
         return ()
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or isinstance(items, bytes):
