@@ -18,8 +18,8 @@ _TITLES = {
     "locality_target_kl": "KL along the data set's unrelated answer, nats",  # as earlier versions measured it
     "locality_target_agreement": "top-1 agreement along the data set's unrelated answer",
 }
-_ENDINGS = {"_exact_match": ", all tokens", "_free": ", free answer", "_contains": ", contained in it"}
-_ENDINGS |= {"_contains_and_stops": ", contained, then a stop"}
+_ENDINGS = {"_exact_match": ", all tokens", "_free": ", free answer", "_contains": ", free answer contains it"}
+_ENDINGS |= {"_contains_and_stops": ", contains it, then stops"}
 # More of these is better.
 _COMPARED = ("efficacy", "generalization", "specificity", "portability", "locality_same", "locality_agreement")
 _COMPARED += ("efficacy_free", "generalization_free", "portability_free")
