@@ -24,7 +24,8 @@ from stableedit_cpp.model.trunk import TrunkCache
 __all__ = ["Anchors", "unrelated_prompts"]
 
 _ANSWER = 12  # tokens of the unedited model's own answer that are held
-_POOL = 3  # so many times the anchors of a pass there are in all
+_POOL = 2  # so many times the anchors of a pass there are in all
+_FEWEST = 16
 
 
 @cache
@@ -51,8 +52,8 @@ class Anchors:
     Args:
         model, tokenizer, modules, form: those of the editor.
         unedited: shows the unedited model (``editor.unedited``).
-        count: anchors a pass, drawn from three times as many by the tokens of what the pass edits, so that the same
-            pass has the same anchors.
+        count: the most anchors a pass may have, one for every second of its sequences but no fewer than 16. They are
+            drawn from twice ``count`` by the tokens of what the pass edits, so that the same pass has the same anchors.
         max_tokens: tokens, padding included, in one forward pass.
 
     Raises:
@@ -92,7 +93,8 @@ class Anchors:
         """
         tokens = [token for sequence in sequences for token in sequence.ids + sequence.answer]
         drawn = random.Random(zlib.crc32(repr(tokens).encode()))
-        chosen = drawn.sample(range(len(self.sequences)), min(self.count, len(self.sequences)))
+        number = min(self.count, len(self.sequences), max(_FEWEST, len(sequences) // 2))
+        chosen = drawn.sample(range(len(self.sequences)), number)
         # The weights of the answer tokens of a micro-batch add up to one.
         weight = float(captured.micro_batch.max() + 1) / sum(len(sequence.answer) for sequence in sequences)
         rows = capture(
