@@ -94,6 +94,7 @@ RUNS = {
     "session_kills": ("bits_equal", ["--kills", 2, "--turns", 8, "--warm-up", 2]),
     "session_revert": ("back_share", [*TINY, "--edits", 20, "--warm-up", 10, "--reverts", 2]),
     "stream": ("scores", [*TINY, "--edits", 20, "--warm-up", 10, "--turn-size", 10, "--score"]),
+    "take": ("rows", [*TINY, "--rows", "zsre-raw", "--edits", 8, "--skip", 2, "--sample", 4]),
     "threads": (
         "same_weights",
         [*TINY, "--edits", 4, "--turn-size", 2, "--busy", 1, "--rounds", 1, "--ways", "torch's own", "stableedit"],

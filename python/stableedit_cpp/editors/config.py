@@ -39,8 +39,8 @@ class EditorConfig:
             answer: more rows in the same solution, better generalization (docs/closed-loop.md).
         take_probability: a request has taken when every answer token is the model's top choice and has at least this
             probability, in [0, 1). A margin lasts longer than a narrow win, and costs more drift.
-        anchors: unrelated prompts in each pass at most, of twice as many, whose answers are held to those of the unedited
-            model (``editors/anchors.py``); 0 holds none.
+        anchors: at most so many unrelated prompts in each pass, drawn from twice as many, whose answers are held to
+            those of the unedited model (``editors/anchors.py``); 0 holds none.
         frozen_statistics: running statistics are those of the warm-up (without one, of the first turn); no later turn
             counts in them. For experiments.
         retries_feed_statistics: whether the later passes of a turn, and repairs, count in the running statistics.

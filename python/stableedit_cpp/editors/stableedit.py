@@ -65,6 +65,17 @@ class StableEditConfig(EditorConfig):
         return cls(**(preset | {"retries_feed_statistics": False} | changes))
 
     @classmethod
+    def take(cls, **changes) -> StableEditConfig:
+        """Edits that take as a person sees them, with no step size to find: each turn is solved up to ten times, with
+        the step that its loss asks for, until the model's free answer is the target and then stops; in the chat form
+        where the model has one, with past keys, and with anchors that hold unrelated answers. No warm-up is needed, and
+        a single fact is edited like many. Measured in docs/closed-loop.md."""
+        preset = {"step_size": "auto", "centred": False, "max_passes": 10, "take_probability": 0.4}
+        preset |= {"past_key_weight": 0.02, "retries_feed_statistics": False, "anchors": 48}
+        preset |= {"chat_template": None, "end_of_answer": True}
+        return cls(**(preset | changes))
+
+    @classmethod
     def published(cls, *, edit_modules: list[str] | None = None, step_size: float, **changes) -> StableEditConfig:
         """The procedure of the published code: pooled statistics, diagonal warm-up turns, Psi0 = 0, division by
         nu - v - 1, absolute eigenvalue floor 1e-6, ridge 10, turns of 100 in micro-batches of 10."""
@@ -119,6 +130,12 @@ register_editor(
         "stableedit-published",
         StableEditConfig.published(step_size=StableEditConfig.step_size),
         summary="StableEdit as its code has it: absolute floor 1e-6, a decomposition every turn",
+    ),
+    NamedEditor(
+        "take",
+        StableEditConfig.take(),
+        False,
+        "StableEdit with an automatic step, solved again until the free answer is the target and stops",
     ),
     NamedEditor(
         "closed-loop",
