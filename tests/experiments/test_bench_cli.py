@@ -64,6 +64,18 @@ def test_ablations(work, model, capsys):
     assert config["frozen-statistics"]["frozen_statistics"] and not config["stableedit"]["frozen_statistics"]
 
 
+def test_variants(work, model, capsys):
+    options = ["--edits", 20, "--geometry", 0, "--metrics", "accuracy", "--variants", "rephrase"]
+    assert bench(model, *options) == 0
+    run = read_run(work / "out" / "stableedit-zsre-tiny-seed0")
+    assert run["settings"]["data"]["variants"] == ["rephrase"]
+    assert run["checkpoints"][-1]["scores"]["variants"]["count"] == 20
+    assert run["checkpoints"][-1]["scores"]["generalization"]["count"] == 0
+    capsys.readouterr()
+    assert bench(model, *options[:-2]) == 2  # another run than the one that is there
+    assert "data.variants (" in capsys.readouterr().err
+
+
 def test_theory(work, model, capsys):
     assert bench(model, "theory", "--edits", 40, "--cumulative", 10) == 0
     theory = json.loads((work / "out" / "theory.json").read_text())["runs"][0]

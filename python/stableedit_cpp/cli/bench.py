@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from stableedit_cpp.cli.datasets import add_variants_option, variants_of
 from stableedit_cpp.cli.options import (
     DTYPES,
     add_form_options,
@@ -73,6 +74,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     what.add_argument(
         "--shuffle", type=int, metavar="N", help="draw from a seeded buffer of N records (default 0: none)"
     )
+    add_variants_option(what)
     what.add_argument("--edits", type=positive, metavar="N", help="length of the stream (default: the whole data set)")
     what.add_argument("--warm-up", metavar="WHERE", help="start (default), q1, middle, q3, end or none")
     what.add_argument("--warm-up-size", type=int, metavar="N", help="warm-up edits (default 500)")
@@ -165,6 +167,8 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
         settings.pop("checkpoint_at", None)
     if options.fields is not None:
         settings["format"] = parse_fields(options.fields)
+    if options.variants is not None:
+        settings["variants"] = variants_of(options)
     if options.metrics is not None:
         settings["metrics"] = [metric.replace("-", "_") for metric in options.metrics]
     if options.side_effects is not None:

@@ -9,7 +9,7 @@ from stableedit_cpp.cli.options import new_parser, positive
 from stableedit_cpp.data import FORMATS, Format, describe, parse_fields
 from stableedit_cpp.data.variants import MOVABLE
 
-__all__ = ["add_format_options", "add_parser", "reading_settings", "run"]
+__all__ = ["add_format_options", "add_parser", "add_variants_option", "reading_settings", "run", "variants_of"]
 
 _EXAMPLE = """\
   stableedit datasets ls
@@ -58,6 +58,10 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
         "--fields", metavar="MAP", help="fields of any other data set, e.g. prompt=question,target=answer,rephrase=para"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice among paraphrases (default 0)")
+    add_variants_option(parser)
+
+
+def add_variants_option(parser) -> None:
     parser.add_argument(
         "--variants",
         metavar="NAMES",
@@ -65,8 +69,12 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def variants_of(options: argparse.Namespace) -> list[str]:
+    """What ``add_variants_option`` was given."""
+    return [name.strip() for name in options.variants.split(",")] if options.variants else []
+
+
 def reading_settings(options: argparse.Namespace) -> dict[str, object]:
     """What ``add_format_options`` was given, as ``read_requests`` takes it."""
     format_ = parse_fields(options.fields) if options.fields is not None else options.format
-    names = [name.strip() for name in options.variants.split(",")] if options.variants else []
-    return {"format": format_, "seed": options.seed, "variants": names}
+    return {"format": format_, "seed": options.seed, "variants": variants_of(options)}

@@ -33,7 +33,7 @@ class Matrix:
         warm_up, warm_up_size: where in the stream, and how many.
         checkpoints: how many, evenly spaced. checkpoint_at: after how many edits, instead.
         editor_options: fields of the config of every editor, e.g. turn_size.
-        format, shuffle: as for ``find_source``.
+        format, shuffle, variants: as for ``find_source``.
         after: steps after the stream, as for ``Step.parse``, of every editor that has none of its own.
 
     All other fields are those of ``RunSettings``.
@@ -52,6 +52,7 @@ class Matrix:
     dtype: str = "auto"
     edits: int | None = None
     shuffle: int = 0
+    variants: list = field(default_factory=list)
     warm_up: str = "start"
     warm_up_size: int = 500
     checkpoints: int = 5
@@ -155,7 +156,7 @@ class Matrix:
         return NamedEditor(str(name or base), found.config, found.warm_up, found.summary), after
 
     def _source(self, item: str | Mapping[str, object], seed: int) -> Source:
-        how = {"data": self.data, "seed": seed, "shuffle": self.shuffle}
+        how = {"data": self.data, "seed": seed, "shuffle": self.shuffle, "variants": self.variants}
         if isinstance(item, str):
             return find_source(item, warm_up=self.warm_up_data, format=self.format, **how)
         own = _mapping("datasets", item, ("name", "edits", "warm_up", "format", "fields"))

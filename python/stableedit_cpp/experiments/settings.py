@@ -121,6 +121,7 @@ class RunSettings:
                 "digest": _digest(source.edits),
                 "format": dict(source.format) if isinstance(source.format, Mapping) else source.format,
                 "edits": self.edits,
+                "variants": list(source.variants) or None,
             },
             "warm_up": {
                 "position": warm.position if warm else "none",
@@ -149,8 +150,8 @@ _LATE = ("model_digest", "config.edit_modules")
 
 
 # What the figures of the unedited model depend on.
-_BASELINE = ("model_digest", "dtype", "data.digest", "data.source", "data.format", "data.edits", "seed", "shuffle")
-_BASELINE += ("sample", "metrics", "side_effects", "cumulative")
+_BASELINE = ("model_digest", "dtype", "data.digest", "data.source", "data.format", "data.edits")
+_BASELINE += ("data.variants", "seed", "shuffle", "sample", "metrics", "side_effects", "cumulative")
 _FORM = ("chat_template",)  # of the editor, in which all is asked
 
 
@@ -161,7 +162,7 @@ def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:
         return None
     known = {**settings, **{f"data.{key}": value for key, value in settings["data"].items()}}
     config = {**LATER_FIELDS, **settings["config"]}
-    return {key: known[key] for key in _BASELINE} | {key: config[key] for key in _FORM}
+    return {key: known.get(key) for key in _BASELINE} | {key: config[key] for key in _FORM}
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from stableedit_cpp.data import iter_requests
 from stableedit_cpp.data.file_types import SUFFIXES
 from stableedit_cpp.data.hub import HUB_PREFIX
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.variants import check_movable
 from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["DATASETS", "Source", "find_source"]
@@ -32,6 +33,7 @@ class Source:
         format: as for ``iter_requests``.
         seed: of the choice among paraphrases, and of the shuffle.
         shuffle: records in the shuffle's buffer; 0 keeps the order of the file.
+        variants: questions that are edited with their requests, as for ``iter_requests``; those of the warm-up, too.
     """
 
     name: str
@@ -40,17 +42,22 @@ class Source:
     format: str | Mapping[str, str] | None = None
     seed: int = 0
     shuffle: int = 0
+    variants: tuple[str, ...] = ()
 
     def requests(self, begin: int = 0, end: int | None = None) -> Iterator[EditRequest]:
         """Those of the stream from one position to another. Their ids are their positions in the stream."""
-        stream = iter_requests(self.edits, format=self.format, seed=self.seed)
+        stream = iter_requests(self.edits, **self._reading)
         for index, request in enumerate(islice(shuffled(stream, self.shuffle, self.seed), begin, end), begin):
             yield replace(request, id=str(index))  # ids of a data set need not be unique
 
     def warm_up_requests(self, begin: int = 0, end: int | None = None) -> Iterator[EditRequest]:
-        stream = iter_requests(self.warm_up, format=self.format, seed=self.seed)
+        stream = iter_requests(self.warm_up, **self._reading)
         for index, request in enumerate(islice(stream, begin, end), begin):
             yield replace(request, id=f"warm-up {index}")
+
+    @property
+    def _reading(self) -> dict[str, object]:
+        return {"format": self.format, "seed": self.seed, "variants": self.variants}
 
     def pick(self, positions: list[int]) -> list[EditRequest]:
         """The requests at some positions, in order, from one reading of the stream."""
@@ -65,7 +72,7 @@ class Source:
         Raises:
             OSError, ValueError: as ``iter_requests``, for whatever is wrong with any record.
         """
-        stream = iter_requests(self.edits, limit, format=self.format, seed=self.seed)
+        stream = iter_requests(self.edits, limit, **self._reading)
         disable = None if progress is None else not progress
         return sum(1 for _ in tqdm(stream, f"Reading {self.name}", limit, unit="record", leave=False, disable=disable))
 
@@ -78,6 +85,7 @@ def find_source(
     format: str | Mapping[str, str] | None = None,
     seed: int = 0,
     shuffle: int = 0,
+    variants: Sequence[str] = (),
 ) -> Source:
     """A data set by name, file or hub name.
 
@@ -86,12 +94,13 @@ def find_source(
             with "train" in its name is the training stream; the other is the stream.
         data: directory of data sets.
         warm_up: file or hub name of the training stream; None takes the one found.
+        format, seed, shuffle, variants: see ``Source``.
 
     Raises:
         ValueError: for a name that is not known (with the list, and the nearest), or a directory in which it cannot
             be told which file is which. FileNotFoundError: for a file that is not there.
     """
-    settings = {"format": format, "seed": seed, "shuffle": shuffle}
+    settings = {"format": format, "seed": seed, "shuffle": shuffle, "variants": check_movable(variants)}
     if warm_up is not None:
         _check_there(warm_up)
     if _is_file_name(dataset):
