@@ -20,7 +20,16 @@ from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
 
-__all__ = ["Solution", "Solver"]
+__all__ = ["NoStep", "Solution", "Solver"]
+
+
+# Of the loss that a step is to remove to first order. With 1.5 instead of 1, 100 requests of ZsRE have all taken in 7
+# passes of SmolLM2 instead of 9, and generalize better, for a little more drift elsewhere (docs/closed-loop.md).
+_SHARE = 1.5
+
+
+class NoStep(ValueError):
+    """No multiple of an update lowers the loss to first order."""
 
 
 class Solution(NamedTuple):
@@ -63,7 +72,7 @@ class Solver(ABC):
                 self.normalizers[group] = self._make_normalizer(key_dim, value_dim)
             if config.past_key_weight > 0:
                 self.past_keys[module.name] = PastKeys(key_dim)
-        self.step = PolyakStep() if config.step_size == "auto" else None
+        self.step = PolyakStep(share=_SHARE) if config.step_size == "auto" else None
         self.module_editors = self._with_ridge(config.ridge)
 
     @abstractmethod
@@ -147,7 +156,7 @@ class Solver(ABC):
             editors: by module name, on these statistics, in the place of ``module_editors``.
 
         Raises:
-            ValueError: where the step is chosen and no update would lower the loss, naming the modules.
+            NoStep: where the step is chosen and no update would lower the loss, naming the modules.
         """
         if editors is None:
             editors = self.module_editors if ridge == 1.0 else self._with_ridge(self.config.ridge * ridge)
@@ -178,7 +187,7 @@ class Solver(ABC):
             return self.step.choose(loss, decrease)
         except ValueError as error:
             names = ", ".join(module.name for modules in self.groups.values() for module in modules)
-            raise ValueError(f"no step can be chosen for edit_modules {names}: {error}") from None
+            raise NoStep(f"no step can be chosen for edit_modules {names}: {error}") from None
 
     def accept(self, step_size: float) -> None:
         """Remember the step of a pass that was applied."""

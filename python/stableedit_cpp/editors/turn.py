@@ -15,7 +15,7 @@ from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
-from stableedit_cpp.editors.solver import Solution, Solver
+from stableedit_cpp.editors.solver import NoStep, Solution, Solver
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.evaluation.answers import answer_scores, token_accuracy
 from stableedit_cpp.evaluation.generation import generate_continuations
@@ -141,8 +141,15 @@ class Turn:
         pending = list(range(len(self.sequences)))
         passes: list[AppliedPass] = []
         best: _Best | None = None
+        stuck = False
         for number in range(allowed):
-            captured, solution, ridge = self._solve(pending, number, interrupts)
+            try:
+                captured, solution, ridge = self._solve(pending, number, interrupts)
+            except NoStep:
+                if best is None:
+                    raise
+                stuck = True
+                break
             if number == 0:
                 first = captured
             if keep:
@@ -161,7 +168,7 @@ class Turn:
                 best = _Best((taken, likely), number + 1, pending, Checkpoint(weights) if pending else None)
             if not pending:
                 break
-        if best is not None and best.passes < report.passes:  # what came after it was no better
+        if best is not None and (stuck or best.passes < report.passes):  # what came after it was no better
             weights.put_back(best.weights)
             report.passes, pending = best.passes, best.pending
         if self.work.outcomes:
