@@ -187,8 +187,9 @@ class LifelongSession(SessionView):
     ) -> EditReport:
         """Edit a stream of requests; each turn is on the disk before the next begins.
 
-        A request whose prompt is that of a current one supersedes it. Requests without an id get one. What did not take
-        (``outcomes``, see ``Editor.edit``) is for ``repair``: its ids are used.
+        A request supersedes a current one whose prompt it asks, as its prompt or with another answer as a variant.
+        Requests without an id get one. What did not take (``outcomes``, see ``Editor.edit``) is for ``repair``: its ids
+        are used.
 
         Returns:
             What each turn did.

@@ -59,8 +59,8 @@ class SessionView:
         return None if damage is not None and damage.in_flight and self._written else damage
 
     def current_requests(self) -> list[EditRequest]:
-        """The edits that hold, in order: neither reverted, nor superseded by a later one with the same prompt, nor
-        rolled back. Their ids are set."""
+        """The edits that hold, in order: neither reverted, nor superseded by a later one that asks the same, nor rolled
+        back; without those variants that a later one answers otherwise. Their ids are set."""
         return self.history.current()
 
     def pending(
@@ -69,9 +69,9 @@ class SessionView:
         """What is left of a file of requests, with ids: what is done is left out, what was reverted or superseded since
         is not.
 
-        A request is known again by its prompt and target and, if it has one, its id; the second of the same in the file
-        is the second that was edited. One that is asked for again, or whose id another request had, gets a new id: that
-        with a number, "pope-2".
+        A request is known again by its prompt, its target, its variants and, if it has one, its id; the second of the
+        same in the file is the second that was edited. One that is asked for again, or whose id another request had,
+        gets a new id: that with a number, "pope-2".
         """
         return self.history.pending(requests, warm_up=warm_up)
 

@@ -20,7 +20,7 @@ _EDIT = """\
   stableedit session edit edits/ --requests monday.jsonl
 
   What is done is skipped, so the same file can be given again after a crash; what was reverted or superseded since is
-  edited again. A request is known again by its prompt and target and, if it has one, its "id"."""
+  edited again. A request is known again by its prompt, its target, its variants and, if it has one, its "id"."""
 
 
 def add_parsers(actions) -> None:
