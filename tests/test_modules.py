@@ -174,6 +174,8 @@ class TestDefaults:
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **sizes))
         assert default_edit_modules(model) == [f"model.layers.{layer}.mlp.down_proj" for layer in expected]
+        every = {30: range(20, 29), 32: range(21, 31), 4: [2], 1: [0]}[layers]
+        assert default_edit_modules(model, every=True) == [f"model.layers.{layer}.mlp.down_proj" for layer in every]
 
     @pytest.mark.parametrize(
         "kind, sizes, expected",

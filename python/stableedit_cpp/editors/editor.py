@@ -25,7 +25,7 @@ from stableedit_cpp.editors.stream import names_of, run_stream
 from stableedit_cpp.editors.turn import Guard, Work
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.model.form import Form, find_form
-from stableedit_cpp.model.modules import default_edit_modules, find_modules
+from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -67,7 +67,7 @@ class Editor:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.modules = find_modules(model, config.edit_modules or default_edit_modules(model))
+        self.modules = self.modules_of(model, config)
         how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
         self.form: Form = find_form(model, tokenizer, **how)
         found = {"edit_modules": [module.name for module in self.modules], "chat_template": self.form.chat}
@@ -77,6 +77,12 @@ class Editor:
         self.guard: Guard | None = None
         self._anchors: Anchors | None = None  # asks the unedited model, so not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
+
+    @staticmethod
+    def modules_of(model: torch.nn.Module, config: EditorConfig) -> list[EditModule]:
+        """Those that an editor with this config edits; raises as the constructor."""
+        every = config.step_size == "auto"
+        return find_modules(model, config.edit_modules or default_edit_modules(model, every=every))
 
     @property
     def config(self) -> EditorConfig:

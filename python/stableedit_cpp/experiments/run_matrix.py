@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from stableedit_cpp.editors import Editor
 from stableedit_cpp.errors import SessionBusy
 from stableedit_cpp.experiments.groups import grouped
 from stableedit_cpp.experiments.results import Run, write_theory
@@ -19,7 +20,7 @@ from stableedit_cpp.experiments.theory import cumulative_tables, theory_of, theo
 from stableedit_cpp.files.atomic import write_text
 from stableedit_cpp.files.lock import WriterLock, writer
 from stableedit_cpp.files.table import Table
-from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["run_matrix"]
@@ -61,7 +62,7 @@ def run_matrix(
         trunks, answers = _Trunks(model, trunk_bytes), {}  # of the unedited model, whatever edits it
         for run, directory in todo:
             others = [(r, d) for r, d in zip(runs, directories, strict=True) if r is not run and r.source == run.source]
-            modules = find_modules(model, run.editor.config.edit_modules or default_edit_modules(model))
+            modules = Editor.modules_of(model, run.editor.config)
             with _locked(directory.path):
                 current = RunDirectory(directory.path, run.name, directory.settings)
                 stream = StreamRun(

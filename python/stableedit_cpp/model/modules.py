@@ -72,8 +72,9 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
     return ordered
 
 
-def default_edit_modules(model: nn.Module) -> list[str]:
-    """Names of the MLP output projections of four layers in the last third of the language model.
+def default_edit_modules(model: nn.Module, *, every: bool = False) -> list[str]:
+    """Names of the MLP output projections of four layers in the last third of the language model, or of ``every`` layer
+    there but the last.
 
     They are found by their shape, not by their name (see ``_mlp_output``), in the layers of the text decoder alone. In
     a mixture of experts it is the expert that sees every token, if there is one.
@@ -103,6 +104,9 @@ def default_edit_modules(model: nn.Module) -> list[str]:
             f"{describe_linear_maps(model)}"
         )
     names = found[max(found)]
+    if every:
+        begin = 2 * len(names) // 3
+        return names[begin : max(begin + 1, len(names) - 1)]
     return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
 
 
