@@ -196,6 +196,45 @@ def test_any_history():
                     done.rollback(source.choice([0, *done.history.line]))
 
 
+def test_any_history_with_variants():
+    """The same where requests ask several questions: each question is answered as the file has it last, and what is
+    current are the requests that are there, without what later ones have taken from them."""
+    for seed in range(300):
+        source, done = random.Random(seed), Stream()
+        for _ in range(source.randint(1, 4)):
+            file = []
+            for index in range(source.randint(1, 5)):
+                asked = source.sample("pqrs", source.randint(1, 4))
+                (prompt, target), *variants = [(question, source.choice("xyz")) for question in asked]
+                id = f"{index}" if source.random() < 0.3 else None
+                file.append(EditRequest(prompt, target, variants=variants, id=id))
+            for _ in range(3 * len(file)):  # it does not go on for ever
+                if left := done.history.pending(file):
+                    done.edit(left[: source.randint(1, len(left))])
+            assert done.history.pending(file) == [], seed
+            for question, target in {q: t for request in file for q, t in request.answers.items()}.items():
+                assert done.history.entries[done.history.predecessor(question)].request.answers[question] == target
+            for _ in range(source.randint(0, 2)):
+                there = [id for id, entry in done.history.entries.items() if entry.reverted_in is None]
+                if source.random() < 0.8 and there:
+                    done.revert(*source.sample(there, min(len(there), source.randint(1, 3))))
+                else:
+                    done.rollback(source.choice([0, *done.history.line]))
+            there = [entry.request for entry in done.history.entries.values() if entry.reverted_in is None]
+            expected = []
+            for place, request in enumerate(there):
+                kept = []
+                for prompt, target in request.statements:
+                    later = [other for other in there[place + 1 :] if prompt in other.answers]
+                    gone = later and (
+                        later[-1].answers[prompt] != target or prompt == request.prompt == later[-1].prompt
+                    )
+                    kept += [] if gone else [(prompt, target)]
+                if kept and kept[0][0] == request.prompt:
+                    expected.append((request.id, kept))
+            assert [(request.id, list(request.statements)) for request in done.history.current()] == expected, seed
+
+
 def test_in_a_session(tokenizer, tmp_path):
     """The requests that are left out are those that the model was edited with last."""
     session = create(tmp_path / "s", tokenizer)
