@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import stableedit_cpp as se
+from stableedit_cpp.editors.anchors import unrelated_prompts
 from stableedit_cpp.editors.guard import LocalityGuard
+from support.chats import chat_model, chat_tokenizer
 from support.editors import MODULES, TURN, assert_same_bits, make, state_of, weight_of
 from support.tiny import FACTS, tiny_model
 
@@ -35,6 +37,22 @@ class TestDrift:
         assert drift.per_prompt.tolist() == pytest.approx(expected, rel=2e-2, abs=1e-4)
         assert drift.mean == pytest.approx(sum(expected) / 4, rel=2e-2)
         assert drift.largest == max(drift.per_prompt.tolist())
+
+    def test_without_prompts_it_watches_some_of_ours_that_are_no_anchors(self, tokenizer):
+        editor = make(tokenizer)
+        guard = LocalityGuard(editor, limit=NO_LIMIT)
+        assert len(guard) == 64 and not set(unrelated_prompts()[-64:]) & set(unrelated_prompts()[: 2 * 59])
+        assert guard.drift().mean == pytest.approx(0.0, abs=1e-5)
+        editor.edit(FACTS)
+        assert guard.drift().mean > 0
+
+    def test_it_asks_in_the_form_of_the_editor(self):
+        model, tokenizer = chat_model("chatml"), chat_tokenizer("chatml")
+        plain, chat = (
+            LocalityGuard(se.StableEdit(model, tokenizer, se.StableEditConfig(chat_template=form)), ["Hi"], limit=1.0)
+            for form in (False, True)
+        )
+        assert len(chat._sequences[0]) > len(plain._sequences[0])
 
     def test_the_reference_is_the_unedited_model_also_later(self, tokenizer):
         early = make(tokenizer)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from tqdm.auto import tqdm
 
+from stableedit_cpp.editors.anchors import unrelated_prompts
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.errors import DriftLimitReached, ModelBroken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
@@ -18,6 +19,8 @@ from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 
 __all__ = ["Drift", "LocalityGuard"]
+
+_OWN = 64  # prompts, where the user gives none
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class LocalityGuard:
 
     Args:
         editor: edited already or not; the reference is that of its unedited model.
-        prompts: texts that no edit is about, and whose continuation shall stay. Some dozens give a steady mean.
+        prompts: texts that no edit is about, and whose continuation shall stay; in the editor's form (as a user's turn
+            where it edits chats). Some dozens give a steady mean. None takes 64 of ``unrelated_prompts``, which are not
+            among the anchors of an editor that has 59 or fewer.
         limit: of the mean drift, in nats, > 0.
         back_offs: how often a pass is tried again, >= 0.
         progress: show a bar while the reference is computed; None shows it on a terminal.
@@ -63,12 +68,14 @@ class LocalityGuard:
     def __init__(
         self,
         editor: Editor,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
         limit: float,
         back_offs: int = 3,
         progress: bool | None = None,
     ) -> None:
+        if prompts is None:
+            prompts = unrelated_prompts()[-_OWN:]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("prompts must be a list of texts, at least one")
@@ -125,7 +132,7 @@ def _sequences(editor: Editor, prompts: Sequence[str]) -> list[TokenSequence]:
     """Each prompt, ready to predict one token after it."""
     limit = context_length(editor.model)
     found = []
-    for index, ids in enumerate(prompt_ids(editor.tokenizer, prompts)):
+    for index, ids in enumerate(prompt_ids(editor.tokenizer, prompts, editor.form)):
         if not ids:
             raise ValueError(f"prompt {index} ({prompts[index]!r:.60}) has no tokens")
         if limit is not None and len(ids) > limit:
