@@ -33,9 +33,9 @@ class EditorConfig:
         ridge: weight of the norm penalty in the least-squares solution, > 0.
         statistics: "shared" pools the running statistics of modules of one shape, as the published code does;
             "per_module" keeps them apart, as the paper has it.
-        turn_size: edit requests a turn.
-        micro_batch: requests over whose answer tokens the loss is averaged (sets the scale of the value gradients).
-        max_passes: solve again, up to this often a turn, for the requests that have not taken yet (not in a warm-up).
+        turn_size: edit requests a turn, each with its variants.
+        micro_batch: prompts over whose answer tokens the loss is averaged (sets the scale of the value gradients).
+        max_passes: solve again, up to this often a turn, for what has not taken yet (not in a warm-up).
         prompt_rows: solve for what the prompt's tokens (all but the first) pass on, too, not only for what predicts the
             answer: more rows in the same solution, better generalization (docs/closed-loop.md).
         take_probability: a request has taken when every answer token is the model's top choice and has at least this
