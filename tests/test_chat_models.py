@@ -176,7 +176,7 @@ def test_edit_evaluate_and_export_at_the_command_line(work, model_directory, cap
     assert main([*export, "--requests", "requests.json", "--output", "delta"]) == 0
     edited = capsys.readouterr().out.partition("edited:\n")[2]
     expected = se.evaluate(model, tokenizer, FACTS, chat_template=True)
-    assert edited.startswith(str(expected).splitlines()[0])
+    assert edited.splitlines()[0].split() == str(expected).splitlines()[0].split()
 
 
 def test_a_session_at_the_command_line(work, model_directory, capsys):
