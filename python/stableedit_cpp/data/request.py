@@ -48,7 +48,7 @@ class EditRequest:
     persona: str | None = None
     multi_hop_prompt: str | None = None
     multi_hop_target: str | None = None
-    variants: Sequence[str | tuple[str, str] | Mapping[str, str]] = ()
+    variants: Sequence[str | tuple[str, str] | Mapping[str, str]] | None = None
     portability_prompt: str | None = None
     portability_target: str | None = None
 
