@@ -61,3 +61,28 @@ def test_every_turn_was_whitened_in_full_and_reported(edited):
 
 def test_default_modules_are_those_of_the_published_depth(smollm2):
     assert se.default_edit_modules(smollm2[0]) == [f"model.layers.{n}.mlp.down_proj" for n in (22, 24, 26, 28)]
+
+
+UNRELATED = ["What is the capital of Norway?", "How many hours has a day?", "Who wrote Hamlet?", "What is 7 plus 8?"]
+
+
+@pytest.mark.parametrize("count, chat", [(1, True), (1, False), (20, True)])
+def test_facts_take_with_nothing_to_tune(smollm2, count, chat):
+    """One fact or twenty: the free answer is the target and stops, whatever was asked in which form; and what the model
+    says elsewhere stays, beside the unedited model's own answers."""
+    model, tokenizer = smollm2
+    requests = se.read_requests(ZSRE / "zsre_edit_5k.json", limit=300 + count)[300:]
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.take(chat_template=chat))
+    original = editor.original_weights()
+    how = {"chat_template": chat, "reference": editor.unedited}
+    try:
+        report = editor.edit(requests)
+        assert not report.failed
+        scores = se.evaluate(model, tokenizer, requests, **how)
+        assert scores["efficacy_free"].mean == 1.0
+        others = [se.EditRequest(**requests[0].to_dict() | {"locality_prompt": text}) for text in UNRELATED]
+        assert se.evaluate(model, tokenizer, others, **how)["locality_agreement"].mean >= 0.85
+    finally:
+        with torch.no_grad():
+            for module in editor.modules:
+                module.weight.copy_(original[module.name])
