@@ -20,7 +20,8 @@ namespace {
 at::Tensor signs(int64_t dim) {
   constexpr int64_t kProbes = 64;
   at::Tensor result = at::empty({kProbes, dim}, at::kFloat);
-  std::mt19937_64 bits;  // the standard says which numbers it gives
+  // The standard says which numbers it gives, and they are to be always the same ones.
+  std::mt19937_64 bits;  // NOLINT(bugprone-random-generator-seed)
   float* const values = result.mutable_data_ptr<float>();
   for (int64_t i = 0; i < result.numel(); ++i) values[i] = (bits() & 1U) != 0 ? 1.0F : -1.0F;
   return result;
