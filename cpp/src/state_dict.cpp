@@ -252,7 +252,7 @@ PastKeys PastKeys::from_state_dict(const StateDict& state) {
 
 StateDict PolyakStep::state_dict() const {
   at::Tensor recent = at::empty({static_cast<int64_t>(recent_.size())}, at::kDouble);
-  std::copy(recent_.begin(), recent_.end(), recent.data_ptr<double>());
+  std::ranges::copy(recent_, recent.data_ptr<double>());
   return {{"share", number_field(options_.share)},
           {"growth", number_field(options_.growth)},
           {"window", integer_field(options_.window)},
