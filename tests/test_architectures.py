@@ -76,7 +76,7 @@ def test_more_passes_learn_more(architecture, tokenizer):
     model, once, sequences = tiny_model(architecture), tiny_model(architecture), sequences_of(tokenizer)
     _, report = edit(model, tokenizer, architecture, max_passes=8)
     edit(once, tokenizer, architecture)
-    assert [turn.passes for turn in report.turns] == [8, 8]
+    assert report.turns[0].passes > 1  # up to the best one of eight
     assert mean_loss(model, sequences) < mean_loss(once, sequences) - 0.1
     assert se.evaluate(model, tokenizer, FACTS).efficacy > 0.05
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -245,12 +246,13 @@ class Turn:
         raise guard.refusal(report.drift)
 
     def _look(self) -> tuple[list[int], float]:
-        """Indices of the sequences that have not taken, and how likely the least likely tokens of all are."""
+        """Indices of the sequences that have not taken, and how likely the least likely tokens of all are: the mean of
+        their log-probabilities, for which a gain far from taking counts like one near it."""
         config, trunk = self.work.config, self.work.trunk
         scores = answer_scores(self.work.model, self.sequences, max_tokens=config.max_tokens_per_forward, trunk=trunk)
         taken = (scores.accuracy == 1.0) & (scores.probability >= config.take_probability)
         pending = [index for index in range(len(self.sequences)) if not taken[index]]
-        return pending, float(scores.probability.nan_to_num(-1.0).mean())
+        return pending, float(scores.probability.nan_to_num(0.0).clamp_min(sys.float_info.min).log().mean())
 
     def _failures(self, indices: Sequence[int]) -> list[Failure]:
         """The requests that these sequences belong to, and what the model answers to them."""
