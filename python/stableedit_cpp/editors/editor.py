@@ -338,6 +338,15 @@ class Editor:
 
         self.weights.change(work, "doing a turn again")
 
+    def edit_again(
+        self, requests: Sequence[EditRequest], kind: Literal["edit", "warm_up", "repair"], passes: int
+    ) -> None:
+        """Edit the requests of a turn again as they were, with as many passes as it had; from a record without factors.
+
+        The result is the same, bit for bit, on the same machine with the same number of threads. Errors as ``edit``.
+        """
+        self._run(requests, kind, None, False, False, passes)
+
     def _hold_anchors(self) -> Anchors | None:
         if self.config.anchors > 0 and self._anchors is None:
             limit = self.config.max_tokens_per_forward
@@ -352,6 +361,7 @@ class Editor:
         trunk: TrunkCache | None,
         outcomes: bool | None,
         progress: bool | None,
+        passes: int | None = None,
     ) -> EditReport:
         requests = as_requests(requests)
         sequences = self.tokenize(requests)
@@ -371,5 +381,6 @@ class Editor:
             lent,
             outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),
             answers=bool(outcomes),
+            passes=passes,
         )
         return run_stream(work, kind, requests, sequences, progress)

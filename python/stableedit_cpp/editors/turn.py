@@ -51,6 +51,7 @@ class Work:
         trunk: outputs of the layers below the edited ones; None where there is no use for them.
         trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
         outcomes: find out which requests took. answers: and what the model answers to the others.
+        passes: as many as a turn had that is edited again; None for as many as it takes.
     """
 
     model: torch.nn.Module
@@ -65,6 +66,7 @@ class Work:
     trunk_is_lent: bool
     outcomes: bool
     answers: bool
+    passes: int | None = None
 
     def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """Share of each answer's tokens that are the model's top choice; NaN where the model is broken."""
@@ -138,7 +140,7 @@ class Turn:
         """Apply one pass after the other, up to the one after which most requests have taken; ``keep`` the passes if
         somebody wants to see them."""
         report, weights, count = self.report, self.work.weights, len(self.requests)
-        allowed = 1 if self.kind == "warm_up" else self.work.config.max_passes
+        allowed = self.work.passes or (1 if self.kind == "warm_up" else self.work.config.max_passes)
         pending = list(range(len(self.sequences)))
         passes: list[AppliedPass] = []
         best: _Best | None = None
@@ -147,7 +149,7 @@ class Turn:
             try:
                 captured, solution, ridge = self._solve(pending, number, interrupts)
             except NoStep:
-                if best is None:
+                if best is None or self.work.passes is not None:
                     raise
                 stuck = True
                 break
@@ -169,7 +171,8 @@ class Turn:
                 best = _Best((taken, likely), number + 1, pending, Checkpoint(weights) if pending else None)
             if not pending:
                 break
-        if best is not None and (stuck or best.passes < report.passes):  # what came after it was no better
+        # What came after it was no better; a turn that is edited again has as many passes as it had.
+        if best is not None and self.work.passes is None and (stuck or best.passes < report.passes):
             weights.put_back(best.weights)
             report.passes, pending = best.passes, best.pending
         if self.work.outcomes:

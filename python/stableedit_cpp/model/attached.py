@@ -7,6 +7,7 @@ every other thread the module is the plain one.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,12 +16,19 @@ from torch import nn
 __all__ = ["for_this_thread", "forward_hook", "forward_pre_hook", "replaced_forward"]
 
 
-def for_this_thread(function: Callable, otherwise: Callable | None = None) -> Callable:
-    """The function, for calls from this thread; calls from others go to ``otherwise``, or give None."""
+class _While:
+    """Lives as long as the context that attached something: a signal that raises right after the attaching, or in the
+    middle of the detaching, leaves it on the module, where it must not act any more."""
+
+
+def for_this_thread(function: Callable, otherwise: Callable | None = None, *, during: _While | None = None) -> Callable:
+    """The function, for calls from this thread, while ``during`` lives; all other calls go to ``otherwise``, or give
+    None."""
     owner = threading.get_ident()
+    alive = (lambda: True) if during is None else weakref.ref(during)
 
     def chosen(*args: object, **kwargs: object) -> object:
-        if threading.get_ident() == owner:
+        if threading.get_ident() == owner and alive():
             return function(*args, **kwargs)
         return None if otherwise is None else otherwise(*args, **kwargs)
 
@@ -30,8 +38,8 @@ def for_this_thread(function: Callable, otherwise: Callable | None = None) -> Ca
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Shadow a module's forward for a while; the module keeps its hooks and attributes, which the model looks at."""
-    before = module.__dict__.get("forward")
-    module.forward = for_this_thread(forward, otherwise=module.forward)
+    before, during = module.__dict__.get("forward"), _While()
+    module.forward = for_this_thread(forward, otherwise=module.forward, during=during)
     try:
         yield
     finally:
@@ -45,7 +53,8 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 def forward_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
     """``hook(module, args, output)`` after each forward of this thread; a result other than None takes the output's
     place."""
-    handle = module.register_forward_hook(for_this_thread(hook))
+    during = _While()
+    handle = module.register_forward_hook(for_this_thread(hook, during=during))
     try:
         yield
     finally:
@@ -56,7 +65,8 @@ def forward_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
 def forward_pre_hook(module: nn.Module, hook: Callable) -> Iterator[None]:
     """``hook(module, args, kwargs)`` before each forward of this thread; a result other than None takes the place of
     both."""
-    handle = module.register_forward_pre_hook(for_this_thread(hook), with_kwargs=True)
+    during = _While()
+    handle = module.register_forward_pre_hook(for_this_thread(hook, during=during), with_kwargs=True)
     try:
         yield
     finally:

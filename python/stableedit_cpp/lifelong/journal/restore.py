@@ -97,8 +97,7 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
         elif content["factors"]:
             editor.replay(_decode(view, editor, step))
         else:
-            call = editor.warm_up if step.kind == "warm_up" else editor.edit
-            call(decode_requests(content), progress=False)
+            editor.edit_again(decode_requests(content), content["kind"], content["passes"])
 
 
 def _decode(view: SessionView, editor: Editor, step: Step) -> AppliedTurn:
