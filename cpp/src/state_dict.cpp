@@ -147,8 +147,9 @@ StateDict LifelongNormalizer::state_dict() const {
       {"whitening.floor_mode", integer_field(static_cast<int64_t>(whitening.floor_mode))},
       {"whitening.refresh", number_field(whitening.refresh)},
       {"whitening.drift_limit", number_field(whitening.drift_limit)},
-      {"whitening.centred", integer_field(whitening.centred ? 1 : 0)},
       {"decompositions", integer_field(decompositions_)}};
+  // Only where it is not as it always was: sessions know their states by digests of all fields.
+  if (!whitening.centred) state["whitening.centred"] = integer_field(0);
   add_part(state, "keys.", key_moments_.state_dict());
   add_part(state, "values.", value_moments_.state_dict());
   if (value_tracker_) add_part(state, "tracker.", value_tracker_->state_dict());
@@ -171,8 +172,8 @@ LifelongNormalizer LifelongNormalizer::from_state_dict(const StateDict& state) {
       .floor_mode = static_cast<FloorMode>(reader.integer("whitening.floor_mode", 0, 1)),
       .refresh = reader.number("whitening.refresh"),
       .drift_limit = reader.number("whitening.drift_limit"),
-      .centred = !reader.has("whitening.centred") ||  // before 0.3.0 there was nothing else
-                 reader.integer("whitening.centred", 0, 1) == 1};
+      .centred = !reader.has("whitening.centred")};
+  if (!options.whitening.centred) reader.integer("whitening.centred", 0, 0);
   options.unbiased_batches = keys.unbiased_batches();
   std::optional<NormalInverseWishart> tracker;
   if (options.whitening.mode == WhiteningMode::kFull) {
