@@ -34,7 +34,9 @@ STABLEEDIT_API LowRankUpdate contribution(const LowRankUpdate& update, const at:
 
 /// Of an update of `ridge_update` with past keys: Y = H (weight C + ridge I)^(-1), which is
 /// `update.right()`, and c = 1.
-/// \param keys H `[n, k]`, as given to `ridge_update`; otherwise as above
+/// \param update of n answer tokens  \param owned `[n]` bool, the tokens S
+/// \param keys H `[n, k]`, as given to `ridge_update`
+/// \return an update of rank |S|, as above  \throws ValueError, TypeError, LinAlgError as above
 STABLEEDIT_API LowRankUpdate contribution(const LowRankUpdate& update, const at::Tensor& owned,
                                           const at::Tensor& keys);
 
