@@ -669,14 +669,6 @@ def interrupt_in_turn(monkeypatch, number: int) -> None:
     monkeypatch.setattr(turn_module, "capture", pressed)
 
 
-@pytest.fixture
-def default_sigint():
-    """Under some runners SIGINT is ignored or handled."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 def test_interrupted_stream_is_saved(edit, work, capsys, monkeypatch, default_sigint):
     interrupt_in_turn(monkeypatch, 2)
     assert edit("--turn-size", 5, "--evaluate") == 130

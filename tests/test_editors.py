@@ -232,7 +232,7 @@ class TestPasses:
     def test_a_turn_ends_at_its_best_pass(self, monkeypatch, tokenizer):
         """Three of five hold after the second pass, fewer after those that follow: they are not in the model, nor in
         what a follower hears of."""
-        heard = []
+        heard, norms = [], []
         editor, short = make(tokenizer, max_passes=4), make(tokenizer, max_passes=2)
         editor.on_turn = heard.append
         for one in (editor, short):
@@ -246,6 +246,8 @@ class TestPasses:
             (turn,) = report.turns
             assert turn.passes == 2 and [failure.index for failure in turn.failed] == [3, 4]
             assert turn.taken == ([1, 3, 2, 1] if one is editor else [1, 3])
+            norms.append(turn.update_norms)
+        assert norms[0] == norms[1]  # those of the pass that is in the weights
         assert_same_bits(state_of(editor), state_of(short))
         again = make(tokenizer, max_passes=4)
         again.replay(heard[0])

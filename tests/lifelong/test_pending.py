@@ -168,6 +168,16 @@ def test_warm_up(done):
     assert done.pending(named("a", "other", "z"), warm_up=True) == ["a-2"]
 
 
+def undo_some(done: Stream, source: random.Random) -> None:
+    """Revert requests, or roll back, up to twice."""
+    for _ in range(source.randint(0, 2)):
+        there = [id for id, entry in done.history.entries.items() if entry.reverted_in is None]
+        if source.random() < 0.8 and there:
+            done.revert(*source.sample(there, min(len(there), source.randint(1, 3))))
+        else:
+            done.rollback(source.choice([0, *done.history.line]))
+
+
 def test_any_history():
     """Files of few questions and answers, cut off anywhere, reverted and rolled back at will: in the end what a file
     asks for last is what holds, nothing is left, and what was interrupted is what was not."""
@@ -188,12 +198,7 @@ def test_any_history():
             answers = done.answers()
             for question, target in {request.question: request.target for request in file}.items():
                 assert answers[question] == target, seed
-            for _ in range(source.randint(0, 2)):
-                there = [id for id, entry in done.history.entries.items() if entry.reverted_in is None]
-                if source.random() < 0.8 and there:
-                    done.revert(*source.sample(there, min(len(there), source.randint(1, 3))))
-                else:
-                    done.rollback(source.choice([0, *done.history.line]))
+            undo_some(done, source)
 
 
 def test_any_history_with_variants():
@@ -214,12 +219,7 @@ def test_any_history_with_variants():
             assert done.history.pending(file) == [], seed
             for question, target in {q: t for request in file for q, t in request.answers.items()}.items():
                 assert done.history.entries[done.history.predecessor(question)].request.answers[question] == target
-            for _ in range(source.randint(0, 2)):
-                there = [id for id, entry in done.history.entries.items() if entry.reverted_in is None]
-                if source.random() < 0.8 and there:
-                    done.revert(*source.sample(there, min(len(there), source.randint(1, 3))))
-                else:
-                    done.rollback(source.choice([0, *done.history.line]))
+            undo_some(done, source)
             there = [entry.request for entry in done.history.entries.values() if entry.reverted_in is None]
             expected = []
             for place, request in enumerate(there):

@@ -25,7 +25,7 @@ __all__ = ["Anchors", "unrelated_prompts"]
 
 _ANSWER = 12  # tokens of the unedited model's own answer that are held
 _POOL = 2  # so many times the anchors of a pass there are in all
-_FEWEST = 16
+_FEWEST = 16  # anchors of a pass, also where it edits a single fact
 
 
 @cache

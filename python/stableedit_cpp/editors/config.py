@@ -37,7 +37,7 @@ class EditorConfig:
         micro_batch: prompts over whose answer tokens the loss is averaged (sets the scale of the value gradients).
         max_passes: solve again, up to this often a turn, for what has not taken yet (not in a warm-up).
         prompt_rows: solve for what the prompt's tokens (all but the first) pass on, too, not only for what predicts the
-            answer: more rows in the same solution, better generalization (docs/closed-loop.md).
+            answer: more rows in the same solution. Does not pay with the long prompts of chats (docs/closed-loop.md).
         take_probability: a request has taken when every answer token is the model's top choice and has at least this
             probability, in [0, 1). A margin lasts longer than a narrow win, and costs more drift.
         anchors: at most so many unrelated prompts in each pass, drawn from twice as many, whose answers are held to

@@ -81,6 +81,8 @@ class _Best(NamedTuple):
     rank: tuple[int, float]
     passes: int
     pending: list[int]
+    norms: dict[str, float]
+    drift: float | None
     weights: Checkpoint | None
 
 
@@ -168,13 +170,15 @@ class Turn:
             report.taken.append(taken)
             bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{taken}/{count}"})
             if best is None or (taken, likely) > best.rank:
-                best = _Best((taken, likely), number + 1, pending, Checkpoint(weights) if pending else None)
+                back = Checkpoint(weights) if pending else None
+                best = _Best((taken, likely), number + 1, pending, dict(report.update_norms), report.drift, back)
             if not pending:
                 break
         # What came after it was no better; a turn that is edited again has as many passes as it had.
         if best is not None and self.work.passes is None and (stuck or best.passes < report.passes):
             weights.put_back(best.weights)
             report.passes, pending = best.passes, best.pending
+            report.update_norms, report.drift = best.norms, best.drift
         if self.work.outcomes:
             with report.timed("outcomes"):
                 report.failed = self._failures(pending if best is not None else self._look()[0])
