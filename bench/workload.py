@@ -12,7 +12,8 @@ import transformers
 
 from common import data_file
 from stableedit_cpp import StableEditConfig, load_model, read_requests
-from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.modules import EditModule, find_modules
+from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 
 # Random-weight models by name; --config also takes a file with such a dictionary.

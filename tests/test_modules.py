@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 import stableedit_cpp as se
-from stableedit_cpp.model.modules import default_edit_modules, describe_linear_maps, find_modules
+from stableedit_cpp.model.modules import describe_linear_maps, find_modules
+from stableedit_cpp.model.outputs import as_patterns, default_edit_modules, output_projections
 from support.tiny import ARCHITECTURES, FACTS, LAYERS, VOCABULARY, pattern_of, tiny_model, tiny_tokenizer
 
 
@@ -192,10 +193,8 @@ class TestDefaults:
         ],
     )
     def test_an_mlp_is_known_by_its_shape(self, kind, sizes, expected):
-        small = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-        small |= {"intermediate_size": 24, "vocab_size": 30, "pad_token_id": 0}
         with torch.device("meta"):
-            config = getattr(transformers, f"{kind}Config")(**small, **sizes)
+            config = getattr(transformers, f"{kind}Config")(**self.SMALL, **sizes)
             model = transformers.AutoModelForCausalLM.from_config(config)
         found = default_edit_modules(model)
         assert {name.split(".", 3)[-1] for name in found} == {expected}
@@ -208,6 +207,48 @@ class TestDefaults:
             model = transformers.AutoModelForCausalLM.from_config(config)
         with pytest.raises(ValueError, match="no default edit_modules are known for"):
             default_edit_modules(model)
+
+    @pytest.mark.parametrize("dense", [[0], [0, 1, 2], [0, 1, 2, 3, 4]])
+    def test_dense_first_layers_alone_are_no_default(self, dense):
+        """Editing layer 0 of a mixture of experts in silence, because it alone has an MLP, ruins all that is above."""
+        with torch.device("meta"):
+            config = transformers.Qwen3MoeConfig(**self.SMALL, mlp_only_layers=dense)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        assert output_projections(model, "mlp") == []
+        late = r"name them, e\.g\. the outputs of attention \(model\.layers\.\{5\.\.6\}\.self_attn\.o_proj\)"
+        for every in (True, False):
+            with pytest.raises(ValueError, match=late):
+                default_edit_modules(model, every=every)
+
+    @pytest.mark.parametrize(
+        "architecture, expected",
+        [
+            ("llama", "model.layers.{0..2}.self_attn.o_proj"),
+            ("gpt2", "transformer.h.{0..2}.attn.c_proj"),
+            ("gptj", "transformer.h.{0..2}.attn.out_proj"),
+            ("gpt_neox", "gpt_neox.layers.{0..2}.attention.dense"),
+            ("opt", "model.decoder.layers.{0..2}.self_attn.out_proj"),
+            ("falcon", "transformer.h.{0..2}.self_attention.dense"),
+            ("phi", "model.layers.{0..2}.self_attn.dense"),
+            ("mpt", "transformer.blocks.{0..2}.attn.out_proj"),
+        ],
+    )
+    def test_outputs_of_attention(self, architecture, expected):
+        assert as_patterns(output_projections(tiny_model(architecture), "attention")) == expected
+
+    @pytest.mark.parametrize(
+        "names, expected",
+        [
+            (["a.3.b", "a.4.b", "a.5.b"], "a.{3..5}.b"),
+            (["a.3.b", "a.5.b"], "a.{3,5}.b"),
+            (["a.3.b", "a.3.c", "head"], "a.3.b a.3.c head"),
+        ],
+    )
+    def test_names_as_patterns(self, names, expected):
+        assert as_patterns(names) == expected
+
+    SMALL: ClassVar = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    SMALL |= {"intermediate_size": 24, "vocab_size": 30, "pad_token_id": 0}
 
     TEXT: ClassVar = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
     TEXT |= {"num_key_value_heads": 1, "vocab_size": VOCABULARY, "head_dim": 8, "pad_token_id": 0}

@@ -38,7 +38,8 @@ from .lifelong import LifelongSession
 from .lifelong.audit import audit
 from .lifelong.repair import repair
 from .model.load import load_model
-from .model.modules import default_edit_modules, find_modules
+from .model.modules import find_modules
+from .model.outputs import default_edit_modules
 from .model.trunk import TrunkCache
 
 __version__: str

@@ -25,7 +25,8 @@ from stableedit_cpp.editors.stream import names_of, run_stream
 from stableedit_cpp.editors.turn import Guard, Work
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.model.form import Form, find_form
-from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.modules import EditModule, find_modules
+from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 

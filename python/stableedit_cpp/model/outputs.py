@@ -1,0 +1,153 @@
+"""Where MLPs and attention write what they found, by depth: what can be edited if nobody names modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from stableedit_cpp.model.modules import EditModule, describe_linear_maps, is_linear
+
+__all__ = ["as_patterns", "default_edit_modules", "output_projections"]
+
+Kind = Literal["mlp", "attention"]
+
+# Where in the depth of the model the default modules lie: layers 22, 24, 26, 28 of 30.
+_DEFAULT_DEPTHS = (22 / 30, 24 / 30, 26 / 30, 28 / 30)
+
+
+def default_edit_modules(model: nn.Module, *, every: bool = False) -> list[str]:
+    """Names of the MLP output projections of four layers in the last third of the language model, or of ``every`` layer
+    there but the last.
+
+    They are found by their shape, not by their name (see ``_mlp_output``), in the layers of the text decoder alone. In
+    a mixture of experts it is the expert that sees every token, if there is one.
+
+    Raises:
+        ValueError: for an architecture where at most a third of the layers hold such an MLP, or only early ones do, as
+            in a mixture of experts whose first layers are dense (the message says what to name instead).
+    """
+    names = output_projections(model, "mlp")
+    if not names:
+        attention = output_projections(model, "attention")
+        hint = ""
+        if attention:
+            late = as_patterns(attention[_last_third(len(attention))])
+            hint = f", e.g. the outputs of attention ({late}), or let choose_modules measure"
+        raise ValueError(
+            f"no default edit_modules are known for {type(model).__name__}; name them{hint}. Few layers, or only "
+            f"early ones, have an MLP of linear maps. The model has:\n{describe_linear_maps(model)}"
+        )
+    if every:
+        return names[_last_third(len(names))]
+    return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
+
+
+def output_projections(model: nn.Module, kind: Kind) -> list[str]:
+    """Names of the linear maps through which MLPs, or attention, write into the residual stream, from the first layer
+    to the last; one a layer.
+
+    Empty where there are none in the upper half of the text decoder's layers, or an MLP in at most a third of them.
+    """
+    find = _mlp_output if kind == "mlp" else _attention_output
+    count, width = _text_size(model)
+    found: dict[tuple, list[str]] = {}  # one entry for each place within a layer
+    for name, layers in _layer_lists(model).items():
+        places: dict[str, dict[int, str]] = {}
+        for index, layer in enumerate(layers):
+            for place, block in layer.named_modules():
+                output = find(block, width)
+                if output is not None:
+                    inside = f"{place}.{output}".lstrip(".")
+                    places.setdefault(inside, {})[index] = f"{name}.{index}.{inside}"
+        for inside, members in places.items():
+            # The dense first layers of a mixture of experts are an MLP, but not where facts can be edited.
+            late = 2 * list(members)[2 * len(members) // 3] + 1 >= len(layers)
+            if late and (kind == "attention" or 3 * len(members) > len(layers)):
+                names = list(members.values())
+                # Adapters beside an MLP are of its shape, but narrower. The decoder comes after the encoder.
+                inner = EditModule(inside, model.get_submodule(names[0])).shape[0]
+                found[len(layers) == count, len(layers), inner, len(found)] = names
+    return found[max(found)] if found else []
+
+
+def as_patterns(names: Sequence[str]) -> str:
+    """Names that differ only in the number of the layer as one pattern, several with a space between:
+    ``model.layers.{20..28}.mlp.down_proj``."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    alone: list[str] = []
+    for name in names:
+        match = re.search(r"\.(\d+)\.", name)
+        if match:
+            groups.setdefault((name[: match.start()], name[match.end() :]), []).append(int(match[1]))
+        else:
+            alone.append(name)
+    return " ".join([f"{head}.{_numbers(found)}.{tail}" for (head, tail), found in groups.items()] + alone)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def _last_third(count: int) -> slice:
+    """Without the last one, unless it is all there is."""
+    begin = 2 * count // 3
+    return slice(begin, max(begin + 1, count - 1))
+
+
+def _text_size(model: nn.Module) -> tuple[int | None, int | None]:
+    """Number of layers and width of the language model; None for what its config does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    return getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+
+
+def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists of modules by name: those of what the model calls its decoder, which leaves out a vision tower; and not
+    lists within those, such as the experts of a layer."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    lists = {name: part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(part) for part in decoder.modules()}
+    return {name: part for name, part in lists.items() if id(part) in inside} or lists
+
+
+def _mlp_output(block: nn.Module, width: int | None) -> str | None:
+    """Name of the linear map in a block that leads back to the width from which the others start; None if the block is
+    no MLP.
+
+    An MLP has one or two maps from width d to another width m (two with a gate, or one to 2m for both) and one from m
+    back to d. Attention has other shapes: four maps, or one to 3d; and what has a convolution is a recurrent layer.
+    """
+    maps = _maps(block)
+    if not 2 <= len(maps) <= 3:
+        return None
+    for down, (m, d) in reversed(maps.items()):
+        ups = [shape for name, shape in maps.items() if name != down]
+        if m != d and width in (None, d) and (all(up == (d, m) for up in ups) or ups == [(d, 2 * m)]):
+            return down
+    return None
+
+
+def _attention_output(block: nn.Module, width: int | None) -> str | None:
+    """Name of the last linear map to the width of the model, in a block that calls itself attention and has others
+    beside it; None if there is none."""
+    if "attention" not in type(block).__name__.lower():
+        return None
+    maps = _maps(block)
+    outputs = [name for name, (_, v) in maps.items() if width in (None, v)]
+    return outputs[-1] if outputs and len(maps) > 1 else None
+
+
+def _maps(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """(k, v) of the linear maps in a block by name; none for a recurrent one, which has a convolution."""
+    children = dict(block.named_children())
+    if any(isinstance(child, nn.Conv1d) for child in children.values()):
+        return {}
+    return {name: EditModule(name, child).shape for name, child in children.items() if is_linear(child)}
