@@ -8,6 +8,8 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.editors.anchors import unrelated_prompts
 from stableedit_cpp.editors.guard import LocalityGuard
+from stableedit_cpp.model.tokens import TokenSequence
+from support.answers import none_takes
 from support.chats import chat_model, chat_tokenizer
 from support.editors import MODULES, TURN, assert_same_bits, make, state_of, weight_of
 from support.tiny import FACTS, tiny_model
@@ -17,11 +19,17 @@ NO_LIMIT = 1e9
 
 
 def divergence(tokenizer, edited, reference, prompt: str) -> float:
-    """KL(reference || edited) of the next token, in float64."""
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    """Mean of KL(reference || edited) along the reference's own greedy answer of eight tokens, in float64."""
+    ids = tokenizer(prompt)["input_ids"]
+    found = []
     with torch.inference_mode():
-        q, p = (model(ids).logits[0, -1].double().log_softmax(-1) for model in (edited, reference))
-    return float((p.exp() * (p - q)).sum())
+        for _ in range(8):
+            q, p = (model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1) for model in (edited, reference))
+            found.append(float((p.exp() * (p - q)).sum()))
+            ids = [*ids, int(p.argmax())]
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    return sum(found) / len(found)
 
 
 class TestDrift:
@@ -41,7 +49,7 @@ class TestDrift:
     def test_without_prompts_it_watches_some_of_ours_that_are_no_anchors(self, tokenizer):
         editor = make(tokenizer)
         guard = LocalityGuard(editor, limit=NO_LIMIT)
-        assert len(guard) == 64 and not set(unrelated_prompts()[-64:]) & set(unrelated_prompts()[: 2 * 59])
+        assert 10 < len(guard) <= 16 and not set(unrelated_prompts()[-16:]) & set(unrelated_prompts()[: 2 * 83])
         assert guard.drift().mean == pytest.approx(0.0, abs=1e-5)
         editor.edit(FACTS)
         assert guard.drift().mean > 0
@@ -70,6 +78,70 @@ class TestDrift:
         editor.model.get_submodule(MODULES[0]).register_forward_hook(lambda *_: calls.append(1))
         guard.drift()
         assert calls == []
+
+
+def certain() -> torch.nn.Module:
+    """A random model that is sure of what it says, and says something else to each prompt."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100.0)
+    return model
+
+
+class TestItsOwnLimit:
+    def test_is_half_of_what_a_prompt_tells_about_its_answer(self, tokenizer):
+        guard = LocalityGuard(make(tokenizer, certain()))
+        likely = torch.cat([rows.double().log_softmax(-1) for rows in guard._reference])
+        told = (likely.exp() * (likely - likely.exp().mean(0).log())).sum(-1).mean()
+        assert float(told) > 2.0
+        assert guard.limit == pytest.approx(float(told) / 2, rel=1e-3)
+
+    def test_leaves_room_to_a_model_that_tells_prompts_hardly_apart(self, tokenizer):
+        editor = make(tokenizer, step_size=1e2)
+        editor.guard = guard = LocalityGuard(editor)
+        assert guard.limit == 0.5
+        assert sum(turn.back_offs for turn in editor.edit(FACTS).turns) == 0
+
+    def test_one_prompt_counts_with_no_more_than_the_whole(self, tokenizer, monkeypatch):
+        guard = LocalityGuard(make(tokenizer, certain()))
+        for count in (1, len(guard) // 2 - 1, len(guard) // 2 + 1):
+            lost = torch.arange(len(guard)) < count
+            measured = torch.where(lost, 1e6, 0.0).double()
+            monkeypatch.setattr(guard, "_measure", lambda indices, found=measured: found[list(indices)])
+            for seed in range(20):
+                refused = guard.look([TokenSequence((seed,), (seed,))]) > guard.limit
+                assert not refused or count > len(guard) // 2
+        assert guard.drift().mean > 1e5
+
+    def test_what_ruins_a_model_is_refused(self, tokenizer):
+        editor = make(tokenizer, certain(), step_size=1e3)
+        editor.guard = LocalityGuard(editor)
+        before = state_of(editor)
+        with pytest.raises(
+            se.DriftLimitReached, match=r"What may help: fewer edits or smaller turns, the automatic step"
+        ):
+            editor.edit(FACTS)
+        assert_same_bits({name: tensor for name, tensor in state_of(editor).items() if name in before}, before)
+
+
+class TestTheSample:
+    def test_of_its_own_prompts_a_few_are_run_while_they_have_not_drifted_far(self, tokenizer, monkeypatch):
+        guard, looked = LocalityGuard(make(tokenizer)), []
+        drift = torch.zeros(len(guard), dtype=torch.float64)
+        monkeypatch.setattr(guard, "_measure", lambda indices: looked.append(set(indices)) or drift[list(indices)])
+        one, other = ([TokenSequence((number,), (number,))] for number in (1, 2))
+        for edited in (one, other, one):
+            guard.look(edited)
+        assert [len(sample) for sample in looked] == [4, 4, 4] and looked[0] == looked[2] != looked[1]
+        drift += 0.51 * guard.limit
+        assert guard.look(one) == pytest.approx(0.51 * guard.limit)
+        assert [len(sample) for sample in looked[3:]] == [4, len(guard)]
+
+    def test_prompts_that_were_given_are_all_run(self, tokenizer, monkeypatch):
+        guard, looked = LocalityGuard(make(tokenizer), [*PROMPTS, "Say", "Once"], limit=1.0), []
+        monkeypatch.setattr(guard, "_measure", lambda indices: looked.append(len(indices)) or torch.zeros(6).double())
+        guard.look([TokenSequence((1,), (1,))])
+        assert looked == [6]
 
 
 class TestABrokenModel:
@@ -102,7 +174,7 @@ class TestABrokenModel:
     def test_is_no_reference(self, tokenizer):
         editor = make(tokenizer)
         self.break_answers_of(editor.model, lambda: True)
-        with pytest.raises(se.ModelBroken, match="unedited model answers NaN to prompt 1"):
+        with pytest.raises(se.ModelBroken, match=r"unedited model is broken: .* NaN or infinite for 4 of 4"):
             LocalityGuard(editor, PROMPTS, limit=1.0)
 
 
@@ -163,6 +235,17 @@ class TestBackingOff:
             editor.edit(FACTS * 5)
         assert 1 <= len(stop.value.report.turns) < 13
         assert stop.value.report.turns[0].drift <= editor.guard.limit
+
+    def test_a_turn_whose_retry_is_refused_keeps_what_it_has(self, tokenizer, monkeypatch):
+        none_takes(monkeypatch)
+        editor, by_hand = (make(tokenizer, max_passes=passes, step_size=1.0) for passes in (4, 2))
+        editor.guard = guard = LocalityGuard(editor, PROMPTS, limit=NO_LIMIT, back_offs=2)
+        seen, real = [], guard.look
+        monkeypatch.setattr(guard, "look", lambda edited: seen.append(1) or (1e10 if len(seen) > 2 else real(edited)))
+        (turn,) = editor.edit(FACTS[:TURN]).turns
+        assert (turn.passes, turn.back_offs, len(seen)) == (2, 2, 5) and turn.drift == pytest.approx(guard.drift().mean)
+        by_hand.edit(FACTS[:TURN])
+        assert_same_bits(state_of(editor), state_of(by_hand))
 
     def test_records_hold_what_was_applied(self, tokenizer):
         editor = self.guarded(tokenizer, self.full_drift(tokenizer) * 0.5, back_offs=6)

@@ -1,35 +1,46 @@
-"""Watches what the model says to prompts that no edit is about."""
+"""Watches what the model says to prompts that no edit is about, so that edits stop before they ruin it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.editors.anchors import unrelated_prompts
-from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.errors import DriftLimitReached, ModelBroken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
+from stableedit_cpp.evaluation.locality import UneditedAnswers, answer_log_probabilities
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 
+if TYPE_CHECKING:
+    from stableedit_cpp.editors.editor import Editor
+
 __all__ = ["Drift", "LocalityGuard"]
 
-_OWN = 64  # prompts, where the user gives none
+_OWN = 16  # prompts, where the user gives none,
+_SAMPLE = 4  # and so many of them are looked at after a pass
+_ANSWER = 8  # tokens of the unedited model's own answer that are watched
+# The limit, where the user gives none: this share of what a prompt tells the unedited model about its answer, and for
+# models that hardly tell one prompt from another, so many nats.
+_SHARE = 0.5
+_LEAST = 0.5
 
 
 @dataclass(frozen=True)
 class Drift:
-    """KL divergence of the unedited model's next-token distribution to the edited one's, in nats.
+    """KL(unedited || edited) of the next-token distributions along the unedited model's own answers, in nats.
 
     Attributes:
         mean, largest: over the prompts; NaN where the model answers NaN to one of them.
-        per_prompt: ``[prompts]`` float64 on the CPU.
+        per_prompt: mean over the tokens of the answer, ``[prompts]`` float64 on the CPU.
     """
 
     mean: float
@@ -40,21 +51,37 @@ class Drift:
 class LocalityGuard:
     """Keeps the drift of an editor's model on unrelated prompts below a limit.
 
-    Set ``editor.guard`` to it: after every pass the prompts are run, and a pass that takes the mean drift beyond the
-    limit, or the model to NaN, is solved again with half the step and twice the ridge, up to ``back_offs`` times; then
-    editing stops with ``DriftLimitReached``, or ``ModelBroken``. Every pass begins with the configured step and ridge.
+    An editor has one with the defaults below, made at its first edit; another one is set with ``editor.guard = ...``,
+    and None turns it off. After every pass the prompts are run along the answers that the unedited model gave of its
+    own accord. A pass that takes the mean drift beyond the limit, or the model to NaN, is solved again with half the
+    step and twice the ridge, up to ``back_offs`` times. If that does not help, a turn that has solved before ends with
+    its best pass, and one that has not is taken back and ends the stream with ``DriftLimitReached`` or ``ModelBroken``.
+    Every pass begins with the step and ridge that it has without a guard; where nothing is refused, the guard changes
+    no bit.
 
-    The reference, the unedited model's log-probabilities of the token after each prompt, is taken once, in float16:
-    ``2 * vocabulary`` bytes a prompt (0.1 MB for 49,152 tokens).
+    The default limit is half of what a prompt tells the unedited model about the next tokens: the mean KL divergence
+    of its distributions along all answers from their average. A model that said the same to every prompt, as well as
+    that can be said, would have a drift of the whole of it (3.0 nats for SmolLM2 and plain text, 3.8 as chats). Under
+    this limit a prompt counts with no more than the whole: after long streams some prompts are answered in the form of
+    the edits and drift without bounds, where the others are as they were. It is at least 0.5 nats, since a model with
+    random weights tells prompts hardly apart.
+
+    The reference, the unedited model's log-probabilities, is taken once, in float16 and host memory: ``2 * vocabulary``
+    bytes for each of up to eight tokens of an answer (13 MB for the default prompts and 49,152 tokens).
 
     Args:
         editor: edited already or not; the reference is that of its unedited model.
-        prompts: texts that no edit is about, and whose continuation shall stay; in the editor's form (as a user's turn
-            where it edits chats). Some dozens give a steady mean. None takes 64 of ``unrelated_prompts``, which are not
-            among the anchors of an editor that has 59 or fewer.
-        limit: of the mean drift, in nats, > 0.
+        prompts: texts that no edit is about, and whose answers shall stay; in the editor's form (as a user's turn where
+            it edits chats). All of them are run after each pass. None takes 16 of ``unrelated_prompts``, which are not
+            among the anchors of an editor that has 83 or fewer; four of them, drawn by what the pass edits, are run
+            after each pass, and the others as well where these have drifted beyond half of the limit.
+        limit: of the mean drift, in nats, > 0, with no bound for one prompt; None takes the one above.
         back_offs: how often a pass is tried again, >= 0.
-        progress: show a bar while the reference is computed; None shows it on a terminal.
+        progress: show a bar while the reference is taken; None shows it on a terminal.
+
+    Attributes:
+        limit: may be set.
+        trunk: output of the layers below the edited ones, of its prompts.
 
     Raises:
         ValueError: for a bad argument, or a prompt without tokens or longer than the model's context.
@@ -70,72 +97,121 @@ class LocalityGuard:
         editor: Editor,
         prompts: Sequence[str] | None = None,
         *,
-        limit: float,
+        limit: float | None = None,
         back_offs: int = 3,
         progress: bool | None = None,
     ) -> None:
-        if prompts is None:
-            prompts = unrelated_prompts()[-_OWN:]
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("prompts must be a list of texts, at least one")
-        if not 0.0 < limit < math.inf:
+        if limit is not None and not 0.0 < limit < math.inf:
             raise ValueError(f"limit must be greater than 0, in nats, not {limit!r}")
         check_whole("back_offs", back_offs, 0)
-        self.limit = float(limit)
+        ids = _own(editor) if prompts is None else _given(editor, prompts)
         self.back_offs = back_offs
+        self._sample = _SAMPLE if prompts is None else len(ids)
+        self._automatic = editor.config.step_size == "auto"
         self._model = editor.model
         self._max_tokens = editor.config.max_tokens_per_forward
-        self._sequences = _sequences(editor, prompts)
         self.trunk = editor.make_trunk_cache()
-        self._reference: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(prompts)
-        bar = tqdm(total=len(prompts), desc="Guard", unit="prompt", disable=None if progress is None else not progress)
-        with bar, editor.unedited():
-            for indices, likely in self._log_probabilities():
-                for index, row in zip(indices, likely.half().cpu(), strict=True):
-                    if row.isnan().any():
-                        raise ModelBroken(f"the unedited model answers NaN to prompt {index} ({prompts[index]!r:.60})")
-                    self._reference[index] = row.clone()
-                bar.update(len(indices))
+        bar = tqdm(total=len(ids), desc="Guard", unit="prompt", disable=None if progress is None else not progress)
+        with bar, editor.unedited() as model:
+            answers, how = UneditedAnswers(model, max_new_tokens=_ANSWER), {"max_tokens": self._max_tokens}
+            end = editor.form.end
+            self._sequences = answers.to(editor.tokenizer, ids, end=end, on_done=bar.update, **how)
+            how |= {"trunk": self.trunk, "kept_as": torch.float16}
+            self._reference = answer_log_probabilities(model, self._sequences, **how)
+        whole = max(_LEAST / _SHARE, _information(self._reference)) if limit is None else math.inf
+        self.limit = _SHARE * whole if limit is None else float(limit)
+        self._most = whole  # that one prompt counts with
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def drift(self) -> Drift:
-        """Measure the drift of the model as it is now."""
-        found = torch.zeros(len(self), dtype=torch.float64, device="cpu")
-        for indices, likely in self._log_probabilities():
-            reference = torch.stack([self._reference[index] for index in indices]).to(likely)
-            # Rounded to half precision it is no longer a distribution to the last digit, and the divergence could
-            # become negative.
-            found[indices] = kl_divergence(reference.log_softmax(-1), likely)
+        """Measure the drift of the model as it is now, on all prompts."""
+        found = self._measure(range(len(self)))
         return Drift(float(found.mean()), float(found.max()), found)
+
+    def look(self, edited: Sequence[TokenSequence]) -> float:
+        """The mean drift after a pass: of a sample of the prompts, and of all where that is far from nothing.
+
+        Args:
+            edited: what the pass was solved for, which draws the sample: the same pass is looked at in the same way.
+        """
+        drawn = random.Random(zlib.crc32(repr([sequence.ids for sequence in edited]).encode()))
+        sample = drawn.sample(range(len(self)), min(self._sample, len(self)))
+        seen = self._mean(self._measure(sample))
+        if len(sample) == len(self) or seen <= 0.5 * self.limit:
+            return seen
+        return self._mean(self._measure(range(len(self))))
 
     def refusal(self, drift: float) -> DriftLimitReached | ModelBroken:
         """The error that says why a pass was refused for good, whose last attempt had this mean drift."""
         tries = f"also after {self.back_offs} back-offs; the turn in flight was taken back"
         if not math.isfinite(drift):
             return ModelBroken(f"the model would answer NaN or infinity to the {len(self)} guarded prompts, {tries}")
+        instead = "" if self._automatic else "the automatic step in the place of a number, "
         return DriftLimitReached(
             f"the mean drift of the {len(self)} guarded prompts would be {drift:.3g} nats, beyond the limit of "
-            f"{self.limit:.3g}, {tries}",
+            f"{self.limit:.3g}, {tries}. What may help: fewer edits or smaller turns, {instead}other edit_modules; or "
+            "a higher limit of the guard, or none, if other answers do not matter",
             drift,
         )
 
-    def _log_probabilities(self) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Batch by batch: indices of the prompts and ``[prompts, vocabulary]`` log-probabilities, float32 at least."""
-        for batch in batches(self._model, self._sequences, max_tokens=self._max_tokens, trunk=self.trunk):
-            yield batch.indices, log_probabilities(batch.logits)
+    def _mean(self, drift: torch.Tensor) -> float:
+        return float(drift.clamp_max(self._most).mean())  # NaN stays NaN
+
+    def _measure(self, indices: Sequence[int]) -> torch.Tensor:
+        """Drift of some prompts, ``[len(indices)]`` float64 on the CPU."""
+        sequences = [self._sequences[index] for index in indices]
+        if self.trunk is not None:
+            try:
+                self.trunk.check(sequences)
+            except ValueError:  # the caller has changed other weights: what was kept is of no use, the reference stays
+                self.trunk.clear()
+        found = torch.zeros(len(sequences), dtype=torch.float64, device="cpu")
+        for batch in batches(self._model, sequences, max_tokens=self._max_tokens, trunk=self.trunk):
+            likely = log_probabilities(batch.logits)
+            reference = torch.cat([self._reference[indices[place]] for place in batch.indices]).to(likely)
+            # Rounded to half precision it is no longer a distribution to the last digit, and the divergence could
+            # become negative.
+            divergence = kl_divergence(reference.log_softmax(-1), likely)
+            found[batch.indices] = torch.stack([part.mean() for part in divergence.split(batch.sizes)])
+        return found
 
 
-def _sequences(editor: Editor, prompts: Sequence[str]) -> list[TokenSequence]:
-    """Each prompt, ready to predict one token after it."""
+def _given(editor: Editor, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    """The user's prompts as token ids."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts must be a list of texts, at least one")
     limit = context_length(editor.model)
-    found = []
-    for index, ids in enumerate(prompt_ids(editor.tokenizer, prompts, editor.form)):
+    found = [tuple(ids) for ids in prompt_ids(editor.tokenizer, prompts, editor.form)]
+    for index, ids in enumerate(found):
         if not ids:
             raise ValueError(f"prompt {index} ({prompts[index]!r:.60}) has no tokens")
         if limit is not None and len(ids) > limit:
             raise ValueError(f"prompt {index} has {len(ids)} tokens, more than the model's context of {limit}")
-        found.append(TokenSequence(tuple(ids), (ids[-1],)))  # which token is asked for does not matter here
     return found
+
+
+def _own(editor: Editor) -> list[tuple[int, ...]]:
+    """Ours, as token ids; those that the model has room for."""
+    limit = context_length(editor.model)
+    found = [tuple(ids) for ids in prompt_ids(editor.tokenizer, unrelated_prompts()[-_OWN:], editor.form)]
+    found = [ids for ids in found if ids and (limit is None or len(ids) < limit)]
+    if not found:
+        raise ValueError(
+            f"none of the guard's {_OWN} prompts has tokens that the model's context of {limit} has room for"
+        )
+    return found
+
+
+def _information(rows: Sequence[torch.Tensor]) -> float:
+    """Mean KL divergence, in nats, of next-token distributions from the average of all.
+
+    Args:
+        rows: of each answer, ``[answer tokens, vocabulary]`` log-probabilities.
+    """
+    total = sum(len(part) for part in rows)
+    likely = [part.float().log_softmax(-1) for part in rows]
+    average = (sum(part.exp().sum(0) for part in likely) / total).log()
+    return float(sum(kl_divergence(part, average).sum() for part in likely) / total)

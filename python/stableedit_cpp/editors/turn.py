@@ -35,10 +35,19 @@ class Guard(Protocol):
     back_offs: int
     step_factor: float
     ridge_factor: float
+    trunk: TrunkCache | None
 
-    def drift(self): ...
+    def look(self, edited: Sequence[TokenSequence]) -> float: ...
 
     def refusal(self, drift: float) -> Exception: ...
+
+
+class _Refused(Exception):
+    """The guard tolerates no form of a pass; ``error`` is for the user."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,9 @@ class Turn:
         for number in range(allowed):
             try:
                 captured, solution, ridge = self._solve(pending, number, interrupts)
-            except NoStep:
+            except (NoStep, _Refused) as stop:
                 if best is None or self.work.passes is not None:
-                    raise
+                    raise getattr(stop, "error", stop) from None
                 stuck = True
                 break
             if number == 0:
@@ -214,7 +223,7 @@ class Turn:
         if work.guard is None:
             self._apply(solution)
         else:
-            solution, ridge = self._apply_guarded(work.guard, captured, solution)
+            solution, ridge = self._apply_guarded(work.guard, sequences, captured, solution)
         work.solver.accept(solution.step_size)
         if number == 0:
             report.answer_tokens = sum(len(sequence.answer) for sequence in self.sequences)
@@ -234,7 +243,9 @@ class Turn:
         with self.report.timed("apply"):
             self.work.weights.apply(solution.updates)
 
-    def _apply_guarded(self, guard: Guard, captured: CapturedTurn, solution: Solution) -> tuple[Solution, float]:
+    def _apply_guarded(
+        self, guard: Guard, sequences: Sequence[TokenSequence], captured: CapturedTurn, solution: Solution
+    ) -> tuple[Solution, float]:
         """Apply what the guard tolerates: the solution, or that of a smaller step and a stronger ridge."""
         report, weights = self.report, self.work.weights
         before = Checkpoint(weights)
@@ -247,10 +258,10 @@ class Turn:
                     solution = self._solution(captured, guard.step_factor**back_offs, ridge)
             self._apply(solution)
             with report.timed("guard"):
-                report.drift = guard.drift().mean
+                report.drift = guard.look(sequences)
             if report.drift <= guard.limit:
                 return solution, self.work.config.ridge * ridge
-        raise guard.refusal(report.drift)
+        raise _Refused(guard.refusal(report.drift))
 
     def _look(self) -> tuple[list[int], float]:
         """Indices of the sequences that have not taken, and how likely the least likely tokens of all are: the mean of

@@ -16,7 +16,7 @@ from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["Locality", "Reference", "UneditedAnswers", "locality"]
+__all__ = ["Locality", "Reference", "UneditedAnswers", "answer_log_probabilities", "locality"]
 
 # The unedited model, or what shows it for a while: ``editor.unedited``.
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
@@ -138,7 +138,9 @@ def locality(
                     f"the reference model has a vocabulary of {_vocabulary(shown)} tokens, the model one of "
                     f"{_vocabulary(model)}; expected the unedited version of the same model"
                 )
-            expected = _log_probabilities(shown, part, max_tokens, trunk if shown is model else None)
+            expected = answer_log_probabilities(
+                shown, part, max_tokens=max_tokens, trunk=trunk if shown is model else None
+            )
             broken = [f"unrelated prompt {owners[part[i]][0]}" for i, rows in enumerate(expected) if rows.isnan().any()]
             refuse_broken(shown, broken, len(part), "the unedited model")
         for batch in batches(model, part, max_tokens=max_tokens, trunk=trunk):
@@ -157,14 +159,27 @@ def locality(
     return Locality(*found)
 
 
-def _log_probabilities(
-    model: nn.Module, sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None
+def answer_log_probabilities(
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    *,
+    max_tokens: int,
+    trunk: TrunkCache | None = None,
+    kept_as: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """Of each sequence ``[answer tokens, vocabulary]``."""
+    """The next-token distributions along each answer, ``[answer tokens, vocabulary]`` natural logarithms.
+
+    Args:
+        max_tokens, trunk: as ``locality``.
+        kept_as: in this dtype and in host memory, for a reference that is kept; None leaves them where the model puts
+            them, in float32 or better.
+    """
     found: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(sequences)
     for batch in batches(model, sequences, max_tokens=max_tokens, trunk=trunk):
-        for index, rows in zip(batch.indices, log_probabilities(batch.logits).split(batch.sizes), strict=True):
-            found[index] = rows
+        rows = log_probabilities(batch.logits)
+        rows = rows if kept_as is None else rows.to("cpu", kept_as)
+        for index, part in zip(batch.indices, rows.split(batch.sizes), strict=True):
+            found[index] = part if kept_as is None else part.clone()  # without the rest of the batch
     return found
 
 
