@@ -25,6 +25,15 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_choices_of_the_user(tmp_path_factory):
+    """Which modules were measured to be the best of a model on this machine is nothing to a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("choices")
+        patch.setattr("stableedit_cpp.editors.choice_cache.cache_directory", lambda: directory)
+        yield
+
+
 @pytest.fixture
 def default_sigint():
     """Python's own handler, also where the test run was started with SIGINT ignored."""

@@ -27,7 +27,18 @@ from stableedit_cpp.lifelong.repair import repair
 from support.commands import assert_one_error, tree
 from support.tiny import FACTS, pattern_of, save_tiny, tiny_model, tiny_tokenizer
 
-COMMANDS = ["demo", "edit", "evaluate", "export", "datasets", "bench", "side-effects", "report", "env"]
+COMMANDS = [
+    "demo",
+    "edit",
+    "choose-modules",
+    "evaluate",
+    "export",
+    "datasets",
+    "bench",
+    "side-effects",
+    "report",
+    "env",
+]
 LAST = "model.layers.2.mlp.down_proj"
 REQUESTS = [
     fact

@@ -21,6 +21,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "demo": "teach a small language model what happened after its training, then a stream of facts",
     "edit": "edit a model with a file of requests and save the result",
+    "choose-modules": "measure which modules of a model take edits best",
     "session": "edit for months: journal, audits, rollback, revert, export",
     "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
     "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter",

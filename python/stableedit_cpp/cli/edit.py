@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
     add_editor_options,
@@ -22,6 +23,7 @@ from stableedit_cpp.core import save_patch
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import Editor, make_editor
+from stableedit_cpp.editors.choice import ENOUGH
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
 from stableedit_cpp.export.patch_recorder import PatchRecorder
@@ -31,6 +33,7 @@ from stableedit_cpp.files.digest import file_digest, model_digest
 from stableedit_cpp.files.environment import provenance
 from stableedit_cpp.lifelong.repair import repair
 from stableedit_cpp.model.form import RAW
+from stableedit_cpp.model.outputs import as_patterns
 
 _EXAMPLE = """\
   stableedit edit --model smollm2-135m --requests edits.jsonl --warm-up training.json --output edited/
@@ -60,6 +63,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--warm-up", metavar="FILE", help="training stream that is edited first and stays in the model")
     add_format_options(parser)
     add_editor_options(parser)
+    add_choice_option(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="edit only the first N requests")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="warm up with only the first N requests")
     parser.add_argument("--repairs", type=positive, metavar="N", help="rounds of solving again for what does not hold")
@@ -80,6 +84,10 @@ def run(options: argparse.Namespace) -> int:
     warm_up = read_requests(options.warm_up, options.warm_up_limit, **how) if options.warm_up else []
 
     model, tokenizer = load(options)
+    sample = warm_up if len(requests) < ENOUGH <= len(warm_up) else requests
+    with plain_warnings():
+        choice, why = choose_for(options, model, tokenizer, sample, config)
+    config = choice.config if choice else config
     editor = make_editor(model, tokenizer, config)
     config = dataclasses.replace(config, chat_template=editor.form.chat)  # it was decided
     editor.check(requests)
@@ -91,6 +99,8 @@ def run(options: argparse.Namespace) -> int:
         "requests": options.requests,
         "requests_digest": _digest(options.requests),
         "edit_modules": [module.name for module in editor.modules],
+        "edit_modules_because": why,
+        "module_choice": choice.to_dict() if choice else None,
         "form": editor.form.describe(tokenizer),
         **provenance(),
     }
@@ -99,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
 
     with plain_warnings():
         stop, said = _work(editor, requests, warm_up, options, report)
+    said.insert(0, f"Edited in {as_patterns(report['edit_modules'])} ({why}).")
     if recorder is not None:
         Path(options.patch).absolute().parent.mkdir(parents=True, exist_ok=True)
         save_patch(options.patch, recorder.patch(Path(options.patch).stem))

@@ -1,6 +1,7 @@
 """Editors: one file each, on one base class with the turn loop."""
 
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
+from stableedit_cpp.editors.choice import ModuleChoice, choose_modules, remembered_choice
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport, TurnReport
 from stableedit_cpp.editors.editor import Editor
@@ -32,16 +33,19 @@ __all__ = [
     "EditorConfig",
     "Follower",
     "LocalityGuard",
+    "ModuleChoice",
     "NamedEditor",
     "StableEdit",
     "StableEditConfig",
     "TurnReport",
     "UltraEdit",
     "UltraEditConfig",
+    "choose_modules",
     "load_config",
     "load_editor",
     "make_editor",
     "named_editor",
     "parse_config",
     "register_editor",
+    "remembered_choice",
 ]

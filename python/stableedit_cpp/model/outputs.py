@@ -10,7 +10,7 @@ from torch import nn
 
 from stableedit_cpp.model.modules import EditModule, describe_linear_maps, is_linear
 
-__all__ = ["as_patterns", "default_edit_modules", "output_projections"]
+__all__ = ["as_patterns", "default_edit_modules", "last_third", "output_projections"]
 
 Kind = Literal["mlp", "attention"]
 
@@ -34,14 +34,14 @@ def default_edit_modules(model: nn.Module, *, every: bool = False) -> list[str]:
         attention = output_projections(model, "attention")
         hint = ""
         if attention:
-            late = as_patterns(attention[_last_third(len(attention))])
+            late = as_patterns(last_third(attention))
             hint = f", e.g. the outputs of attention ({late}), or let choose_modules measure"
         raise ValueError(
             f"no default edit_modules are known for {type(model).__name__}; name them{hint}. Few layers, or only "
             f"early ones, have an MLP of linear maps. The model has:\n{describe_linear_maps(model)}"
         )
     if every:
-        return names[_last_third(len(names))]
+        return last_third(names)
     return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
 
 
@@ -73,6 +73,12 @@ def output_projections(model: nn.Module, kind: Kind) -> list[str]:
     return found[max(found)] if found else []
 
 
+def last_third(names: Sequence[str]) -> list[str]:
+    """Of names in the order of the layers, those of the last third but the very last, unless that is all there is."""
+    begin = 2 * len(names) // 3
+    return list(names[begin : max(begin + 1, len(names) - 1)])
+
+
 def as_patterns(names: Sequence[str]) -> str:
     """Names that differ only in the number of the layer as one pattern, several with a space between:
     ``model.layers.{20..28}.mlp.down_proj``."""
@@ -93,12 +99,6 @@ def _numbers(numbers: Sequence[int]) -> str:
     if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return "{" + ",".join(map(str, numbers)) + "}"
-
-
-def _last_third(count: int) -> slice:
-    """Without the last one, unless it is all there is."""
-    begin = 2 * count // 3
-    return slice(begin, max(begin + 1, count - 1))
 
 
 def _text_size(model: nn.Module) -> tuple[int | None, int | None]:

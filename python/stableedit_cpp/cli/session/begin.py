@@ -6,14 +6,23 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
-from stableedit_cpp.cli.options import add_editor_options, add_model_options, editor_config, load, positive
+from stableedit_cpp.cli.options import (
+    add_editor_options,
+    add_model_options,
+    editor_config,
+    load,
+    plain_warnings,
+    positive,
+)
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.files.atomic import check_writable_file
 from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.view import check_new_directory
+from stableedit_cpp.model.outputs import as_patterns
 
 _CREATE = "  stableedit session create edits/ --model smollm2-135m --warm-up training.json --warm-up-limit 500"
 _EDIT = """\
@@ -27,6 +36,7 @@ def add_parsers(actions) -> None:
     parser = new_action(actions, "create", "begin a session with an unedited model", _CREATE, create)
     add_model_options(parser)
     add_editor_options(parser)
+    add_choice_option(parser)
     parser.add_argument(
         "--detail",
         choices=["factors", "requests"],
@@ -61,10 +71,14 @@ def create(options: argparse.Namespace) -> int:
     check_writable_file(Path(options.directory) / "journal", "the journal")
     warm_up = _read_warm_up(options)
     model, tokenizer = load(options)
+    with plain_warnings():
+        choice, why = choose_for(options, model, tokenizer, warm_up, config)
+    config = choice.config if choice else config
     settings = {name: getattr(options, name) for name in ("detail", "snapshot_every", "keep_snapshots")}
     with LifelongSession.create(
         options.directory, model, tokenizer, config, source=options.model, **settings
     ) as session:
+        print(f"The session edits {as_patterns(session.editor.config.edit_modules)} ({why})")
         _warm_up(session, warm_up)
     print(session.status())
     return 0

@@ -1,0 +1,53 @@
+"""Sets of modules that a model could be edited in, to measure which of them is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from stableedit_cpp.model.modules import describe_linear_maps, find_modules
+from stableedit_cpp.model.outputs import default_edit_modules, last_third, output_projections
+
+__all__ = ["RULE", "candidate_modules"]
+
+RULE = "MLP, last third"  # what is edited where nobody names modules or measures: default_edit_modules(every=True)
+
+
+def candidate_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Sets of module names by a description, the fixed rule first where the model has modules for it, and then from the
+    cheapest to the dearest: a pass runs the layers from the lowest edited one up, forwards and backwards.
+
+    Only what can be edited is among them, and no set twice. In a mixture of experts it is what every token runs through
+    (a shared expert, attention); dense first layers are not offered.
+
+    Raises:
+        ValueError: if the model has neither MLPs nor attention that could be edited.
+    """
+    found: dict[str, list[str]] = {}
+    for name, modules in _sets(model):
+        if modules and modules not in found.values() and _editable(model, modules):
+            found[name] = modules
+    if not found:
+        raise ValueError(
+            f"no modules to choose from are known for {type(model).__name__}: it has neither MLPs nor attention with "
+            f"outputs that can be edited; name edit_modules. The model has:\n{describe_linear_maps(model)}"
+        )
+    return found
+
+
+def _sets(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    mlp, attention = output_projections(model, "mlp"), output_projections(model, "attention")
+    yield RULE, last_third(mlp)
+    yield "MLP, four of the last third", default_edit_modules(model) if mlp else []
+    yield "attention, last third", last_third(attention)
+    yield "MLP, every second of the upper half", mlp[len(mlp) // 2 : -1 : 2]
+    yield "MLP, middle third", mlp[len(mlp) // 3 : 2 * len(mlp) // 3]
+
+
+def _editable(model: nn.Module, modules: list[str]) -> bool:
+    try:
+        find_modules(model, modules)
+    except ValueError:  # quantised, tied, not in memory
+        return False
+    return True
