@@ -251,6 +251,15 @@ class TestChoice:
         assert all("self_attn.o_proj" in name for name in choice.modules)
         assert se.StableEdit(model, tokenizer, choice.config).edit(REQUESTS[:2], progress=False).edits == 2
 
+    def test_what_is_named_is_tried_as_well(self, tokenizer, cache, few):
+        named = config(edit_modules=["*.[05].mlp.down_proj"])
+        *rest, last = se.choose_modules(llama(), tokenizer, REQUESTS, named, progress=False).trials
+        assert (last.name, last.modules) == ("as named", [f"model.layers.{n}.mlp.down_proj" for n in (0, 5)])
+        assert [trial.name for trial in rest] == list(candidate_modules(llama()))
+        known = config(edit_modules=["*.4.mlp.down_proj"])
+        trials = se.choose_modules(llama(), tokenizer, REQUESTS, known, progress=False).trials
+        assert len(trials) == len(rest)  # it is the rule's
+
     @pytest.mark.parametrize("error", [RuntimeError("on fire"), KeyboardInterrupt()])
     def test_any_error_leaves_the_model_as_it_was(self, tokenizer, cache, few, monkeypatch, error):
         model = llama()
@@ -289,7 +298,7 @@ class TestChoice:
             (REQUESTS[:7], {}, "7 with different prompts are too few to choose modules with; give at least 8"),
             ([REQUESTS[0] | {"target": str(n)} for n in range(9)], {}, "1 with different prompts"),
             (REQUESTS, {"step_size": 1e-3}, "choosing modules needs step_size='auto'"),
-            (REQUESTS, {"edit_modules": ["*.down_proj"]}, "names modules already"),
+            (REQUESTS, {"edit_modules": ["*.nowhere"]}, "no linear map for"),
             ([*REQUESTS, {"prompt": "x" * 600, "target": "y"}], {}, "request 13"),
         ],
     )
@@ -386,6 +395,7 @@ class TestCommandLine:
             ("many.json", [], "on 60 requests", True),
             ("many.json", ["--no-choose-modules"], "the fixed rule", False),
             ("many.json", ["--edit-modules", "*.5.mlp.down_proj"], "as named", False),
+            ("many.json", ["--step-size", "1e-3"], "the fixed rule", False),
         ],
     )
     def test_edit_says_what_it_edits_and_why(self, work, capsys, requests, options, reason, measured):

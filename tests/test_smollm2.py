@@ -86,3 +86,17 @@ def test_facts_take_with_nothing_to_tune(smollm2, count, chat):
         with torch.no_grad():
             for module in editor.modules:
                 module.weight.copy_(original[module.name])
+
+
+def test_which_modules_take_edits_best():
+    """A trial of a real model scores, takes itself back, and says that the last layers are better than the middle."""
+    model, tokenizer = se.load_model("smollm2-135m", dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    requests = se.read_requests(ZSRE / "zsre_edit_5k.json", limit=16)
+    settings = {"step_size": "auto", "centred": False, "max_passes": 4, "end_of_answer": True, "chat_template": None}
+    choice = se.choose_modules(model, tokenizer, requests, se.StableEditConfig(**settings), cached=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    trials = {trial.name: trial for trial in choice.trials}
+    assert len(trials) == 5
+    assert choice.chosen.taken > 0.7
+    assert trials["MLP, middle third"].score < choice.chosen.score

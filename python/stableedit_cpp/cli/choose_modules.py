@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -60,8 +61,8 @@ def add_choice_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choose-modules",
         action=argparse.BooleanOptionalAction,
-        help="where no --edit-modules are named: measure which are best (default: with 50 requests or more, unless it "
-        "was measured before), or take the fixed rule",
+        help="measure which modules are best, or take those named or the fixed rule (default: measure where none are "
+        "named, the step size is automatic and there are 50 requests or more, unless it was measured before)",
     )
 
 
@@ -75,15 +76,19 @@ def choose_for(
         ValueError: where measuring was asked for and cannot be done.
     """
     asked = options.choose_modules
-    if config.edit_modules is not None or config.step_size != "auto" or asked is False:
-        if asked:
-            return choose_modules(model, tokenizer, requests, config), ""  # says why it cannot
-        return None, "as named" if config.edit_modules is not None else "the fixed rule"
-    found = None if asked else remembered_choice(model, tokenizer, config)
-    if found is not None:
-        return found, f"{found.why}, measured earlier"
-    if not asked and len(requests) < ENOUGH:
-        return None, f"the fixed rule; {len(requests)} requests are too few to measure"
+    if not asked:
+        if config.edit_modules is not None:
+            return None, "as named"
+        if config.step_size != "auto" or asked is False:
+            return None, "the fixed rule"
+        found = remembered_choice(model, tokenizer, config)
+        if found is not None:
+            return found, f"{found.why}, measured earlier"
+        if len(requests) < ENOUGH:
+            return None, f"the fixed rule; {len(requests)} requests are too few to measure"
+    print(
+        "stableedit: measuring which modules take edits best; --no-choose-modules takes a fixed rule", file=sys.stderr
+    )
     try:
         found = choose_modules(model, tokenizer, requests, config, cached=False)
     except ValueError as error:

@@ -18,13 +18,14 @@ from stableedit_cpp.editors.stableedit import StableEditConfig
 from stableedit_cpp.editors.trial import Trials
 from stableedit_cpp.editors.trial_scores import Trial
 from stableedit_cpp.files.table import Cell, Table, label, number
+from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.outputs import as_patterns
 
 __all__ = ["ENOUGH", "ModuleChoice", "choose_modules", "remembered_choice"]
 
 ENOUGH = 50  # requests, for measuring to be worth its time without being asked for
 _FEWEST = 8
-_HEATS = ((16, 2), (64, 4))  # requests and passes: all candidates, then those that are still in the running
+_HEATS = ((16, 3), (64, 4))  # requests and passes: all candidates, then those that are still in the running
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def choose_modules(
 
     A few sets are tried, depth by depth: outputs of MLPs and of attention (``candidate_modules``). Each trial edits a
     sample of the requests with the given config, in a few passes, and is taken back, bit for bit: first 16 requests in
-    two passes, then 64 in four for the rule and for what is not clearly worse. It costs about what editing 300 requests
-    does.
+    three passes, then 64 in four for the rule and for what is not clearly worse. It costs about what editing 300
+    requests does.
 
     The score of a set is the harmonic mean of the shares of requests that took (the greedy answer is the target, and
     stops), of their paraphrases that did (``rephrase``, where the requests have one) and of tokens of the unedited
@@ -112,8 +113,8 @@ def choose_modules(
     Args:
         requests: at least 8 with different prompts, such as are to be edited; up to 64, evenly spread, are used. With
             fewer than 50 the noise is such that only a gross fault of the rule shows.
-        config: of any editor, with an automatic step (another fits one set only) and ``edit_modules=None``; None takes
-            that of StableEdit.
+        config: of any editor, with an automatic step (another fits one set only); None takes that of StableEdit. What
+            its ``edit_modules`` name is tried as well, last.
         cached: take what was measured before for this model and config, whatever the requests were; False measures.
         progress: show a bar; None shows it on a terminal.
 
@@ -133,6 +134,9 @@ def choose_modules(
             f"{_FEWEST}, or name edit_modules"
         )
     candidates = candidate_modules(model)
+    if config.edit_modules is not None:
+        named = [module.name for module in find_modules(model, config.edit_modules)]
+        candidates |= {} if named in candidates.values() else {"as named": named}
     trials = Trials(model, tokenizer, config)
     trials.check(requests)
     try:
@@ -199,6 +203,4 @@ def _checked(config: EditorConfig | None) -> EditorConfig:
         raise ValueError(
             f"choosing modules needs step_size='auto': the step size {config.step_size!r} fits one set of modules only"
         )
-    if config.edit_modules is not None:
-        raise ValueError("config.edit_modules names modules already; leave it None to have them chosen")
     return config
