@@ -10,6 +10,8 @@ from stableedit_cpp.editors.anchors import Anchors, unrelated_prompts
 from stableedit_cpp.evaluation.locality import UneditedAnswers, locality
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.form import RAW
+from stableedit_cpp.model.tokens import TokenSequence, tokenize
+from stableedit_cpp.model.top_tokens import top_tokens
 from support.captures import sequences_of
 from support.editors import MODULES, assert_same_bits, make, on_call, state_of, weight_of
 from support.tiny import FACTS, tiny_model
@@ -18,9 +20,11 @@ CLOSED = {"step_size": "auto", "centred": False, "max_passes": 6, "turn_size": 1
 CLOSED |= {"retries_feed_statistics": False}
 
 
-def anchors_of(editor, count: int = 6) -> Anchors:
+def anchors_of(editor, sequences, count: int = 6) -> Anchors:
     how = {"count": count, "max_tokens": 2048}
-    return Anchors(editor.model, editor.tokenizer, editor.modules, RAW, editor.unedited, **how)
+    anchors = Anchors(editor.model, editor.tokenizer, editor.modules, RAW, editor.unedited, **how)
+    anchors.begin(sequences)
+    return anchors
 
 
 def captured_of(editor, sequences):
@@ -29,7 +33,7 @@ def captured_of(editor, sequences):
 
 def test_there_are_prompts_of_many_kinds():
     prompts = unrelated_prompts()
-    assert len(prompts) == len(set(prompts)) >= 180
+    assert len(prompts) == len(set(prompts)) >= 600
     assert not all(prompt.isascii() for prompt in prompts) and unrelated_prompts() == prompts
 
 
@@ -40,8 +44,9 @@ def test_keys_and_gradients_are_those_of_the_divergence(tokenizer):
     sequences = sequences_of(tokenizer)[:3]
     size = model.config.vocab_size
     references = [torch.randn(len(one.answer), size, dtype=torch.float64).log_softmax(-1) for one in sequences]
+    kept = [top_tokens(reference, size) for reference in references]
     modules = se.StableEdit(model, tokenizer, se.StableEditConfig(edit_modules=[name])).modules
-    found = capture(model, modules, sequences, max_tokens=2048, reference=references, weight=0.25)
+    found = capture(model, modules, sequences, max_tokens=2048, reference=kept, weight=0.25)
     total, row = 0.0, 0
     for index in sorted(range(3), key=lambda i: -len(sequences[i])):
         kept = {}
@@ -68,7 +73,7 @@ def test_where_nothing_has_drifted_they_pull_at_nothing(tokenizer):
     editor = make(tokenizer, tiny_model("llama"), **CLOSED)
     sequences = sequences_of(tokenizer)
     captured = captured_of(editor, sequences)
-    joined = anchors_of(editor).join(captured, sequences)
+    joined = anchors_of(editor, sequences).join(captured, sequences)
     assert joined.loss == pytest.approx(captured.loss, abs=1e-3)
     for name, gradients in joined.value_gradients.items():
         own = len(captured.request)
@@ -80,7 +85,7 @@ def test_their_rows_belong_to_nobody(tokenizer):
     editor = make(tokenizer, **CLOSED)
     sequences = sequences_of(tokenizer)
     captured = captured_of(editor, sequences)
-    joined = anchors_of(editor).join(captured, sequences)
+    joined = anchors_of(editor, sequences).join(captured, sequences)
     assert joined.request[len(captured.request) :].unique().tolist() == [-1]
     owned = joined.owned
     assert torch.equal(owned.request, captured.request)
@@ -151,3 +156,26 @@ def test_a_failure_on_the_way_leaves_everything(tokenizer, monkeypatch):
 def test_bad_numbers_are_refused(count):
     with pytest.raises(ValueError, match="anchors must be"):
         se.StableEditConfig(anchors=count)
+
+
+def test_an_anchor_about_what_is_edited_stands_back(tokenizer):
+    """The next-rarest prompts stay: being asked in the same words is not being about the same."""
+    editor = make(tokenizer, **CLOSED)
+    anchors = anchors_of(editor, sequences_of(tokenizer), count=10_000)
+    about, other = "Where is the Eiffel Tower?", "Who painted the Mona Lisa?"
+    ids = {text: tuple(tokenizer(text)["input_ids"]) for text in (about, other)}
+    assert all(prompt in anchors.prompts for prompt in ids.values())
+    (edited,) = tokenize(tokenizer, [("The Eiffel Tower is in", "Rome")], 2048, ["it"])
+    for now, past in (([edited], []), (sequences_of(tokenizer), [edited])):
+        anchors.begin(now, past)
+        drawn = {anchors.prompts[index] for index in anchors._turn}
+        assert ids[about] not in drawn
+    everything = TokenSequence((*ids[other], 1), (1,))
+    anchors.begin([everything])
+    assert ids[other] not in {anchors.prompts[index] for index in anchors._turn}
+
+
+def test_the_unedited_model_answers_only_what_is_drawn(tokenizer):
+    editor = make(tokenizer, **CLOSED)
+    anchors = anchors_of(editor, sequences_of(tokenizer)[:1], count=48)
+    assert len(anchors._known) == 32 < len(anchors.prompts)

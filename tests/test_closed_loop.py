@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stableedit_cpp.editors import turn as turns
-from stableedit_cpp.evaluation.answers import AnswerScores
+from stableedit_cpp.evaluation.answers import answer_scores
 from support.answers import none_takes
 from support.captures import sequences_of
 from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of, weight_of
@@ -132,24 +132,33 @@ class TestRetries:
         editor.repair(FACTS[:TURN])
         assert self.count(editor) == len(MODULES) * answer_tokens(tokenizer, FACTS[:TURN])
 
-    def test_taken_means_with_the_probability_asked_for(self, monkeypatch, tokenizer):
-        """Everything is top-1 after a pass, but only what is likely enough has taken."""
-        editor = make(tokenizer, max_passes=3, take_probability=0.5)
-        likely = iter([[0.9, 0.4, 0.5, 0.1, 0.6], [0.9, 0.6, 0.5, 0.6, 0.6]])
-        captured, real = [], turns.capture
+    def test_taken_means_with_the_probability_asked_for(self, tokenizer):
+        """As scored by the package's own scores, after the turn."""
+        for wanted in (0.0, 0.9):
+            editor = make(tokenizer, max_passes=8, step_size="auto", centred=False, take_probability=wanted)
+            (turn,) = editor.edit(FACTS[:TURN]).turns
+            scores = answer_scores(editor.model, sequences_of(tokenizer, FACTS[:TURN]), max_tokens=2048)
+            assert turn.taken[-1] == int(((scores.accuracy == 1) & (scores.probability >= wanted)).sum()) > 0
+
+    def test_what_holds_is_not_captured_again(self, monkeypatch, tokenizer):
+        """Each capture shows which of its sequences hold; all are looked at only once nothing seems to be left."""
+        editor = make(tokenizer, max_passes=20, step_size="auto", centred=False, take_probability=0.95)
+        captured, looked = [], []
+        real, scores = turns.capture, turns.answer_scores
 
         def capture(_model, _modules, sequences, **kwargs):
             captured.append(len(sequences))
             return real(_model, _modules, sequences, **kwargs)
 
-        def scores(_model, sequences, **_kwargs):
-            return AnswerScores(torch.ones(len(sequences)), torch.tensor(next(likely)))
+        def answer_scores(_model, sequences, **kwargs):
+            looked.append(len(sequences))
+            return scores(_model, sequences, **kwargs)
 
         monkeypatch.setattr(turns, "capture", capture)
-        monkeypatch.setattr(turns, "answer_scores", scores)
+        monkeypatch.setattr(turns, "answer_scores", answer_scores)
         (turn,) = editor.edit(FACTS[:TURN]).turns
-        assert captured == [5, 2]
-        assert turn.taken == [3, 5] and turn.passes == 2
+        assert captured[:2] == [TURN, TURN] and captured[-1] < TURN and turn.taken[-1] == TURN
+        assert looked == [TURN]
 
     def test_repair_uses_the_trunk_it_is_lent(self, tokenizer):
         editor = make(tokenizer, max_passes=2, edit_modules=MODULES[1:])

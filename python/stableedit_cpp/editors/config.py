@@ -16,7 +16,7 @@ _FORMAT_VERSION = 1
 # Fields that earlier versions wrote, with the one value that still means something: what they did without them.
 _EARLIER = {"past_key_rank": None}
 # Fields that earlier versions did not have, with what those did.
-LATER_FIELDS = {"chat_template": False, "end_of_answer": False, "prompt_rows": False, "anchors": 0}
+LATER_FIELDS = {"chat_template": False, "end_of_answer": False, "prompt_rows": False, "anchors": 0, "replays": 0}
 _Config = TypeVar("_Config", bound="EditorConfig")
 
 
@@ -40,8 +40,10 @@ class EditorConfig:
             answer: more rows in the same solution. Does not pay with the long prompts of chats (docs/closed-loop.md).
         take_probability: a request has taken when every answer token is the model's top choice and has at least this
             probability, in [0, 1). A margin lasts longer than a narrow win, and costs more drift.
-        anchors: at most so many unrelated prompts in each pass, drawn from twice as many, whose answers are held to
-            those of the unedited model (``editors/anchors.py``); 0 holds none.
+        anchors: at most so many unrelated prompts in each pass, whose answers are held to those of the unedited model
+            (``editors/anchors.py``); 0 holds none.
+        replays: at most so many statements of earlier turns in each pass, solved for again beside those of the turn
+            (``editors/replays.py``); 0 replays none.
         frozen_statistics: running statistics are those of the warm-up (without one, of the first turn); no later turn
             counts in them. For experiments.
         retries_feed_statistics: whether the later passes of a turn, and repairs, count in the running statistics.
@@ -71,6 +73,7 @@ class EditorConfig:
     prompt_rows: bool = False
     take_probability: float = 0.0
     anchors: int = 0
+    replays: int = 0
     retries_feed_statistics: bool = True
     frozen_statistics: bool = False
     past_key_weight: float = 0.0
@@ -105,6 +108,7 @@ class EditorConfig:
             self._check_flag("chat_template")
         self._check_flag("end_of_answer")
         check_whole("anchors", self.anchors, 0)
+        check_whole("replays", self.replays, 0)
         for name in ("turn_size", "micro_batch", "max_passes", "max_tokens_per_forward"):
             check_whole(name, getattr(self, name))
 

@@ -19,6 +19,7 @@ from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.followers import Followers
 from stableedit_cpp.editors.identity import identity
+from stableedit_cpp.editors.replays import Replays
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
@@ -76,7 +77,7 @@ class Editor:
         self.solver = self.solver_class(self.modules, self._config)
         self.weights = EditedWeights(self.modules, self.solver.statistics())
         self.guard: Guard | None = None
-        self._anchors: Anchors | None = None  # asks the unedited model, so not before they are needed
+        self._beside: list[Anchors | Replays] | None = None  # not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
 
     @staticmethod
@@ -335,9 +336,15 @@ class Editor:
             for number, applied in enumerate(turn.passes):
                 self.solver.replay(turn.kind, number, applied.captured, applied.step_size)
                 self.weights.apply(applied.updates)
-            self.solver.remember(turn.kind, turn.passes[0].captured)
+            sequences = self.tokenize(turn.requests) if self.config.replays > 0 else ()
+            self.solver.remember(turn.kind, turn.passes[0].captured, sequences)
 
         self.weights.change(work, "doing a turn again")
+
+    def forget(self, requests: Sequence[EditRequest]) -> None:
+        """Replay these requests in no later turn: they were taken out of the model. Within a change of the weights."""
+        if self.solver.past_requests is not None:
+            self.solver.past_requests.forget(self.tokenize(requests))
 
     def edit_again(
         self, requests: Sequence[EditRequest], kind: Literal["edit", "warm_up", "repair"], passes: int
@@ -348,12 +355,19 @@ class Editor:
         """
         self._run(requests, kind, None, False, False, passes)
 
-    def _hold_anchors(self) -> Anchors | None:
-        if self.config.anchors > 0 and self._anchors is None:
-            limit = self.config.max_tokens_per_forward
-            how = {"count": self.config.anchors, "max_tokens": limit}
-            self._anchors = Anchors(self.model, self.tokenizer, self.modules, self.form, self.unedited, **how)
-        return self._anchors
+    def _companions(self) -> list[Anchors | Replays]:
+        """What adds rows of its own to each pass."""
+        if self._beside is None:
+            config, self._beside = self.config, []
+            how = {"max_tokens": config.max_tokens_per_forward}
+            if config.anchors > 0:
+                shown = (self.form, self.unedited)
+                anchors = Anchors(self.model, self.tokenizer, self.modules, *shown, count=config.anchors, **how)
+                self._beside.append(anchors)
+            if config.replays > 0:
+                how |= {"micro_batch": config.micro_batch}
+                self._beside.append(Replays(self.model, self.modules, count=config.replays, **how))
+        return self._beside
 
     def _run(
         self,
@@ -377,7 +391,7 @@ class Editor:
             self.weights,
             self.solver,
             self.guard,
-            self._hold_anchors() if kind != "warm_up" else None,
+            self._companions() if kind != "warm_up" else (),
             trunk,
             lent,
             outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),

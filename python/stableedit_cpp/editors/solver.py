@@ -17,8 +17,10 @@ from stableedit_cpp.core import (
     first_order_decrease,
 )
 from stableedit_cpp.editors.config import EditorConfig
+from stableedit_cpp.editors.replays import PastRequests
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["NoStep", "Solution", "Solver"]
 
@@ -26,6 +28,9 @@ __all__ = ["NoStep", "Solution", "Solver"]
 # Of the loss that a step is to remove to first order. With 1.5 instead of 1, 100 requests of ZsRE have all taken in 7
 # passes of SmolLM2 instead of 9, and generalize better, for a little more drift elsewhere (docs/closed-loop.md).
 _SHARE = 1.5
+
+
+Statistic = LifelongNormalizer | PastKeys | PastRequests | PolyakStep
 
 
 class NoStep(ValueError):
@@ -54,6 +59,7 @@ class Solver(ABC):
     Attributes:
         normalizers: the running statistics, by group of modules.
         past_keys: second moments of the keys of earlier turns, by module name; empty while ``past_key_weight`` is 0.
+        past_requests: the statements of earlier turns; None where none are replayed.
         step: chooses the step of each pass and remembers the recent ones; None where ``step_size`` is a number.
         module_editors: by module name, on these statistics; of step size 1 where the step is chosen.
         groups: the modules that share statistics.
@@ -72,6 +78,7 @@ class Solver(ABC):
                 self.normalizers[group] = self._make_normalizer(key_dim, value_dim)
             if config.past_key_weight > 0:
                 self.past_keys[module.name] = PastKeys(key_dim)
+        self.past_requests = PastRequests() if config.replays > 0 else None
         self.step = PolyakStep(share=_SHARE) if config.step_size == "auto" else None
         self.module_editors = self._with_ridge(config.ridge)
 
@@ -90,13 +97,12 @@ class Solver(ABC):
         device = keys[0].device
         self.normalizers[group].observe([key.to(device) for key in keys], [g.to(device) for g in gradients])
 
-    def statistics(self) -> dict[str, LifelongNormalizer | PastKeys | PolyakStep]:
+    def statistics(self) -> dict[str, Statistic]:
         """All that a stream accumulates here, by the names that a state has for it."""
-        found: dict[str, LifelongNormalizer | PastKeys | PolyakStep] = {
-            f"normalizer/{group}": one for group, one in self.normalizers.items()
-        }
+        found: dict[str, Statistic] = {f"normalizer/{group}": one for group, one in self.normalizers.items()}
         found |= {f"past_keys/{name}": past for name, past in self.past_keys.items()}
-        return found if self.step is None else found | {"step": self.step}
+        rest = {"past_requests": self.past_requests, "step": self.step}
+        return found | {name: part for name, part in rest.items() if part is not None}
 
     def devices(self) -> dict[str, torch.device]:
         """Where each part of the statistics lives, by the same names."""
@@ -105,7 +111,7 @@ class Solver(ABC):
             for group, modules in self.groups.items()
             for name in (f"normalizer/{group}", *(f"past_keys/{module.name}" for module in modules))
         }
-        return homes | {"step": torch.device("cpu")}
+        return homes | dict.fromkeys(("past_requests", "step"), torch.device("cpu"))
 
     def _with_ridge(self, ridge: float) -> dict[str, ModuleEditor]:
         """Module editors on these statistics with another ridge, by module name."""
@@ -207,10 +213,12 @@ class Solver(ABC):
                 self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
         self.accept(step_size)
 
-    def remember(self, kind: str, captured: CapturedTurn) -> None:
-        """Add the keys of a turn's first pass to the past keys."""
+    def remember(self, kind: str, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> None:
+        """Add the keys of a turn's first pass to the past keys, and its statements to the past requests."""
         if kind != "repair" and self.past_keys:
             self.fold_keys(captured.owned, self.past_keys)
+        if kind != "warm_up" and self.past_requests is not None:
+            self.past_requests.add(sequences)
 
     def fold_keys(self, captured: CapturedTurn, into: Mapping[str, PastKeys]) -> None:
         """Add captured keys to second moments, by module name."""

@@ -71,7 +71,7 @@ class StableEditConfig(EditorConfig):
         where the model has one, with past keys, and with anchors that hold unrelated answers. No warm-up is needed, and
         a single fact is edited like many. Measured in docs/closed-loop.md."""
         preset = {"step_size": "auto", "centred": False, "max_passes": 10, "take_probability": 0.4}
-        preset |= {"past_key_weight": 0.02, "retries_feed_statistics": False, "anchors": 48}
+        preset |= {"past_key_weight": 0.02, "retries_feed_statistics": False, "anchors": 48, "replays": 48}
         preset |= {"chat_template": None, "end_of_answer": True}
         return cls(**(preset | changes))
 

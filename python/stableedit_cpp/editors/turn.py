@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
+from stableedit_cpp.editors.replays import PastRequests, Replays
 from stableedit_cpp.editors.solver import NoStep, Solution, Solver
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.evaluation.answers import answer_scores, token_accuracy
@@ -56,7 +58,7 @@ class Work:
 
     Attributes:
         form: of prompts and answers.
-        anchors: add unrelated prompts to each pass (not in a warm-up); None adds none.
+        beside: anchors and replays, which add rows of their own to each pass (not in a warm-up).
         trunk: outputs of the layers below the edited ones; None where there is no use for them.
         trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
         outcomes: find out which requests took. answers: and what the model answers to the others.
@@ -70,7 +72,7 @@ class Work:
     weights: EditedWeights
     solver: Solver
     guard: Guard | None
-    anchors: Anchors | None
+    beside: Sequence[Anchors | Replays]
     trunk: TrunkCache | None
     trunk_is_lent: bool
     outcomes: bool
@@ -84,15 +86,14 @@ class Work:
 
 
 class _Best(NamedTuple):
-    """The pass of a turn after which most requests had taken, or where none did, the answers were likeliest; and the
-    way back to it."""
+    """The pass of a turn after which most requests seemed to hold, or where none did, the answers were likeliest; and
+    the way back to it."""
 
     rank: tuple[int, float]
     passes: int
-    pending: list[int]
     norms: dict[str, float]
     drift: float | None
-    weights: Checkpoint | None
+    weights: Checkpoint
 
 
 class Turn:
@@ -104,6 +105,8 @@ class Turn:
 
     Attributes:
         owners: index of the request that each sequence belongs to.
+        holds, likely: of each sequence, as far as it was seen: whether it holds (the greedy answer is the target, with
+            at least ``take_probability``), and the log-probability of the least likely token of its answer.
         report: what it does. final: whether it stays in the model, whatever is raised now.
     """
 
@@ -121,6 +124,8 @@ class Turn:
         self.sequences = sequences
         self.names = names
         self.owners = [index for index, request in enumerate(requests) for _ in request.statements]
+        self.holds = [False] * len(sequences)
+        self.likely = torch.full((len(sequences),), math.log(sys.float_info.min), dtype=torch.float64, device="cpu")
         self.final = False
         self.report = TurnReport(requests=len(requests), seconds={"capture": 0.0, "mathematics": 0.0, "apply": 0.0})
 
@@ -129,15 +134,16 @@ class Turn:
         work = self.work
         if work.trunk is not None and not work.trunk_is_lent:
             work.trunk.clear()  # of use within the turn: its checks and retries repeat the same prompts
+        for companion in work.beside:
+            companion.begin(self.sequences, work.solver.past_requests or PastRequests())
         turn = work.weights.change(lambda change: self._apply_all(change, interrupts, bar))
         work.weights.followers.final(turn)
 
     def _apply_all(self, change: Checkpoint, interrupts: InterruptGuard, bar: tqdm) -> AppliedTurn:
         followers = self.work.weights.followers
         guarding = self.work.guard.trunk if self.work.guard is not None else None
-        holding = self.work.anchors.trunk if self.work.anchors is not None else None
         # Nobody but us can change weights before the followers are called: reading them once is enough.
-        with trusted(self.work.trunk, guarding, holding):
+        with trusted(self.work.trunk, guarding, *(companion.trunk for companion in self.work.beside)):
             passes = self._passes(interrupts, bar, keep=followers.hear_turns)
         turn = AppliedTurn(self.kind, self.requests, passes, self.report)
         followers.applied(turn)
@@ -148,81 +154,127 @@ class Turn:
         return turn
 
     def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:
-        """Apply one pass after the other, up to the one after which most requests have taken; ``keep`` the passes if
-        somebody wants to see them."""
-        report, weights, count = self.report, self.work.weights, len(self.requests)
-        allowed = self.work.passes or (1 if self.kind == "warm_up" else self.work.config.max_passes)
+        """Apply one pass after the other until all requests hold; ``keep`` the passes if somebody wants to see them.
+
+        The capture of a pass shows which of its sequences hold already, and these are not in the next one. Once all of
+        them do, or the passes are used up, all sequences of the turn are looked at: a pass for some can undo others.
+        """
+        work, report = self.work, self.report
+        allowed = work.passes or (1 if self.kind == "warm_up" else work.config.max_passes)
         pending = list(range(len(self.sequences)))
         passes: list[AppliedPass] = []
+        first: CapturedTurn | None = None
         best: _Best | None = None
-        stuck = False
+        done = False
         for number in range(allowed):
             try:
-                captured, solution, ridge = self._solve(pending, number, interrupts)
+                with interrupts.droppable():
+                    captured = self._capture(pending)
+                    if number > 0:
+                        captured, pending, left = self._left(captured, pending)
+                        self._show(bar, allowed)
+                        if not left:
+                            done = True
+                            break
+                        if best is None or self._rank() > best.rank:
+                            norms, drift = dict(report.update_norms), report.drift
+                            best = _Best(self._rank(), number, norms, drift, Checkpoint(work.weights))
+                    captured = self._with_companions(captured, pending)
+                    solution = self._solve(captured, number)
+                solution, ridge = self._apply_pass(captured, pending, solution, number)
             except (NoStep, _Refused) as stop:
-                if best is None or self.work.passes is not None:
+                if number == 0 or work.passes is not None:
                     raise getattr(stop, "error", stop) from None
-                stuck = True
                 break
             if number == 0:
-                first = captured
+                first, left = captured, pending
             if keep:
                 # A row that belongs to no request, -1, finds the last of these.
                 owners = torch.tensor([*(self.owners[index] for index in pending), -1], device="cpu")[captured.request]
-                past_keys = any(past.count > 0 for past in self.work.solver.past_keys.values())
+                past_keys = any(past.count > 0 for past in work.solver.past_keys.values())
                 passes.append(AppliedPass(captured, solution.updates, owners, ridge, past_keys, solution.step_size))
-            if allowed == 1:
-                break
-            with report.timed("capture"):
-                pending, likely = self._look()
-            taken = count - len({self.owners[index] for index in pending})
-            report.taken.append(taken)
-            bar.set_postfix({"pass": f"{number + 1}/{allowed}", "taken": f"{taken}/{count}"})
-            if best is None or (taken, likely) > best.rank:
-                back = Checkpoint(weights) if pending else None
-                best = _Best((taken, likely), number + 1, pending, dict(report.update_norms), report.drift, back)
-            if not pending:
-                break
-        # What came after it was no better; a turn that is edited again has as many passes as it had.
-        if best is not None and self.work.passes is None and (stuck or best.passes < report.passes):
-            weights.put_back(best.weights)
-            report.passes, pending = best.passes, best.pending
-            report.update_norms, report.drift = best.norms, best.drift
-        if self.work.outcomes:
+            pending = left
+        if allowed > 1 and not done:
+            self._look()
+            self._show(bar, allowed)
+            if best is not None and work.passes is None:
+                self._return_to(best)
+        if work.outcomes:
             with report.timed("outcomes"):
-                report.failed = self._failures(pending if best is not None else self._look()[0])
-        self.work.solver.remember(self.kind, first)
+                if allowed == 1:
+                    self._look()
+                report.failed = self._failures([index for index, holds in enumerate(self.holds) if not holds])
+        work.solver.remember(self.kind, first, self.sequences)
         return passes[: report.passes]
 
-    def _solve(
-        self, pending: Sequence[int], number: int, interrupts: InterruptGuard
-    ) -> tuple[CapturedTurn, Solution, float]:
-        """Capture, fold in, solve and apply one pass; the last of the result is the ridge."""
+    def _left(self, captured: CapturedTurn, pending: list[int]) -> tuple[CapturedTurn, list[int], list[int]]:
+        """What is to be solved for, as it was captured, and which sequences of it do not hold; where all of it does,
+        whatever of the whole turn does not."""
+        self._note(pending, captured.correct == 1.0, captured.probability)
+        left = [index for index in pending if not self.holds[index]]
+        if not left:
+            left = pending = self._look()
+            if left:
+                captured = self._capture(left)
+        return captured, pending, left
+
+    def _return_to(self, best: _Best) -> None:
+        """Go back to the pass that seemed the best, if what came after it is worse."""
+        report, weights, rank = self.report, self.work.weights, self._rank()
+        if best.passes == report.passes or best.rank <= rank:
+            return
+        last, holds, likely = Checkpoint(weights), list(self.holds), self.likely.clone()
+        weights.put_back(best.weights)
+        self._look()
+        if self._rank() > rank:
+            report.passes, report.update_norms, report.drift = best.passes, best.norms, best.drift
+        else:  # it seemed so only because nobody had looked at the others
+            weights.put_back(last)
+            self.holds, self.likely = holds, likely
+
+    def _capture(self, pending: Sequence[int]) -> CapturedTurn:
+        work = self.work
+        with self.report.timed("capture"):
+            sequences = [self.sequences[index] for index in pending]
+            return capture(
+                work.model,
+                work.weights.modules,
+                sequences,
+                micro_batch=work.config.micro_batch,
+                max_tokens=work.config.max_tokens_per_forward,
+                prompt_rows=work.config.prompt_rows,
+                names=[self.names[index] for index in pending],
+                trunk=work.trunk,
+            )
+
+    def _with_companions(self, captured: CapturedTurn, pending: Sequence[int]) -> CapturedTurn:
+        """The rows of anchors and replays behind those of the turn's own."""
+        with self.report.timed("capture"):
+            sequences = [self.sequences[index] for index in pending]
+            for companion in self.work.beside:
+                captured = companion.join(captured, sequences)
+            return captured
+
+    def _solve(self, captured: CapturedTurn, number: int) -> Solution:
+        """Fold in and solve one pass, and look whether it can be applied."""
+        work, report = self.work, self.report
+        with report.timed("mathematics"):
+            report.whitening |= work.solver.observe(self.kind, number, captured)
+            solution = self._solution(captured)
+        with report.timed("apply"):  # much that can go wrong does so here, where nothing has to be taken back
+            for name, update in solution.updates.items():
+                work.weights[name].check(update)
+        return solution
+
+    def _apply_pass(
+        self, captured: CapturedTurn, pending: Sequence[int], solution: Solution, number: int
+    ) -> tuple[Solution, float]:
+        """Apply one pass; returns what was applied, and with which ridge."""
         work, report, ridge = self.work, self.report, self.work.config.ridge
-        with interrupts.droppable():
-            with report.timed("capture"):
-                sequences = [self.sequences[index] for index in pending]
-                captured = capture(
-                    work.model,
-                    work.weights.modules,
-                    sequences,
-                    micro_batch=work.config.micro_batch,
-                    max_tokens=work.config.max_tokens_per_forward,
-                    prompt_rows=work.config.prompt_rows,
-                    names=[self.names[index] for index in pending],
-                    trunk=work.trunk,
-                )
-                if work.anchors is not None and self.kind != "warm_up":
-                    captured = work.anchors.join(captured, sequences)
-            with report.timed("mathematics"):
-                report.whitening |= work.solver.observe(self.kind, number, captured)
-                solution = self._solution(captured)
-            with report.timed("apply"):  # much that can go wrong does so here, where nothing has to be taken back
-                for name, update in solution.updates.items():
-                    work.weights[name].check(update)
         if work.guard is None:
             self._apply(solution)
         else:
+            sequences = [self.sequences[index] for index in pending]
             solution, ridge = self._apply_guarded(work.guard, sequences, captured, solution)
         work.solver.accept(solution.step_size)
         if number == 0:
@@ -230,7 +282,7 @@ class Turn:
             report.loss_before = float(captured.losses.mean())
             report.efficacy_before = float(captured.correct.mean())
         report.passes += 1
-        return captured, solution, ridge
+        return solution, ridge
 
     def _solution(self, captured: CapturedTurn, step: float = 1.0, ridge: float = 1.0) -> Solution:
         """Solve with so many times the step size and ridge."""
@@ -261,16 +313,40 @@ class Turn:
                 report.drift = guard.look(sequences)
             if report.drift <= guard.limit:
                 return solution, self.work.config.ridge * ridge
+        weights.put_back(before)
         raise _Refused(guard.refusal(report.drift))
 
-    def _look(self) -> tuple[list[int], float]:
-        """Indices of the sequences that have not taken, and how likely the least likely tokens of all are: the mean of
-        their log-probabilities, for which a gain far from taking counts like one near it."""
+    def _look(self) -> list[int]:
+        """Look at all sequences; returns the indices of those that do not hold."""
         config, trunk = self.work.config, self.work.trunk
-        scores = answer_scores(self.work.model, self.sequences, max_tokens=config.max_tokens_per_forward, trunk=trunk)
-        taken = (scores.accuracy == 1.0) & (scores.probability >= config.take_probability)
-        pending = [index for index in range(len(self.sequences)) if not taken[index]]
-        return pending, float(scores.probability.nan_to_num(0.0).clamp_min(sys.float_info.min).log().mean())
+        with self.report.timed("capture"):
+            how = {"max_tokens": config.max_tokens_per_forward, "trunk": trunk}
+            scores = answer_scores(self.work.model, self.sequences, **how)
+        self._note(range(len(self.sequences)), scores.accuracy == 1.0, scores.probability)
+        return [index for index, holds in enumerate(self.holds) if not holds]
+
+    def _note(self, indices: Sequence[int], right: torch.Tensor, probability: torch.Tensor) -> None:
+        """What was seen of these sequences: whether all answer tokens are the top choice, and how likely the least
+        likely one of them is."""
+        holds = right & (probability >= self.work.config.take_probability)
+        for index, one in zip(indices, holds.tolist(), strict=True):
+            self.holds[index] = one
+        self.likely[list(indices)] = probability.double().nan_to_num(0.0).clamp_min(sys.float_info.min).log()
+
+    def _taken(self) -> int:
+        left = {owner for owner, holds in zip(self.owners, self.holds, strict=True) if not holds}
+        return len(self.requests) - len(left)
+
+    def _rank(self) -> tuple[int, float]:
+        """How many requests hold, and the mean log-probability of the least likely token of each answer, for which a
+        gain far from holding counts like one near it; as far as it was seen."""
+        return self._taken(), float(self.likely.mean())
+
+    def _show(self, bar: tqdm, allowed: int) -> None:
+        """Note, and show, how many requests hold after the passes so far."""
+        taken, report = self._taken(), self.report
+        report.taken = [*report.taken[: report.passes - 1], taken]
+        bar.set_postfix({"pass": f"{report.passes}/{allowed}", "taken": f"{taken}/{len(self.requests)}"})
 
     def _failures(self, indices: Sequence[int]) -> list[Failure]:
         """The requests that these sequences belong to, and what the model answers to them."""

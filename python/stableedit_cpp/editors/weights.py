@@ -11,12 +11,13 @@ from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight,
 from stableedit_cpp.editors.followers import Follower, Followers
 from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.editors.originals import OriginalWeights
+from stableedit_cpp.editors.replays import PastRequests
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["Checkpoint", "EditedWeights"]
 
-Statistics = Mapping[str, LifelongNormalizer | PastKeys | PolyakStep]
+Statistics = Mapping[str, LifelongNormalizer | PastKeys | PastRequests | PolyakStep]
 _Result = TypeVar("_Result")
 _TURN = "a turn"
 

@@ -344,6 +344,7 @@ class LifelongSession(SessionView):
             for number, updates in enumerate(added):
                 tensors |= encode_updates(updates, f"{number}/")
             content = {"kind": "revert", "requests": ids, "report": asdict(report), "updates": len(added)}
+            self.editor.forget([self.history.entries[id].request for id in ids])
             self._recorder.step(change, content, tensors)
             return report
 

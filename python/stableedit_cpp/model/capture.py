@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from stableedit_cpp.model.attached import forward_hook
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.running import answer_logits
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first, pack
+from stableedit_cpp.model.top_tokens import TopTokens, divergence, joined
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -39,6 +41,7 @@ class CapturedTurn:
         losses: mean cross-entropy of each request's answer, in nats, ``[requests]``.
         correct: share of each request's answer tokens that the model already predicts, ``[requests]``.
         loss: the loss whose gradients these are, in nats; NaN where nobody kept it.
+        probability: that of the least likely token of each request's answer, ``[requests]``; empty likewise.
     """
 
     keys: dict[str, torch.Tensor]
@@ -48,6 +51,7 @@ class CapturedTurn:
     losses: torch.Tensor
     correct: torch.Tensor
     loss: float = math.nan
+    probability: torch.Tensor = field(default_factory=partial(torch.empty, 0))
 
     @property
     def owned(self) -> CapturedTurn:
@@ -120,7 +124,7 @@ def capture(
     max_tokens: int,
     micro_batch: int = 10,
     prompt_rows: bool = False,
-    reference: Sequence[torch.Tensor] | None = None,
+    reference: Sequence[TopTokens] | None = None,
     weight: float = 1.0,
     names: Sequence[str] | None = None,
     trunk: TrunkCache | None = None,
@@ -134,9 +138,9 @@ def capture(
 
     Args:
         prompt_rows: capture rows at prompt positions, too.
-        reference: of each sequence log-probabilities ``[answer tokens, vocabulary]`` of any floating dtype: the loss is
-            then not that of the answers, but ``weight`` times the sum over answer tokens of the KL divergence of these
-            distributions to the model's; ``micro_batch`` plays no part.
+        reference: of each sequence the distributions along its answer: the loss is then not that of the answers, but
+            ``weight`` times the sum over answer tokens of the divergence of these distributions to the model's
+            (``top_tokens.divergence``); ``micro_batch`` plays no part.
         names: what to call each sequence in an error message.
         trunk: keeps the output of the layers below the first edited module for a retry, or reuses what it kept.
 
@@ -173,7 +177,7 @@ def capture(
                 linears.gradients_for(batch)
             for tap in taps:
                 tap.batch, tap.positions, tap.output = batch, positions, None
-            wanted = None if reference is None else torch.cat([reference[index] for index in indices])
+            wanted = None if reference is None else joined(reference[index] for index in indices)
             loss, hit = _backward(answer_logits(model, batch, trunk, chosen), taps, batch, pieces, wanted)
             losses.append(loss)
             hits.append(hit)
@@ -194,6 +198,7 @@ def capture(
         for name, tensor in tensors.items():
             _check_finite(tensor, request, names, f"{what} at {name}")
     answers = torch.bincount(answer, minlength=len(sequences))
+    hardest = torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").scatter_reduce_(0, answer, loss, "amax")
     return CapturedTurn(
         keys,
         gradients,
@@ -202,6 +207,7 @@ def capture(
         torch.zeros(len(sequences), dtype=loss.dtype, device="cpu").index_add_(0, answer, loss) / answers,
         torch.zeros(len(sequences), dtype=torch.float32, device="cpu").index_add_(0, answer, hit.float()) / answers,
         float((loss.double() * weights[answer]).sum()),
+        (-hardest).exp(),
     )
 
 
@@ -223,7 +229,7 @@ def _backward(
     taps: Sequence[_Tap],
     batch: Batch,
     pieces: dict[str, tuple[list, list]],
-    reference: torch.Tensor | None,
+    reference: TopTokens | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Collect the rows of one forward pass; returns the loss and whether the model was right, per answer token."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -231,9 +237,7 @@ def _backward(
     if reference is None:
         loss = F.cross_entropy(logits, labels, reduction="none")
     else:
-        # Rounded to half precision it is no longer a distribution to the last digit.
-        wanted = reference.to(logits).log_softmax(-1)
-        loss = F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
+        loss = divergence(reference, logits.log_softmax(-1))
     unused = [tap.name for tap in taps if tap.output is None]
     if unused:
         raise ValueError(f"edit_modules: {', '.join(unused)} took no part in the forward pass")

@@ -94,6 +94,7 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
             tensors = view.journal.tensors(step.record)
             for number in range(content["updates"]):
                 editor.weights.add(decode_updates(tensors, _homes(editor), f"{number}/"))
+            editor.forget([view.history.entries[id].request for id in content["requests"]])
         elif content["factors"]:
             editor.replay(_decode(view, editor, step))
         else:

@@ -1,0 +1,130 @@
+"""Replays: statements of earlier turns that are solved for again beside those of a turn, lest they are forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from stableedit_cpp.editors.drawing import drawn_by, share_of
+from stableedit_cpp.model.capture import CapturedTurn, capture, join
+from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.tokens import TokenSequence
+from stableedit_cpp.model.trunk import TrunkCache
+
+__all__ = ["PastRequests", "Replays"]
+
+
+class PastRequests:
+    """The statements that were edited so far and still count, as token sequences: part of an editor's state.
+
+    Of statements with one prompt the last one counts.
+    """
+
+    def __init__(self, held: Iterable[TokenSequence] = ()) -> None:
+        self._held = {_prompt(sequence): sequence for sequence in held}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        return iter(self._held.values())
+
+    def add(self, sequences: Sequence[TokenSequence]) -> None:
+        """Remember what was edited; what has the prompt of an earlier one takes its place."""
+        self.forget(sequences)
+        self._held |= {_prompt(sequence): sequence for sequence in sequences}
+
+    def forget(self, sequences: Sequence[TokenSequence]) -> None:
+        """Leave out what has the prompt of one of these."""
+        for sequence in sequences:
+            self._held.pop(_prompt(sequence), None)
+
+    def beside(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Those that have none of the prompts of these."""
+        asked = {_prompt(sequence) for sequence in sequences}
+        return [sequence for prompt, sequence in self._held.items() if prompt not in asked]
+
+    def copy(self) -> PastRequests:
+        """Another one that holds the same."""
+        other = PastRequests()
+        other.restore(self)
+        return other
+
+    def restore(self, other: PastRequests) -> None:
+        """Hold what another one holds."""
+        self._held = dict(other._held)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tokens of all, one after the other, int32, with the lengths of each prompt and answer, int32 ``[n]``."""
+        tokens = [token for sequence in self for token in (*_prompt(sequence), *sequence.answer)]
+        lengths = [(len(_prompt(sequence)), len(sequence.answer)) for sequence in self]
+        return {
+            "tokens": torch.tensor(tokens, dtype=torch.int32, device="cpu"),
+            "lengths": torch.tensor(lengths, dtype=torch.int32, device="cpu").reshape(-1, 2),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> PastRequests:
+        """
+        Raises:
+            ValueError: if the lengths do not fit the tokens.
+        """
+        lengths = state["lengths"].tolist()
+        tokens = state["tokens"].tolist()
+        if sum(map(sum, lengths)) != len(tokens):
+            raise ValueError(
+                f"past requests have {len(tokens)} tokens, not the {sum(map(sum, lengths))} of their lengths"
+            )
+        held, place = [], 0
+        for prompt, answer in lengths:
+            ids = tokens[place : place + prompt + answer]
+            held.append(TokenSequence(tuple(ids[:-1]), tuple(ids[prompt:])))
+            place += prompt + answer
+        return cls(held)
+
+
+class Replays:
+    """Adds to the rows of a pass those of statements of earlier turns, with the loss of their own answers.
+
+    Where such an answer still holds its gradients are small, and its rows hold what the module gives for their keys;
+    where it does not any more, it is solved for again. Experience replay for continual learning (Rolnick et al. 2019,
+    arXiv 1811.11682); as rows of the same ridge system it is ours.
+
+    Args:
+        model, modules: those of the editor.
+        count: the most replays that a pass may have, one for every second of its sequences but no fewer than 16.
+        micro_batch: as in ``capture``.
+        max_tokens: tokens, padding included, in one forward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Sequence[EditModule], *, count: int, micro_batch: int, max_tokens: int
+    ) -> None:
+        self._model, self._modules, self.count = model, modules, count
+        self._how = {"micro_batch": micro_batch, "max_tokens": max_tokens}
+        self.trunk = TrunkCache.where_possible(model, modules)
+        self._turn: list[TokenSequence] = []
+
+    def begin(self, sequences: Sequence[TokenSequence], past: PastRequests) -> None:
+        """Draw the replays of a turn over ``sequences``: by their tokens, so that the same turn has the same ones."""
+        if self.trunk is not None:
+            self.trunk.clear()
+        held = past.beside(sequences)
+        self._turn = drawn_by(sequences).sample(held, min(len(held), 2 * share_of(len(sequences), self.count)))
+
+    def join(self, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> CapturedTurn:
+        """The rows of a pass over ``sequences``, and behind them those of some replays of the turn, which belong to
+        none of its requests (-1)."""
+        number = min(share_of(len(sequences), self.count), len(self._turn))
+        chosen = drawn_by(sequences).sample(self._turn, number)
+        if not chosen:
+            return captured
+        names = [f"an earlier request, replayed ({number} of {len(chosen)})" for number in range(1, len(chosen) + 1)]
+        rows = capture(self._model, self._modules, chosen, names=names, trunk=self.trunk, **self._how)
+        return join(captured, rows)
+
+
+def _prompt(sequence: TokenSequence) -> tuple[int, ...]:
+    return sequence.ids[: sequence.first + 1]
