@@ -167,6 +167,7 @@ class Turn:
         best: _Best | None = None
         done = False
         for number in range(allowed):
+            norms, drift = dict(report.update_norms), report.drift
             try:
                 with interrupts.droppable():
                     captured = self._capture(pending)
@@ -177,7 +178,6 @@ class Turn:
                             done = True
                             break
                         if best is None or self._rank() > best.rank:
-                            norms, drift = dict(report.update_norms), report.drift
                             best = _Best(self._rank(), number, norms, drift, Checkpoint(work.weights))
                     captured = self._with_companions(captured, pending)
                     solution = self._solve(captured, number)
@@ -185,6 +185,7 @@ class Turn:
             except (NoStep, _Refused) as stop:
                 if number == 0 or work.passes is not None:
                     raise getattr(stop, "error", stop) from None
+                report.update_norms, report.drift = norms, drift
                 break
             if number == 0:
                 first, left = captured, pending
