@@ -168,6 +168,7 @@ class Turn:
         done = False
         for number in range(allowed):
             norms, drift = dict(report.update_norms), report.drift
+            statistics = [(part, part.copy()) for part in work.weights.statistics.values()]
             try:
                 with interrupts.droppable():
                     captured = self._capture(pending)
@@ -186,6 +187,8 @@ class Turn:
                 if number == 0 or work.passes is not None:
                     raise getattr(stop, "error", stop) from None
                 report.update_norms, report.drift = norms, drift
+                for part, before in statistics:
+                    part.restore(before)
                 break
             if number == 0:
                 first, left = captured, pending
