@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.attached import forward_hook
+from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule
-from stableedit_cpp.model.running import answer_logits
+from stableedit_cpp.model.prefix import shared_prefix
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first, pack
 from stableedit_cpp.model.top_tokens import TopTokens, divergence, joined
 from stableedit_cpp.model.trunk import TrunkCache
@@ -164,12 +165,15 @@ def capture(
     with ExitStack() as stack:
         linears = stack.enter_context(untouched(model))
         stack.enter_context(torch.inference_mode(False))
+        # Value gradients of the prefix are what prompt_rows asks for, and nobody else.
+        prefix = None if prompt_rows else shared_prefix(model, sequences, max_tokens=max_tokens, trunk=trunk)
+        skip = len(prefix or ())
         stack.enter_context(torch.enable_grad())
         for tap in taps:
             stack.enter_context(forward_hook(tap.module, tap))
-        for indices in pack(sequences, max_tokens):
+        for indices in pack(sequences, max_tokens, skip):
             chosen = [sequences[index] for index in indices]
-            batch = collate(chosen, device)
+            batch = collate(chosen, device, skip=skip)
             positions = batch.positions
             if prompt_rows:
                 positions = torch.tensor(_all_positions(chosen, batch.input_ids.shape[1]), device="cpu")
@@ -178,7 +182,8 @@ def capture(
             for tap in taps:
                 tap.batch, tap.positions, tap.output = batch, positions, None
             wanted = None if reference is None else joined(reference[index] for index in indices)
-            loss, hit = _backward(answer_logits(model, batch, trunk, chosen), taps, batch, pieces, wanted)
+            logits = answer_logits(model, batch, trunk, chosen, prefix and prefix.past(batch))
+            loss, hit = _backward(logits, taps, batch, pieces, wanted)
             losses.append(loss)
             hits.append(hit)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from stableedit_cpp.model.attached import forward_pre_hook
-from stableedit_cpp.model.tokens import Batch, TokenSequence, collate
+from stableedit_cpp.model.logits import answer_logits
+from stableedit_cpp.model.prefix import shared_prefix
+from stableedit_cpp.model.tokens import TokenSequence, collate
 from stableedit_cpp.model.trunk import TrunkCache, pack_apart
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -49,42 +49,15 @@ def batches(
         ValueError: if the trunk's weights have changed.
     """
     device = input_device(model)
-    for indices in pack_apart(sequences, max_tokens, trunk):
+    if trunk is not None:
+        trunk.check(sequences)
+    prefix = shared_prefix(model, sequences, max_tokens=max_tokens, trunk=trunk)
+    skip = len(prefix or ())
+    for indices in pack_apart(sequences, max_tokens, trunk, skip):
         chosen = [sequences[index] for index in indices]
-        batch = collate(chosen, device)
+        batch = collate(chosen, device, skip=skip)
         with untouched(model), torch.no_grad():
-            logits = answer_logits(model, batch, trunk, chosen)
+            logits = answer_logits(model, batch, trunk, chosen, prefix and prefix.past(batch))
         yield AnswerBatch(
             indices, [len(sequence.answer) for sequence in chosen], logits, batch.labels.to(logits.device)
         )
-
-
-def answer_logits(
-    model: nn.Module, batch: Batch, trunk: TrunkCache | None = None, sequences: Sequence[TokenSequence] = ()
-) -> torch.Tensor:
-    """Logits that predict the answer tokens of a batch, ``[n, vocabulary]``.
-
-    The output embedding, a large share of a small model's work, sees only these positions.
-
-    Args:
-        trunk: skips the layers below the first edited module where it has kept their output for ``sequences``, those
-            of the batch, and keeps it where it has not;
-            ``trunk.check(sequences)`` comes first.
-    """
-    head = model.get_output_embeddings()
-
-    def select(_head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return (_rows(args[0], batch).unsqueeze(0), *args[1:]), kwargs
-
-    with ExitStack() as stack:
-        if head is not None:
-            stack.enter_context(forward_pre_hook(head, select))
-        if trunk is not None:
-            stack.enter_context(trunk.attached(sequences, batch))
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits.reshape(-1, logits.shape[-1]) if head is not None else _rows(logits, batch)
-
-
-def _rows(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Rows of ``[batch, length, d]`` at answer positions, wherever the layer runs that made it."""
-    return tensor.reshape(-1, tensor.shape[-1])[batch.positions.to(tensor.device)]

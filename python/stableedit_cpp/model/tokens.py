@@ -15,6 +15,7 @@ __all__ = [
     "answer_positions",
     "collate",
     "context_length",
+    "fixed_cost",
     "longest_first",
     "pack",
     "prompt_ids",
@@ -42,12 +43,16 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences. Under a causal mask, padding on the right is never seen by a real token."""
+    """Padded sequences. Under a causal mask, padding on the right is never seen by a real token.
+
+    The first ``skipped`` tokens of each may be left out where the model goes on from their keys and values.
+    """
 
     input_ids: torch.Tensor  # [sequences, longest]
-    attention_mask: torch.Tensor  # [sequences, longest]
+    attention_mask: torch.Tensor  # [sequences, skipped + longest]
     positions: torch.Tensor  # [n], into the flattened input_ids: where answer tokens are predicted
     labels: torch.Tensor  # [n], the answer tokens
+    skipped: int = 0
 
 
 def tokenize(
@@ -130,13 +135,21 @@ def longest_first(sequences: Sequence[TokenSequence]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
 
 
-def pack(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]:
+def fixed_cost(max_tokens: int) -> int:
+    """What a forward pass costs whatever its size, chiefly reading the weights, in tokens of one of ``max_tokens``."""
+    return max(1, max_tokens // 20)
+
+
+def pack(sequences: Sequence[TokenSequence], max_tokens: int, skip: int = 0) -> list[list[int]]:
     """Cut ``longest_first`` into batches of at most ``max_tokens`` tokens with padding (a single longer sequence is a
-    batch of its own), so that padding and the fixed cost of a forward pass are smallest together."""
+    batch of its own), so that padding and the fixed cost of a forward pass are smallest together.
+
+    Args:
+        skip: tokens at the head of each sequence that are left out.
+    """
     order = longest_first(sequences)
-    lengths = [len(sequences[index]) for index in order]
-    # A forward pass costs something whatever its size, chiefly reading the weights: counted as so many tokens.
-    fixed = max(1, max_tokens // 20)
+    lengths = [len(sequences[index]) - skip for index in order]
+    fixed = fixed_cost(max_tokens)
     cost, start = [0] + [0] * len(order), [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         cost[end], start[end] = cost[end - 1] + lengths[end - 1] + fixed, end - 1
@@ -154,7 +167,9 @@ def pack(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]
     return batches[::-1]
 
 
-def answer_positions(sequences: Sequence[TokenSequence], width: int, padding_side: str = "right") -> list[int]:
+def answer_positions(
+    sequences: Sequence[TokenSequence], width: int, padding_side: str = "right", skip: int = 0
+) -> list[int]:
     """Where the answer tokens of padded sequences are predicted, as indices into the flattened ``[sequences, width]``.
 
     All that is captured and scored is so at these positions: the last token of the prompt, which predicts the first
@@ -162,28 +177,33 @@ def answer_positions(sequences: Sequence[TokenSequence], width: int, padding_sid
     """
     positions: list[int] = []
     for row, sequence in enumerate(sequences):
-        begin = row * width + (width - len(sequence) if padding_side == "left" else 0)
+        begin = row * width + (width - len(sequence) if padding_side == "left" else -skip)
         positions.extend(range(begin + sequence.first, begin + len(sequence)))
     return positions
 
 
-def collate(sequences: Sequence[TokenSequence], device: torch.device, padding_side: str = "right") -> Batch:
+def collate(
+    sequences: Sequence[TokenSequence], device: torch.device, padding_side: str = "right", skip: int = 0
+) -> Batch:
     """Pad sequences and say where their answer tokens are predicted.
 
     Args:
         padding_side: ``"right"``, or ``"left"`` for prompts that the model goes on from.
+        skip: leave out so many tokens at the head of each, none of which predicts an answer token (right side only).
     """
-    width = max(map(len, sequences))
+    width = max(map(len, sequences)) - skip
     host = {"dtype": torch.long, "device": "cpu"}  # whatever the default device is
     ids = torch.zeros(len(sequences), width, **host)
-    mask = torch.zeros(len(sequences), width, **host)
+    mask = torch.zeros(len(sequences), skip + width, **host)
+    mask[:, :skip] = 1
     for row, sequence in enumerate(sequences):
-        begin = width - len(sequence) if padding_side == "left" else 0
-        ids[row, begin : begin + len(sequence)] = torch.tensor(sequence.ids, **host)
-        mask[row, begin : begin + len(sequence)] = 1
-    positions = torch.tensor(answer_positions(sequences, width, padding_side), **host)
+        size = len(sequence) - skip
+        begin = width - size if padding_side == "left" else 0
+        ids[row, begin : begin + size] = torch.tensor(sequence.ids[skip:], **host)
+        mask[row, skip + begin : skip + begin + size] = 1
+    positions = torch.tensor(answer_positions(sequences, width, padding_side, skip), **host)
     labels = torch.tensor([token for sequence in sequences for token in sequence.answer], **host)
-    return Batch(*(_place(tensor, device) for tensor in (ids, mask, positions, labels)))
+    return Batch(*(_place(tensor, device) for tensor in (ids, mask, positions, labels)), skip)
 
 
 def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

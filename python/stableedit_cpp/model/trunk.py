@@ -6,6 +6,7 @@ above it are computed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,12 @@ class TrunkCache:
 
     def __contains__(self, sequence: TokenSequence) -> bool:
         return sequence.ids in self._states
+
+    def emptied(self) -> TrunkCache:
+        """One like it that holds nothing, as much as it likes."""
+        empty = copy.copy(self)
+        empty._states, empty.bytes, empty.max_bytes = {}, 0, sys.maxsize
+        return empty
 
     def clear(self) -> None:
         """Forget everything, e.g. after the trunk was changed on purpose."""
@@ -146,10 +153,15 @@ class TrunkCache:
         states = output[0] if isinstance(output, tuple) else output
         if states.ndim != 3 or states.shape[:2] != batch.input_ids.shape:
             raise ValueError(f"layers hand on {list(states.shape)} for tokens {list(batch.input_ids.shape)}")
+        skipped = self._states.get(sequences[0].ids[: batch.skipped])
+        if batch.skipped and skipped is None:  # for want of room
+            return
         for row, sequence in enumerate(sequences):
             if sequence in self:
                 continue
-            state = states[row, : len(sequence)]
+            state = states[row, : len(sequence) - batch.skipped]
+            if batch.skipped:
+                state = torch.cat([skipped.to(state.device), state])
             size = state.numel() * state.element_size()
             if size > self.max_bytes:
                 raise ValueError(
@@ -165,7 +177,7 @@ class TrunkCache:
 
     def _assemble(self, sequences: Sequence[TokenSequence], batch: Batch) -> torch.Tensor:
         """``[batch, length, d]`` in host memory, in the dtype in which they were kept; zero where there is padding."""
-        kept = [self._states[sequence.ids] for sequence in sequences]
+        kept = [self._states[sequence.ids][batch.skipped :] for sequence in sequences]
         width = batch.input_ids.shape[1]
         states = torch.zeros(len(kept), width, kept[0].shape[1], dtype=kept[0].dtype, device="cpu")
         for row, state in enumerate(kept):
@@ -239,21 +251,18 @@ def trusted(*caches: TrunkCache | None) -> Iterator[None]:
             cache.vouched = None
 
 
-def pack_apart(sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None) -> list[list[int]]:
-    """Batches of indices as ``pack`` makes them; what the trunk cache holds and what it does not are not mixed.
-
-    Raises:
-        ValueError: if the trunk's weights have changed.
-    """
+def pack_apart(
+    sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None, skip: int = 0
+) -> list[list[int]]:
+    """Batches of indices as ``pack`` makes them; what the trunk cache holds and what it does not are not mixed."""
     if trunk is None:
-        return pack(sequences, max_tokens)
-    trunk.check(sequences)
+        return pack(sequences, max_tokens, skip)
     kept = [index for index, sequence in enumerate(sequences) if sequence in trunk]
     rest = [index for index, sequence in enumerate(sequences) if sequence not in trunk]
     return [
         [group[i] for i in batch]
         for group in (kept, rest)
-        for batch in pack([sequences[index] for index in group], max_tokens)
+        for batch in pack([sequences[index] for index in group], max_tokens, skip)
     ]
 
 

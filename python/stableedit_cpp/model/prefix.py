@@ -1,0 +1,169 @@
+"""The tokens with which all sequences of a call begin, as the turns of a chat do: run once, and not with each of them.
+
+Under a causal mask nothing that comes later changes what a model makes of the first tokens, so that their keys and
+values are those of every sequence, which goes on from there. In the chat form that is half of all tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import takewhile
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from stableedit_cpp.model.attached import forward_hook
+from stableedit_cpp.model.logits import answer_logits
+from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, fixed_cost
+from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.untouched import input_device, untouched
+
+__all__ = ["SharedPrefix", "shared_prefix"]
+
+_FEWEST = 8  # tokens of a prefix; the rounding of a shorter one is not worth what it saves
+_PROOF_TOKENS = (8, 3)  # after the prefix, of the two sequences
+
+# Why models run in full, or how they do with the trunk cache: an error, or None where there is none.
+_objections: WeakKeyDictionary[nn.Module | TrunkCache, str | None] = WeakKeyDictionary()
+
+
+class _NotFinite(Exception):
+    """A model that answers NaN proves nothing."""
+
+
+class SharedPrefix:
+    """Token ids, and what the model as it is now keeps of them: good until its weights change."""
+
+    def __init__(self, ids: tuple[int, ...], kept: DynamicCache) -> None:
+        self.ids, self._kept = ids, kept
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def past(self, batch: Batch) -> DynamicCache:
+        """What all sequences of a batch go on from: for one forward pass, which adds to it."""
+        past = copy.deepcopy(self._kept)
+        past.batch_repeat_interleave(len(batch.input_ids))
+        return past
+
+
+def shared_prefix(
+    model: nn.Module, sequences: Sequence[TokenSequence], *, max_tokens: int, trunk: TrunkCache | None = None
+) -> SharedPrefix | None:
+    """Run the tokens that all sequences begin with, up to the first position at which an answer token is predicted.
+
+    No model is taken at its word: before the first use a small batch runs in full and from its prefix, and where
+    logits or gradients differ by more than rounding, or an error is raised, everything of this model runs in full.
+
+    Args:
+        max_tokens: in one forward pass; the prefix has to save more tokens than another pass costs.
+        trunk: skips the layers below the first edited module, as for ``answer_logits``; it has been checked.
+
+    Returns:
+        None where the sequences are to be run in full.
+    """
+    length = _common_length(sequences)
+    if length < _FEWEST or (len(sequences) - 1) * length <= fixed_cost(max_tokens):
+        return None
+    with untouched(model), torch.inference_mode(False):
+        for known in [None] if trunk is None else [None, trunk]:
+            if not _proven(model, sequences, length, known):
+                return None
+        return _run(model, sequences, length, trunk)
+
+
+def objection(model: nn.Module, trunk: TrunkCache | None = None) -> str | None:
+    """Why this model, or this model with this trunk cache, runs in full; None where nothing is known against it."""
+    return _objections.get(model) or (None if trunk is None else _objections.get(trunk))
+
+
+def _common_length(sequences: Sequence[TokenSequence]) -> int:
+    prompts = zip(*(sequence.ids[: sequence.first] for sequence in sequences), strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, prompts))
+
+
+def _run(model: nn.Module, sequences: Sequence[TokenSequence], length: int, trunk: TrunkCache | None) -> SharedPrefix:
+    prefix = TokenSequence(sequences[0].ids[:length], (0,))
+    batch = collate([prefix], input_device(model))
+    # Sequences that the trunk cache does not hold need the prefix in the layers below, too.
+    if trunk is not None and prefix in trunk and not all(sequence in trunk for sequence in sequences):
+        trunk = None
+    kept = DynamicCache(config=model.config)
+    with torch.no_grad():
+        answer_logits(model, batch, trunk, [prefix], kept)
+    # Masks and positions are made for the length of the first layer, which may have been skipped.
+    full = next(layer.keys for layer in kept.layers if layer.get_seq_length() > 0)
+    for index, layer in enumerate(kept.layers):
+        if layer.get_seq_length() == 0:
+            nothing = full.new_zeros(*full.shape[:-2], length, full.shape[-1])
+            kept.update(nothing, nothing, index)
+    return SharedPrefix(prefix.ids, kept)
+
+
+def _proven(model: nn.Module, sequences: Sequence[TokenSequence], length: int, trunk: TrunkCache | None) -> bool:
+    subject = model if trunk is None else trunk
+    if subject not in _objections:
+        try:
+            _objections[subject] = _difference(model, sequences, length, trunk)
+        except _NotFinite:
+            return False  # it may be whole again next time
+        except Exception as error:  # whatever stands in the way, everything works in full
+            _objections[subject] = f"{type(error).__name__}: {error}"
+    return _objections[subject] is None
+
+
+def _difference(
+    model: nn.Module, sequences: Sequence[TokenSequence], length: int, trunk: TrunkCache | None
+) -> str | None:
+    """Run two short sequences in full and from their prefix; says what differs.
+
+    Without a trunk cache logits and, for those who differentiate, gradients at all tokens after the prefix; with one,
+    logits where it holds nothing, the prefix or all, filled by either kind of run.
+    """
+    ends = [(s.ids[length:] + s.ids)[:size] for s, size in zip(sequences[:2], _PROOF_TOKENS, strict=True)]
+    pair = [TokenSequence(sequences[0].ids[:length] + end, end) for end in ends]
+    device = input_device(model)
+    full, rest = collate(pair, device), collate(pair, device, skip=length)
+    if trunk is None:
+        exact = _logits_and_gradient(model, full, None)
+        found = _logits_and_gradient(model, rest, _run(model, pair, length, None).past(rest))
+        return _apart(found[0], exact[0], "logits") or _apart(found[1], exact[1][:, length:], "gradients")
+    with torch.no_grad():
+        caches = [trunk.emptied(), trunk.emptied()]
+        exact = answer_logits(model, full, caches[0], pair)
+        for cache in [*caches, *caches]:
+            past = _run(model, pair, length, cache).past(rest)
+            different = _apart(answer_logits(model, rest, cache, pair, past), exact, "logits with a trunk cache")
+            if different:
+                return different
+    return None
+
+
+def _logits_and_gradient(
+    model: nn.Module, batch: Batch, past: DynamicCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[n, vocabulary]``, and the gradient of a mixture of them at the embeddings, ``[sequences, length, d]``."""
+    embeddings: list[torch.Tensor] = []
+
+    def leaf(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    with torch.enable_grad(), forward_hook(model.get_input_embeddings(), leaf):
+        logits = answer_logits(model, batch, past=past)
+        mixture = torch.arange(logits.shape[-1], device=logits.device).cos().to(logits.dtype)
+        (gradient,) = torch.autograd.grad((logits @ mixture).sum(), embeddings)
+    return logits.detach(), gradient
+
+
+def _apart(mine: torch.Tensor, exact: torch.Tensor, what: str) -> str | None:
+    """Half of the digits have to be the same: rounding takes a few of them, a wrong position or mask leaves none."""
+    if not exact.isfinite().all():
+        raise _NotFinite
+    error = ((mine - exact).norm() / exact.norm()).item()
+    # Models compute in part in float32 whatever their dtype.
+    limit = max(torch.finfo(exact.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    return None if error <= limit else f"from the prefix on the {what} differ by {error:.1e}, relative to their norm"

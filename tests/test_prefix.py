@@ -1,0 +1,292 @@
+"""Sequences that begin with the same tokens: these run once, and nothing but the last digits tells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stableedit_cpp as se
+from stableedit_cpp.evaluation.answers import answer_scores
+from stableedit_cpp.model import capture as capturing
+from stableedit_cpp.model import prefix, running
+from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.tokens import TokenSequence
+from stableedit_cpp.model.top_tokens import top_tokens
+from stableedit_cpp.model.trunk import TrunkCache
+from support.captures import MICRO_BATCH, plain_reference
+from support.tiny import ARCHITECTURES, VOCABULARY, pattern_of, tiny_model
+from support.unusual import UNUSUAL, unusual_model
+
+CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Egypt", "Cairo"), ("Norway", "Oslo"), ("Fiji", "Suva")] * 2
+HEAD = tuple(range(40, 52))  # shared by all
+MAX_TOKENS = 60  # three forward passes of what comes after it
+
+
+def tokens(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def chats(head: tuple[int, ...] = HEAD) -> list[TokenSequence]:
+    """Eleven prompts of 1 to 5 tokens after the head, with answers of 1 to 3."""
+    answers = [tokens(1 + seed % 3, 100 + seed) for seed in range(11)]
+    return [TokenSequence(head + tokens(1 + seed % 5, seed) + a[:-1], a) for seed, a in enumerate(answers)]
+
+
+def modules_of(model, architecture: str):
+    """All but the first layer's MLP output: the first layer is the trunk."""
+    return se.find_modules(model, pattern_of(architecture))[1:]
+
+
+def captured(model, modules, sequences, **how) -> CapturedTurn:
+    return capture(model, modules, sequences, micro_batch=MICRO_BATCH, max_tokens=MAX_TOKENS, **how)
+
+
+def logits_of(model, sequences, **how) -> torch.Tensor:
+    """``[n, vocabulary]``, sequence by sequence."""
+    found = [torch.empty(0)] * len(sequences)
+    for batch in batches(model, sequences, max_tokens=MAX_TOKENS, **how):
+        for index, part in zip(batch.indices, batch.logits.split(batch.sizes), strict=True):
+            found[index] = part
+    return torch.cat(found)
+
+
+def plain_logits(model, sequences) -> torch.Tensor:
+    """The same of each sequence alone, from the model as anybody would call it."""
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([s.ids])).logits[0, s.first :] for s in sequences])
+
+
+def assert_close(mine: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert mine.shape == exact.shape
+    assert ((mine - exact).norm() <= tolerance * exact.norm()).item()
+
+
+class Watch:
+    """How many tokens, padding included, the last layer of a tiny Llama has seen in each forward pass."""
+
+    def __init__(self, model) -> None:
+        self.seen: list[int] = []
+        model.model.layers[-1].mlp.register_forward_hook(lambda _m, args, _o: self.seen.append(args[0][..., 0].numel()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("cached", [False, True])
+def test_logits_keys_and_gradients_are_those_of_each_sequence_alone(architecture, cached):
+    model, sequences = tiny_model(architecture), chats()
+    modules = modules_of(model, architecture)
+    trunk = TrunkCache(model, modules) if cached else None
+    exact = plain_logits(model, sequences)
+    keys, gradients = plain_reference(model, sequences, [module.name for module in modules])
+    for _ in range(2):  # the second time the trunk cache holds everything
+        assert_close(logits_of(model, sequences, trunk=trunk), exact)
+        turn = captured(model, modules, sequences, trunk=trunk)
+        for module in modules:
+            assert_close(turn.keys[module.name], keys[module.name])
+            assert_close(turn.value_gradients[module.name], gradients[module.name])
+    assert model in prefix._objections and prefix.objection(model, trunk) is None  # none of them stands aside
+    assert not cached or trunk in prefix._objections
+
+
+def test_in_float64_to_the_last_digits():
+    model, sequences = tiny_model("gpt2", torch.float64), chats()
+    modules = modules_of(model, "gpt2")
+    assert_close(logits_of(model, sequences), plain_logits(model, sequences), 1e-13)
+    gradients = plain_reference(model, sequences, [module.name for module in modules])[1]
+    turn = captured(model, modules, sequences)
+    for name, exact in gradients.items():
+        assert_close(turn.value_gradients[name], exact, 1e-13)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+def test_half_precision(dtype, tolerance):
+    model, sequences = tiny_model("llama", dtype), chats()
+    assert_close(logits_of(model, sequences).float(), plain_logits(model, sequences).float(), tolerance)
+    assert prefix.objection(model) is None and model in prefix._objections
+
+
+def test_the_head_runs_once():
+    model, sequences = tiny_model("llama"), chats()
+    logits_of(model, sequences)  # puts the model to the proof
+    watch = Watch(model)
+    logits_of(model, sequences)
+    assert watch.seen[0] == len(HEAD)
+    assert len(watch.seen) > 2 and sum(watch.seen[1:]) < len(HEAD) + sum(len(s) - len(HEAD) for s in sequences)
+    watch.seen.clear()
+    captured(model, modules_of(model, "llama"), sequences)
+    assert watch.seen[0] == len(HEAD)
+
+
+def test_the_same_bits_with_and_without_a_trunk_cache_empty_and_filled():
+    for architecture in ("llama", "gpt2"):
+        model, sequences = tiny_model(architecture), chats()
+        modules = modules_of(model, architecture)
+        trunk = TrunkCache(model, modules)
+        turns = [captured(model, modules, sequences, trunk=cache) for cache in (None, trunk, trunk)]
+        assert len(trunk) == len(sequences) + 1
+        for turn in turns[1:]:
+            for name in turn.keys:
+                assert torch.equal(turn.keys[name], turns[0].keys[name])
+                assert torch.equal(turn.value_gradients[name], turns[0].value_gradients[name])
+        assert torch.equal(logits_of(model, sequences, trunk=trunk), logits_of(model, sequences))
+
+
+def test_a_trunk_cache_that_holds_some_of_them():
+    model, sequences = tiny_model("llama"), chats()
+    exact = plain_logits(model, sequences)
+    for first in (sequences[::2], sequences[:1]):  # filled from the prefix, and in full
+        trunk = TrunkCache(model, modules_of(model, "llama"))
+        logits_of(model, first, trunk=trunk)
+        for _ in range(2):
+            assert_close(logits_of(model, sequences, trunk=trunk), exact)
+    narrow = TrunkCache(model, modules_of(model, "llama"), max_bytes=4 * 16 * 60)
+    for _ in range(2):
+        assert_close(logits_of(model, sequences, trunk=narrow), exact)
+    assert 0 < len(narrow) < len(sequences)
+
+
+def test_nothing_is_kept_from_call_to_call():
+    """The head's keys and values change with the weights."""
+    model, sequences = tiny_model("llama"), chats()
+    modules = modules_of(model, "llama")
+    trunk = TrunkCache(model, modules)
+    for _ in range(3):
+        assert_close(logits_of(model, sequences, trunk=trunk), plain_logits(model, sequences))
+        modules[0].module.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        chats()[:1],
+        chats(HEAD[:7]),
+        [TokenSequence((seed, *s.ids[1:]), s.answer) for seed, s in enumerate(chats(), 3)],
+    ],
+    ids=["one sequence", "a short head", "different heads"],
+)
+def test_not_worth_a_run_of_its_own(sequences):
+    model = tiny_model("llama")
+    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
+    assert model not in prefix._objections
+
+
+def test_no_sequences():
+    assert list(batches(tiny_model("llama"), [], max_tokens=MAX_TOKENS)) == []
+
+
+def test_one_prompt_with_many_answers():
+    """The last token of the prompt predicts the answer, so it belongs to no head."""
+    model = tiny_model("llama")
+    answers = [tokens(1 + seed % 3, seed) for seed in range(6)]
+    sequences = [TokenSequence(HEAD + answer[:-1], answer) for answer in answers]
+    logits_of(model, sequences)
+    watch = Watch(model)
+    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
+    assert watch.seen[0] == len(HEAD) - 1
+    modules = modules_of(model, "llama")
+    keys, gradients = plain_reference(model, sequences, [module.name for module in modules])
+    turn = captured(model, modules, sequences)
+    for name in keys:
+        assert_close(turn.keys[name], keys[name])
+        assert_close(turn.value_gradients[name], gradients[name])
+
+
+def test_rows_of_the_prompts_are_captured_in_full():
+    model, sequences = tiny_model("llama"), chats()
+    modules = modules_of(model, "llama")
+    turn = captured(model, modules, sequences, prompt_rows=True)
+    names = [module.name for module in modules]
+    gradients = plain_reference(model, sequences, names, prompt_rows=True)[1]
+    for name in names:
+        assert_close(turn.value_gradients[name], gradients[name])
+
+
+def test_a_reference_instead_of_answers():
+    model, sequences = tiny_model("gpt2", torch.float64), chats()
+    modules = modules_of(model, "gpt2")
+    wanted = [torch.randn(len(s.answer), VOCABULARY, dtype=torch.float64).log_softmax(-1) for s in sequences]
+    reference = [top_tokens(rows, VOCABULARY) for rows in wanted]
+    turn = captured(model, modules, sequences, reference=reference)
+    exact = torch.nn.functional.kl_div(
+        plain_logits(model, sequences).log_softmax(-1), torch.cat(wanted), reduction="sum", log_target=True
+    )
+    assert turn.loss == pytest.approx(exact.item())
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_models_are_right_or_stand_aside(name, tmp_path):
+    model, pattern = unusual_model(name, tmp_path)
+    sequences = chats()
+    trunk = TrunkCache(model, se.find_modules(model, pattern))
+    exact = plain_logits(model, sequences)
+    tolerance = 0.02 if exact.dtype == torch.bfloat16 else 1e-5
+    for cache in (None, trunk, trunk):
+        assert_close(logits_of(model, sequences, trunk=cache), exact, tolerance)
+    assert (prefix.objection(model) is not None) == (name in ("four streams", "list of states"))
+
+
+def looks_at_its_first_token(_module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Of those that it is given, which are not always all."""
+    return (args[0] + args[0][:, :1], *args[1:]), kwargs
+
+
+def without_a_gradient_from_before(_module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Right in the forward pass alone: a token's gradient depends on how many are given."""
+    return (args[0].detach() + (args[0] - args[0].detach()) * args[0].shape[1], *args[1:]), kwargs
+
+
+@pytest.mark.parametrize(
+    "hook, what", [(looks_at_its_first_token, "logits"), (without_a_gradient_from_before, "gradients")]
+)
+def test_a_model_that_cannot_go_on_from_a_prefix_runs_in_full(hook, what):
+    model, sequences = tiny_model("llama"), chats()
+    model.model.layers[2].register_forward_pre_hook(hook, with_kwargs=True)
+    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
+    assert f"the {what} differ" in prefix.objection(model)
+    watch = Watch(model)
+    logits_of(model, sequences)
+    assert len(HEAD) not in watch.seen
+
+
+def test_an_error_on_the_way_is_no_error(monkeypatch):
+    model, sequences = tiny_model("llama"), chats()
+
+    def missing(**_how):
+        raise NotImplementedError("no such cache")
+
+    monkeypatch.setattr(prefix, "DynamicCache", missing)
+    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
+    assert prefix.objection(model) == "NotImplementedError: no such cache"
+
+
+def test_a_broken_model_is_put_to_the_proof_when_it_is_whole_again():
+    model, sequences = tiny_model("llama"), chats()
+    weight = model.model.layers[1].mlp.down_proj.weight
+    before = weight.data.clone()
+    weight.data[0, 0] = torch.nan
+    assert answer_scores(model, sequences, max_tokens=MAX_TOKENS).accuracy.isnan().all()
+    weight.data.copy_(before)
+    assert model not in prefix._objections
+    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
+    assert model in prefix._objections
+
+
+@pytest.mark.slow
+def test_chats_of_smollm2(monkeypatch):
+    model, tokenizer = se.load_model("smollm2-135m")
+    form = se.model.form.find_form(model, tokenizer, chat_template=True, end_of_answer=True)
+    pairs = [(f"What is the capital of {land}?", city) for land, city in CAPITALS]
+    sequences = se.model.tokens.tokenize(tokenizer, pairs, None, [land for land, _ in CAPITALS], form)
+    modules = se.find_modules(model, "model.layers.{27,28}.mlp.down_proj")
+    trunk = TrunkCache(model, modules)
+    turns = [capture(model, modules, sequences, max_tokens=2048, trunk=trunk) for _ in range(2)]
+    scores = answer_scores(model, sequences, max_tokens=2048, trunk=trunk)
+    assert trunk in prefix._objections and prefix.objection(model, trunk) is None
+    for room in (capturing, running):
+        monkeypatch.setattr(room, "shared_prefix", lambda *_args, **_how: None)
+    exact = capture(model, modules, sequences, max_tokens=2048)
+    for turn in turns:
+        for name in exact.keys:
+            assert_close(turn.keys[name], exact.keys[name], 1e-4)
+            assert_close(turn.value_gradients[name], exact.value_gradients[name], 1e-4)
+    torch.testing.assert_close(scores, answer_scores(model, sequences, max_tokens=2048), rtol=1e-3, atol=1e-6)
