@@ -222,7 +222,7 @@ def test_edit_end_to_end(edit, work, capsys, model_directory):
     assert (edit_report["editor"], edit_report["edits"]) == ("stableedit", 13)
     assert edit_report["seconds"] > 0
     assert edit_report["edits_per_second"] == pytest.approx(13 / edit_report["seconds"])
-    assert set(edit_report["seconds_by_part"]) == {"capture", "mathematics", "apply"}
+    assert set(edit_report["seconds_by_part"]) == {"capture", "mathematics", "apply", "guard"}
     assert [turn["requests"] for turn in edit_report["turns"]] == [4, 4, 4, 1]
     for turn in edit_report["turns"]:
         assert turn["answer_tokens"] > 0

@@ -6,12 +6,11 @@ import argparse
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from stableedit_cpp._build_info import version
 from stableedit_cpp.cli.process import settle
-from stableedit_cpp.errors import StableEditError
+from stableedit_cpp.cli.sentence import sentence
 
 __all__ = ["main"]
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        message, status = _sentence(error)
+        message, status = sentence(error)
         print(f"stableedit: error: {message}", file=sys.stderr)
         return status
 
@@ -93,27 +92,3 @@ class _CmakePrefix(argparse.Action):
 
         print(cmake_prefix())
         parser.exit()
-
-
-def _sentence(error: Exception) -> tuple[str, int]:
-    """One line for a person, and the exit status."""
-    if isinstance(error, OSError) and error.strerror:  # the operating system's errors carry a number and a name
-        return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror), 2
-    # C++ errors carry a stack trace after the first paragraph when that is switched on.
-    lines = [line.strip() for line in str(error).split("\nException raised from")[0].strip().splitlines()]
-    text = " ".join([*lines[:1], "; ".join(lines[1:])]).strip()
-    if isinstance(error, (ValueError, OSError, ImportError, StableEditError)):
-        return text, 2
-    if torch := sys.modules.get("torch"):  # its errors can only come where it is loaded
-        if isinstance(error, torch.OutOfMemoryError):
-            return f"{lines[0]} Use a smaller max_tokens_per_forward, or a smaller dtype.", 2
-        if isinstance(error, torch.linalg.LinAlgError):
-            return text, 2
-    if os.environ.get("STABLEEDIT_TRACEBACK"):
-        traceback.print_exception(error)
-    kind = type(error).__name__ + (f": {text}" if text else "")
-    return (
-        f"{kind}; this is a defect of stableedit: please report it with the output of `stableedit env` and what this "
-        "command prints with STABLEEDIT_TRACEBACK=1",
-        1,
-    )

@@ -12,17 +12,20 @@ from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
     add_editor_options,
+    add_guard_options,
     add_model_options,
     editor_config,
     load,
     new_parser,
     plain_warnings,
     positive,
+    set_guard,
 )
+from stableedit_cpp.cli.sentence import sentence
 from stableedit_cpp.core import save_patch
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors import Editor, make_editor
+from stableedit_cpp.editors import DriftLimitReached, Editor, make_editor
 from stableedit_cpp.editors.choice import ENOUGH
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
@@ -64,6 +67,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_format_options(parser)
     add_editor_options(parser)
     add_choice_option(parser)
+    add_guard_options(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="edit only the first N requests")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="warm up with only the first N requests")
     parser.add_argument("--repairs", type=positive, metavar="N", help="rounds of solving again for what does not hold")
@@ -91,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
     editor = make_editor(model, tokenizer, config)
     config = dataclasses.replace(config, chat_template=editor.form.chat)  # it was decided
     editor.check(requests)
+    set_guard(editor, options)
     base_digest = model_digest(model)
     recorder = PatchRecorder(editor, options.model, base_digest) if options.patch else None
     report: dict[str, object] = {
@@ -178,7 +183,8 @@ def _work(
             said.append({"warm_up": f"warm-up: {done}.", "edit": f"{done}."}.get(part, str(done)))
         if stop is not None:
             how = "interrupted" if isinstance(stop, KeyboardInterrupt) else "error"
-            report[how] = _WHERE[part] + (str(stop) or type(stop).__name__)
+            what = sentence(stop)[0] if isinstance(stop, DriftLimitReached) else str(stop)
+            report[how] = _WHERE[part] + (what or type(stop).__name__)
             print(f"stableedit: {how}: {report[how]}; saving the model as it is", file=sys.stderr)
             break
     return stop, said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stableedit_cpp.editors import EDITORS, EditorConfig, load_config
+from stableedit_cpp.editors import EDITORS, Editor, EditorConfig, LocalityGuard, load_config
 from stableedit_cpp.editors.registry import CLASSES, load_plugins
 from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.model.load import SMOLLM2, load_model
@@ -20,6 +21,7 @@ __all__ = [
     "DTYPES",
     "add_editor_options",
     "add_form_options",
+    "add_guard_options",
     "add_metrics_option",
     "add_model_options",
     "default_device",
@@ -27,8 +29,10 @@ __all__ = [
     "form_settings",
     "load",
     "new_parser",
+    "number",
     "plain_warnings",
     "positive",
+    "set_guard",
     "step_size",
 ]
 
@@ -134,6 +138,27 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
     add_form_options(parser)
 
 
+def add_guard_options(parser: argparse.ArgumentParser) -> None:
+    """Of commands that edit."""
+    guard = parser.add_mutually_exclusive_group()
+    guard.add_argument(
+        "--guard-limit",
+        type=number,
+        metavar="X",
+        help="how far the answers to unrelated prompts may drift, as mean KL divergence in nats, before steps are made "
+        "smaller and editing stops (default: two thirds of what a prompt tells the model about its answer)",
+    )
+    guard.add_argument("--no-guard", action="store_true", help="edit on, whatever becomes of other answers")
+
+
+def set_guard(editor: Editor, options: argparse.Namespace) -> None:
+    """Give the editor what ``add_guard_options`` was given; without them it has its own."""
+    if options.no_guard:
+        editor.guard = None
+    elif options.guard_limit is not None:
+        editor.guard = LocalityGuard(editor, limit=options.guard_limit)
+
+
 def editor_config(options: argparse.Namespace) -> EditorConfig:
     """What ``add_editor_options`` was given."""
     if options.config:
@@ -156,6 +181,17 @@ def step_size(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
+
+
+def number(text: str) -> float:
+    """argparse type: a finite number greater than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
+    return value
 
 
 @contextmanager

@@ -69,8 +69,8 @@ class TurnReport:
         passes: how many solutions of the turn are in the weights (more than one only with ``max_passes``): those up to
             the one after which most requests had taken.
         taken: requests that had taken after each pass; also after those that were no better and are not in the weights.
-        back_offs: passes solved again with a smaller step because of the editor's guard.
-        drift: what the guard measured last, in nats; None without one.
+        back_offs: how often the editor's guard had a pass solved again with a smaller step.
+        drift, drift_limit: what the guard measured after the last pass, and what it allows, in nats; None without one.
         loss_before, efficacy_before: mean over requests and their variants, seen during the first capture.
         efficacy_after: over a sample of the turn, if a progress bar was shown; else None, as for a broken model.
         failed: the requests that had not taken after the last pass; None where nobody looked.
@@ -86,6 +86,7 @@ class TurnReport:
     taken: list[int] = field(default_factory=list)
     back_offs: int = 0
     drift: float | None = None
+    drift_limit: float | None = None
     loss_before: float = 0.0
     efficacy_before: float = 0.0
     efficacy_after: float | None = None
@@ -157,6 +158,16 @@ class EditReport:
         """
         return [outcome.request for outcome in self.outcomes if not outcome.took]
 
+    @property
+    def back_offs(self) -> int:
+        """How often the guard had a pass solved again with a smaller step."""
+        return sum(turn.back_offs for turn in self.turns)
+
+    @property
+    def drift(self) -> float | None:
+        """Of the answers to unrelated prompts, as the guard measured it last, in nats; None without one."""
+        return self.turns[-1].drift if self.turns else None
+
     def seconds_by_part(self) -> dict[str, float]:
         """Wall time of the parts, summed over turns."""
         parts = {part for turn in self.turns for part in turn.seconds}
@@ -165,8 +176,14 @@ class EditReport:
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds_by_part().items())
         looked = [turn for turn in self.turns if turn.failed is not None]
-        failed = f"; {sum(len(turn.failed) for turn in looked)} did not take" if looked else ""
-        return f"{self.edits} edits in {self.seconds:.1f} s ({self.edits_per_second:.1f} edits/s: {parts}){failed}"
+        said = [f"{self.edits} edits in {self.seconds:.1f} s ({self.edits_per_second:.1f} edits/s: {parts})"]
+        if self.drift is not None and self.turns[-1].drift_limit is not None:
+            said.append(f"other answers have drifted by {self.drift:.2g} of {self.turns[-1].drift_limit:.2g} nats")
+        if self.back_offs:
+            said.append(f"{self.back_offs} steps were made smaller for that limit")
+        if looked:
+            said.append(f"{sum(len(turn.failed) for turn in looked)} did not take")
+        return "; ".join(said)
 
     def to_dict(self) -> dict[str, object]:
         return {

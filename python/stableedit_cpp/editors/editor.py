@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.followers import Followers
+from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.identity import identity
 from stableedit_cpp.editors.replays import Replays
 from stableedit_cpp.editors.saved import SavedEditor
@@ -25,6 +27,7 @@ from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
 from stableedit_cpp.editors.turn import Guard, Work
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
+from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.form import Form, find_form
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
@@ -44,13 +47,15 @@ class Editor:
         model: a Hugging Face causal LM; its edited weights change, its mode and ``requires_grad`` flags do not.
         tokenizer: its tokenizer.
         config: of the editor's own class; None takes its defaults.
+        guard: what watches unrelated prompts after every pass, so that edits stop before they ruin the model: a
+            ``LocalityGuard``, None for none, or "default" for one with its defaults, which is made at the first edit
+            and runs the unedited model once for it. It is no part of what ``save`` and sessions keep.
 
     Attributes:
         modules: the modules that are edited.
         form: of prompts and answers, raw or chat, with an end or without.
         weights: their weights, by module name from the first edit on, and the gate through which these change.
         solver: the mathematics, with the running statistics.
-        guard: watches unrelated prompts after every pass (``LocalityGuard``); None (the default) watches none.
 
     Raises:
         ValueError: for another editor's config, if a module of ``config.edit_modules`` cannot be found or edited, or a
@@ -60,7 +65,14 @@ class Editor:
     config_class: ClassVar[type[EditorConfig]]
     solver_class: ClassVar[type[Solver]]
 
-    def __init__(self, model: torch.nn.Module, tokenizer, config: EditorConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        config: EditorConfig | None = None,
+        *,
+        guard: Guard | Literal["default"] | None = "default",
+    ) -> None:
         config = self.config_class() if config is None else config
         if not isinstance(config, self.config_class):
             raise ValueError(
@@ -76,7 +88,7 @@ class Editor:
         self._config = dataclasses.replace(config, **found)
         self.solver = self.solver_class(self.modules, self._config)
         self.weights = EditedWeights(self.modules, self.solver.statistics())
-        self.guard: Guard | None = None
+        self._guard = guard
         self._beside: list[Anchors | Replays] | None = None  # not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
 
@@ -106,6 +118,25 @@ class Editor:
     def followers(self) -> Followers:
         """Who hears of every change of the weights, and may refuse it."""
         return self.weights.followers
+
+    @property
+    def guard(self) -> Guard | None:
+        """What watches unrelated prompts after every pass, and keeps the model from drifting too far; may be set. The
+        default one is made where it is first needed, or asked for; None where the model gives it nothing to watch."""
+        if self._guard == "default":
+            try:
+                self._guard = LocalityGuard(self, progress=False)
+            except ModelBroken:  # the first turn says so
+                self._guard = None
+            except Exception as error:  # a model need not be able to generate, say, to be edited
+                self._guard = None
+                reason = str(error) or type(error).__name__
+                warnings.warn(f"edits are not guarded against drift of other answers: {reason}", stacklevel=4)
+        return self._guard
+
+    @guard.setter
+    def guard(self, guard: Guard | Literal["default"] | None) -> None:
+        self._guard = guard
 
     @property
     def on_turn(self) -> Callable[[AppliedTurn], object] | None:
@@ -390,7 +421,7 @@ class Editor:
             self.form,
             self.weights,
             self.solver,
-            self.guard,
+            self.guard if requests and passes is None else None,  # a turn that is done again was let pass before
             self._companions() if kind != "warm_up" else (),
             trunk,
             lent,

@@ -6,22 +6,23 @@ import math
 import random
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.editors.anchors import unrelated_prompts
+from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.errors import DriftLimitReached, ModelBroken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
 from stableedit_cpp.evaluation.locality import UneditedAnswers, answer_log_probabilities
 from stableedit_cpp.files.words import check_whole
+from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
-
-if TYPE_CHECKING:
-    from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["Drift", "LocalityGuard"]
 
@@ -30,7 +31,7 @@ _SAMPLE = 4  # and so many of them are looked at after a pass
 _ANSWER = 8  # tokens of the unedited model's own answer that are watched
 # The limit, where the user gives none: this share of what a prompt tells the unedited model about its answer, and for
 # models that hardly tell one prompt from another, so many nats.
-_SHARE = 0.5
+_SHARE = 2 / 3
 _LEAST = 0.5
 
 
@@ -48,6 +49,21 @@ class Drift:
     per_prompt: torch.Tensor
 
 
+class Guarded(Protocol):
+    """What of an editor its guard needs."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    form: Form
+
+    @property
+    def config(self) -> EditorConfig: ...
+
+    def unedited(self) -> AbstractContextManager[torch.nn.Module]: ...
+
+    def make_trunk_cache(self) -> TrunkCache | None: ...
+
+
 class LocalityGuard:
     """Keeps the drift of an editor's model on unrelated prompts below a limit.
 
@@ -59,7 +75,7 @@ class LocalityGuard:
     Every pass begins with the step and ridge that it has without a guard; where nothing is refused, the guard changes
     no bit.
 
-    The default limit is half of what a prompt tells the unedited model about the next tokens: the mean KL divergence
+    The default limit is two thirds of what a prompt tells the unedited model about its answer: the mean KL divergence
     of its distributions along all answers from their average. A model that said the same to every prompt, as well as
     that can be said, would have a drift of the whole of it (3.0 nats for SmolLM2 and plain text, 3.8 as chats). Under
     this limit a prompt counts with no more than the whole: after long streams some prompts are answered in the form of
@@ -94,7 +110,7 @@ class LocalityGuard:
 
     def __init__(
         self,
-        editor: Editor,
+        editor: Guarded,
         prompts: Sequence[str] | None = None,
         *,
         limit: float | None = None,
@@ -178,7 +194,7 @@ class LocalityGuard:
         return found
 
 
-def _given(editor: Editor, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+def _given(editor: Guarded, prompts: Sequence[str]) -> list[tuple[int, ...]]:
     """The user's prompts as token ids."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -193,7 +209,7 @@ def _given(editor: Editor, prompts: Sequence[str]) -> list[tuple[int, ...]]:
     return found
 
 
-def _own(editor: Editor) -> list[tuple[int, ...]]:
+def _own(editor: Guarded) -> list[tuple[int, ...]]:
     """Ours, as token ids; those that the model has room for."""
     limit = context_length(editor.model)
     found = [tuple(ids) for ids in prompt_ids(editor.tokenizer, unrelated_prompts()[-_OWN:], editor.form)]

@@ -314,7 +314,7 @@ class Turn:
                     solution = self._solution(captured, guard.step_factor**back_offs, ridge)
             self._apply(solution)
             with report.timed("guard"):
-                report.drift = guard.look(sequences)
+                report.drift, report.drift_limit = guard.look(sequences), guard.limit
             if report.drift <= guard.limit:
                 return solution, self.work.config.ridge * ridge
         weights.put_back(before)

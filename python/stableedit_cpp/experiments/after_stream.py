@@ -102,6 +102,7 @@ class Step:
         worker = editor
         if config != editor.config:
             worker = make_editor(editor.model, editor.tokenizer, config)
+            worker.guard = editor.guard
             worker.keep_original_weights(editor.original_weights())
             worker.load_state_dict(editor.state_dict())
         report = repair(worker, requests, budget=self.amount, trunk=trunk, progress=progress)

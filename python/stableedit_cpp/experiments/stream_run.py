@@ -63,6 +63,7 @@ class StreamRun:
     ) -> None:
         self.settings, self.directory = settings, directory
         self.editor = make_editor(model, tokenizer, settings.editor.config)
+        self.editor.guard = None  # what an editor does to a model is measured, also where that ruins it
         self.trunk, self._editing_trunk, self._siblings = trunk, editing_trunk, siblings
         self._snapshot_seconds, self._keep_state, self._progress = snapshot_seconds, keep_state, progress
         self._turn_size = settings.editor.config.turn_size

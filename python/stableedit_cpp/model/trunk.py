@@ -45,6 +45,8 @@ class TrunkCache:
         objection: why the cache stands aside; None while it does not.
         bytes: of the kept states, in host memory.
         vouched: inside ``trusted``, whether the weights were read since it began; None outside.
+        read: inside ``trusted``, what was read there of the weights outside the layers from each depth on, also for
+            other caches of the same model; None outside.
 
     Raises:
         ValueError: if the modules lie in no list of layers, or below nothing that could be kept.
@@ -58,6 +60,7 @@ class TrunkCache:
         self._fingerprint: bytes | None = None
         self._proven = False
         self.vouched: bool | None = None
+        self.read: dict[int, bytes] | None = None
         self.objection: str | None = None
         self.max_bytes = max_bytes
         self.bytes = 0
@@ -227,6 +230,8 @@ class TrunkCache:
             ValueError: for weights that are not in memory.
         """
         above = {id(p) for layer in self._layers[self._depth :] for p in layer.parameters()}
+        if self.read is not None and self._depth in self.read:
+            return self.read[self._depth]
         digest = hashlib.blake2b(digest_size=16)
         for name, parameter in self._model.named_parameters():
             if id(parameter) in above:
@@ -234,21 +239,28 @@ class TrunkCache:
             if parameter.is_meta:
                 raise ValueError(f"{name} is not in memory (offloaded), so changes of it would go unseen")
             digest.update(fingerprint(parameter))
+        if self.read is not None:
+            self.read[self._depth] = digest.digest()
         return digest.digest()
 
 
 @contextmanager
 def trusted(*caches: TrunkCache | None) -> Iterator[None]:
-    """Within this context the caller vouches that no weights change but those that are edited: each cache reads the
-    others once, at its first ``check``, and not before every use."""
+    """Within this context the caller vouches that no weights change but those that are edited: the others are read
+    once, at the first ``check`` of a cache, and not before every use.
+
+    Args:
+        caches: of one model.
+    """
     entered = [cache for cache in caches if cache is not None and cache.vouched is None]
+    read: dict[int, bytes] = {}
     for cache in entered:
-        cache.vouched = False
+        cache.vouched, cache.read = False, read
     try:
         yield
     finally:
         for cache in entered:
-            cache.vouched = None
+            cache.vouched = cache.read = None
 
 
 def pack_apart(

@@ -10,11 +10,13 @@ from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
     add_editor_options,
+    add_guard_options,
     add_model_options,
     editor_config,
     load,
     plain_warnings,
     positive,
+    set_guard,
 )
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
 from stableedit_cpp.data import read_requests
@@ -49,6 +51,7 @@ def add_parsers(actions) -> None:
         "--keep-snapshots", type=positive, default=3, metavar="N", help="of the newest, besides the first (default 3)"
     )
     _add_warm_up(parser)
+    add_guard_options(parser)
 
     parser = new_action(actions, "edit", "edit a file of requests, or what is left of it", _EDIT, edit)
     parser.add_argument(
@@ -56,6 +59,7 @@ def add_parsers(actions) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N requests of the file")
     _add_warm_up(parser)
+    add_guard_options(parser)
     add_opening_options(parser)
 
 
@@ -79,6 +83,8 @@ def create(options: argparse.Namespace) -> int:
         options.directory, model, tokenizer, config, source=options.model, **settings
     ) as session:
         print(f"The session edits {as_patterns(session.editor.config.edit_modules)} ({why})")
+        if warm_up:
+            set_guard(session.editor, options)
         _warm_up(session, warm_up)
     print(session.status())
     return 0
@@ -90,6 +96,7 @@ def edit(options: argparse.Namespace) -> int:
     with opened(options) as session:
         pending = session.pending(requests)
         session.editor.check(pending)
+        set_guard(session.editor, options)
         _warm_up(session, warm_up)
         _say_what_is_left(requests, pending, options.requests)
         report = session.edit(pending, progress=True)

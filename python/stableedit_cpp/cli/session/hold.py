@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.options import add_form_options, add_metrics_option, form_settings, positive
+from stableedit_cpp.cli.options import (
+    add_form_options,
+    add_guard_options,
+    add_metrics_option,
+    form_settings,
+    positive,
+    set_guard,
+)
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
 from stableedit_cpp.evaluation import DEFAULT_METRICS
 from stableedit_cpp.files.atomic import check_writable_file, write_json
@@ -34,6 +41,7 @@ def add_parsers(actions) -> None:
     parser.add_argument("--budget", type=positive, metavar="N", help="at most so many requests (default: no limit)")
     _add_least(parser)
     parser.add_argument("--json", action="store_true", help="report as JSON, with every request")
+    add_guard_options(parser)
     add_opening_options(parser)
 
 
@@ -71,6 +79,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def repair(options: argparse.Namespace) -> int:
     with opened(options) as session:
+        set_guard(session.editor, options)
         settings = {"rounds": options.rounds, "budget": options.budget, "min_probability": options.min_probability}
         report = session.repair(**settings, progress=True)
     _show(report, options)

@@ -98,9 +98,9 @@ class Recorder(Follower):
     def record(self, turn: AppliedTurn) -> None:
         """Write a turn down. If this raises, the turn is taken back."""
         with turn.report.timed("journal"):
-            # What a guard refused, and what a repair found in a trunk cache, cannot be done again from the requests.
-            factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair"
-            content, tensors = encode_turn(turn, factors=factors or self.editor.guard is not None)
+            # What a guard changed, and what a repair found in a trunk cache, cannot be done again from the requests.
+            factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair" or turn.report.back_offs > 0
+            content, tensors = encode_turn(turn, factors=factors)
             if turn.kind == "edit":
                 before = {request.id: self.view.history.superseded_by(request) for request in turn.requests}
                 content["supersedes"] = {new: ", ".join(old) for new, old in before.items() if old}
