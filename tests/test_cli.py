@@ -264,6 +264,31 @@ def test_variants_of_a_data_set(edit, work, capsys):
     assert "variants " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("settings", [{}, {"step_size": "auto", "centred": False}, {"max_passes": 3}])
+def test_modules_that_no_gradient_reaches_are_named(work, capsys, settings):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained("flat")
+    tiny_tokenizer().save_pretrained("flat")
+    config = se.StableEditConfig(edit_modules=LAST, **settings)
+    (work / "config.json").write_text(config.to_json())
+    before = tree(work)
+    capsys.readouterr()
+    words = ["--model", "flat", "--requests", "requests.json", "--output", "out", "--config", "config.json"]
+    assert main(["edit", *words, "--device", "cpu"]) == 2
+    line = assert_one_error(capsys.readouterr().err)
+    assert f"edit_modules {LAST}: the value gradients vanish there" in line and "edit other modules" in line
+    assert tree(work) == before
+
+
+def test_a_variant_without_target_is_one_sentence(edit, work, capsys):
+    (work / "requests.json").write_text(json.dumps([FACTS[0] | {"variants": [["Canberra is", ""]]}]))
+    assert edit() == 2
+    line = assert_one_error(capsys.readouterr().err)
+    assert "requests.json, record 0: variants[0] ('Canberra is') has no target; give the answer" in line
+
+
 def test_a_contradiction_is_one_sentence(edit, work, capsys):
     requests = [{"prompt": "Water is", "target": target} for target in ("dry", "wet")]
     (work / "requests.json").write_text(json.dumps(requests))

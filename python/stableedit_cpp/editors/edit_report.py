@@ -66,12 +66,13 @@ class TurnReport:
     Attributes:
         requests, answer_tokens: size of the turn (n of the method is ``answer_tokens``, those of variants included).
         whitening: what was used, by statistics group ("full" falls back to "diagonal" while nu <= v + 1).
+        held: requests that had taken before the first pass; None where nobody looked, as where turns have one pass.
         passes: how many solutions of the turn are in the weights (more than one only with ``max_passes``): those up to
-            the one after which most requests had taken.
+            the one after which most requests had taken. 0 where all had before.
         taken: requests that had taken after each pass; also after those that were no better and are not in the weights.
         back_offs: how often the editor's guard had a pass solved again with a smaller step.
         drift, drift_limit: what the guard measured after the last pass, and what it allows, in nats; None without one.
-        loss_before, efficacy_before: mean over requests and their variants, seen during the first capture.
+        loss_before, efficacy_before: mean over requests and their variants, seen before the first pass.
         efficacy_after: over a sample of the turn, if a progress bar was shown; else None, as for a broken model.
         failed: the requests that had not taken after the last pass; None where nobody looked.
         update_norms: Frobenius norm of the last pass's update, by module.
@@ -82,6 +83,7 @@ class TurnReport:
     requests: int = 0
     answer_tokens: int = 0
     whitening: dict[str, str] = field(default_factory=dict)
+    held: int | None = None
     passes: int = 0
     taken: list[int] = field(default_factory=list)
     back_offs: int = 0
@@ -164,6 +166,11 @@ class EditReport:
         return sum(turn.back_offs for turn in self.turns)
 
     @property
+    def held(self) -> int:
+        """Requests that had taken before anything was done for them."""
+        return sum(turn.held or 0 for turn in self.turns)
+
+    @property
     def drift(self) -> float | None:
         """Of the answers to unrelated prompts, as the guard measured it last, in nats; None without one."""
         return self.turns[-1].drift if self.turns else None
@@ -177,6 +184,8 @@ class EditReport:
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds_by_part().items())
         looked = [turn for turn in self.turns if turn.failed is not None]
         said = [f"{self.edits} edits in {self.seconds:.1f} s ({self.edits_per_second:.1f} edits/s: {parts})"]
+        if self.held:
+            said.append(f"{self.held} of {self.edits} held already")
         if self.drift is not None and self.turns[-1].drift_limit is not None:
             said.append(f"other answers have drifted by {self.drift:.2g} of {self.turns[-1].drift_limit:.2g} nats")
         if self.back_offs:

@@ -36,6 +36,9 @@ from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["Editor"]
 
+# A model need not be able to generate, say, to be edited. Not all exceptions: one may be that of a signal's handler.
+_UNGUARDED = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+
 
 class Editor:
     """Edits a causal language model in place, one turn of requests at a time.
@@ -128,7 +131,7 @@ class Editor:
                 self._guard = LocalityGuard(self, progress=False)
             except ModelBroken:  # the first turn says so
                 self._guard = None
-            except Exception as error:  # a model need not be able to generate, say, to be edited
+            except _UNGUARDED as error:
                 self._guard = None
                 reason = str(error) or type(error).__name__
                 warnings.warn(f"edits are not guarded against drift of other answers: {reason}", stacklevel=4)
@@ -157,6 +160,9 @@ class Editor:
         progress: bool | None = None,
     ) -> EditReport:
         """Edit a stream of requests in turns of ``config.turn_size``; a last, incomplete turn is edited like any other.
+
+        A turn of which all has taken already (``take_probability``) is not solved for where ``max_passes`` is more than
+        one; of others, what had taken is said in the report.
 
         A turn ends early before a request whose prompt, or a variant, it has already: of two answers the later is to
         hold, and must see the earlier one done. A warning says once where two requests contradict each other.
@@ -368,7 +374,7 @@ class Editor:
                 self.solver.replay(turn.kind, number, applied.captured, applied.step_size)
                 self.weights.apply(applied.updates)
             sequences = self.tokenize(turn.requests) if self.config.replays > 0 else ()
-            self.solver.remember(turn.kind, turn.passes[0].captured, sequences)
+            self.solver.remember(turn.kind, turn.passes[0].captured if turn.passes else None, sequences)
 
         self.weights.change(work, "doing a turn again")
 

@@ -34,7 +34,7 @@ Statistic = LifelongNormalizer | PastKeys | PastRequests | PolyakStep
 
 
 class NoStep(ValueError):
-    """No multiple of an update lowers the loss to first order."""
+    """No multiple of an update lowers the loss to first order, or no update can be solved for."""
 
 
 class Solution(NamedTuple):
@@ -136,11 +136,22 @@ class Solver(ABC):
 
         Returns:
             The whitening that this turn gets, by group.
+
+        Raises:
+            NoStep: where the statistics would begin with value gradients that vanish, naming the modules.
         """
         feed = (number == 0 and kind != "repair") or self.config.retries_feed_statistics
         feed = feed and (kind == "warm_up" or not self.config.frozen_statistics)
         captured = captured.owned
         for group, modules in self.groups.items():
+            if self.normalizers[group].count == 0 and not any(
+                captured.value_gradients[module.name].any() for module in modules
+            ):
+                names = ", ".join(module.name for module in modules)
+                raise NoStep(
+                    f"nothing can be solved for edit_modules {names}: the value gradients vanish there, since the "
+                    "answers do not depend on them to first order; edit other modules"
+                )
             if feed or self.normalizers[group].count == 0:  # there is nothing else to normalise with
                 self._observe(group, modules, captured)
         return {group: normalizer.effective_mode(self.mode(kind)) for group, normalizer in self.normalizers.items()}
@@ -213,9 +224,10 @@ class Solver(ABC):
                 self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
         self.accept(step_size)
 
-    def remember(self, kind: str, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> None:
-        """Add the keys of a turn's first pass to the past keys, and its statements to the past requests."""
-        if kind != "repair" and self.past_keys:
+    def remember(self, kind: str, captured: CapturedTurn | None, sequences: Sequence[TokenSequence]) -> None:
+        """Add the keys of a turn's first pass, if it has one, to the past keys, and its statements to the past
+        requests."""
+        if captured is not None and kind != "repair" and self.past_keys:
             self.fold_keys(captured.owned, self.past_keys)
         if kind != "warm_up" and self.past_requests is not None:
             self.past_requests.add(sequences)

@@ -160,7 +160,8 @@ class Turn:
         them do, or the passes are used up, all sequences of the turn are looked at: a pass for some can undo others.
         """
         work, report = self.work, self.report
-        allowed = work.passes or (1 if self.kind == "warm_up" else work.config.max_passes)
+        allowed = 1 if self.kind == "warm_up" else work.config.max_passes
+        allowed = allowed if work.passes is None else work.passes
         pending = list(range(len(self.sequences)))
         passes: list[AppliedPass] = []
         first: CapturedTurn | None = None
@@ -172,7 +173,12 @@ class Turn:
             try:
                 with interrupts.droppable():
                     captured = self._capture(pending)
-                    if number > 0:
+                    if number == 0:
+                        self._note_before(captured, allowed)
+                        if report.held == len(self.requests):
+                            done = True
+                            break
+                    else:
                         captured, pending, left = self._left(captured, pending)
                         self._show(bar, allowed)
                         if not left:
@@ -182,7 +188,7 @@ class Turn:
                             best = _Best(self._rank(), number, norms, drift, Checkpoint(work.weights))
                     captured = self._with_companions(captured, pending)
                     solution = self._solve(captured, number)
-                solution, ridge = self._apply_pass(captured, pending, solution, number)
+                solution, ridge = self._apply_pass(captured, pending, solution)
             except (NoStep, _Refused) as stop:
                 if number == 0 or work.passes is not None:
                     raise getattr(stop, "error", stop) from None
@@ -210,6 +216,17 @@ class Turn:
                 report.failed = self._failures([index for index, holds in enumerate(self.holds) if not holds])
         work.solver.remember(self.kind, first, self.sequences)
         return passes[: report.passes]
+
+    def _note_before(self, captured: CapturedTurn, allowed: int) -> None:
+        """What the first capture shows of the model before the turn."""
+        report = self.report
+        report.answer_tokens = sum(len(sequence.answer) for sequence in self.sequences)
+        report.loss_before = float(captured.losses.mean())
+        report.efficacy_before = float(captured.correct.mean())
+        # A repair may ask for more than the config does, and a turn that is done again had passes.
+        if self.kind == "edit" and allowed > 1 and self.work.passes is None:
+            self._note(range(len(self.sequences)), captured.correct == 1.0, captured.probability)
+            report.held = self._taken()
 
     def _left(self, captured: CapturedTurn, pending: list[int]) -> tuple[CapturedTurn, list[int], list[int]]:
         """What is to be solved for, as it was captured, and which sequences of it do not hold; where all of it does,
@@ -270,9 +287,7 @@ class Turn:
                 work.weights[name].check(update)
         return solution
 
-    def _apply_pass(
-        self, captured: CapturedTurn, pending: Sequence[int], solution: Solution, number: int
-    ) -> tuple[Solution, float]:
+    def _apply_pass(self, captured: CapturedTurn, pending: Sequence[int], solution: Solution) -> tuple[Solution, float]:
         """Apply one pass; returns what was applied, and with which ridge."""
         work, report, ridge = self.work, self.report, self.work.config.ridge
         if work.guard is None:
@@ -281,10 +296,6 @@ class Turn:
             sequences = [self.sequences[index] for index in pending]
             solution, ridge = self._apply_guarded(work.guard, sequences, captured, solution)
         work.solver.accept(solution.step_size)
-        if number == 0:
-            report.answer_tokens = sum(len(sequence.answer) for sequence in self.sequences)
-            report.loss_before = float(captured.losses.mean())
-            report.efficacy_before = float(captured.correct.mean())
         report.passes += 1
         return solution, ridge
 

@@ -44,6 +44,9 @@ class Geometry:
     def _observe(self, turn: AppliedTurn) -> None:
         """Called with each turn once it is applied."""
         begin = time.perf_counter()
+        if not turn.passes:  # all of it held already
+            self._turns, self.latest, self.seconds = self._turns + 1, None, 0.0
+            return
         update = _whole(turn)
         norms = {name: part.norm() for name, part in update.items()}
         norm = _length(norms)

@@ -78,6 +78,7 @@ def describe(content: dict) -> str:
 def _turn_text(content: dict) -> str:
     report = content["report"]
     text = f"{report['requests']} requests, {content['passes']} pass{'es' * (content['passes'] != 1)}"
+    text += f" ({report['held']} held already)" if report.get("held") else ""
     text += f", efficacy before {report['efficacy_before']:.2f}"
     for new, old in content.get("supersedes", {}).items():
         text += f"; {new} supersedes {old}"
