@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors.anchors import Anchors, unrelated_prompts
+from stableedit_cpp.editors.anchors import GUARDED, Anchors, unrelated_prompts
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.originals import swapped
@@ -26,17 +24,13 @@ from stableedit_cpp.evaluation.locality import UneditedAnswers, locality
 from stableedit_cpp.model.form import find_form
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.tokens import context_length, prompt_ids, tokenize
-from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["Trials"]
 
-_PROMPTS = 24  # unrelated ones: the last of the package's, which are not among the anchors
-_ANCHORS = 32  # in each pass at most; a turn of 64 has no more
-
 
 class Trials:
-    """Tries sets of modules on one model, with one config. What they have in common is computed once: the unedited
-    model's own answers to unrelated prompts.
+    """Tries sets of modules on one model, with one config. The unrelated prompts are those that are never anchors; the
+    unedited model answers them once.
 
     Args:
         model, tokenizer: the model must not be edited between trials.
@@ -48,15 +42,15 @@ class Trials:
 
     def __init__(self, model: nn.Module, tokenizer, config: EditorConfig) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._config = dataclasses.replace(config, anchors=min(config.anchors, _ANCHORS))
+        self._config = config
         how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
         self._form, self._limit = find_form(model, tokenizer, **how), context_length(model)
-        ids = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[-_PROMPTS:], self._form)]
+        ids = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[-GUARDED:], self._form)]
         ids = [prompt for prompt in ids if prompt and (self._limit is None or len(prompt) < self._limit)]
+        self._held: dict = {}  # what all anchors know of their prompts
         self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
         own = UneditedAnswers(model, known=self._known)
         self._unrelated = own.to(tokenizer, ids, end=self._form.end, max_tokens=config.max_tokens_per_forward)
-        self._anchors: Anchors | None = None
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Raise what a trial would raise for bad requests."""
@@ -85,7 +79,7 @@ class Trials:
     def _edit(self, config: EditorConfig, requests: Sequence[EditRequest]) -> tuple[Shares, float, float]:
         editor = make_editor(self._model, self._tokenizer, config)
         editor.guard = None  # drift is scored, and every step taken back
-        self._lend_anchors(editor)
+        self._share_anchors(editor, requests)
         start = time.perf_counter()
         editor.edit(requests, outcomes=False, progress=False)
         seconds = time.perf_counter() - start
@@ -103,6 +97,13 @@ class Trials:
         kept = locality(self._model, unedited, self._unrelated, **how)
         return Shares(taken, paraphrases, kept.agreement), float(kept.kl.mean()), seconds
 
+    def _share_anchors(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
+        """Their answers are those of the unedited model, whatever is edited: half of the cost of a trial."""
+        for companion in editor._companions():
+            if isinstance(companion, Anchors):
+                companion._known = self._held
+                companion.begin(editor.tokenize(requests))
+
     def _tokenize(self, requests: Sequence[EditRequest]):
         """Of all that is edited, and of the paraphrases that are not."""
         pairs = [statement for request in requests for statement in request.statements]
@@ -111,16 +112,3 @@ class Trials:
             tokenize(self._tokenizer, pairs, self._limit, names_of(requests), self._form),
             tokenize(self._tokenizer, list(again.values()), self._limit, list(again), self._form) if again else [],
         )
-
-    def _lend_anchors(self, editor: Editor) -> None:
-        """Their answers and distributions are those of the unedited model, whatever is edited; computing them is the
-        dearest part of a first turn."""
-        if self._config.anchors == 0:
-            return
-        if self._anchors is None:
-            how = {"count": self._config.anchors, "max_tokens": self._config.max_tokens_per_forward}
-            shown = lambda: nullcontext(self._model)  # noqa: E731
-            self._anchors = Anchors(self._model, self._tokenizer, editor.modules, self._form, shown, **how)
-        anchors = copy.copy(self._anchors)
-        anchors._modules, anchors.trunk = editor.modules, TrunkCache.where_possible(self._model, editor.modules)
-        editor._anchors = anchors
