@@ -32,7 +32,7 @@ def main() -> None:
     editor = StableEdit(
         model,
         tokenizer,
-        StableEditConfig(edit_modules=[m.name for m in modules], max_tokens_per_forward=options.max_tokens),
+        StableEditConfig.one_pass(edit_modules=[m.name for m in modules], max_tokens_per_forward=options.max_tokens),
     )
     trunk = TrunkCache(model, editor.modules)
     unedited = UneditedAnswers(editor.unedited)
@@ -40,7 +40,7 @@ def main() -> None:
     processor: dict[str, list[float]] = {name: [] for name in ("without", "accuracy", "free_answers", "locality")}
 
     def score(count: int | None = None, trunk: TrunkCache | None = None, metrics=("accuracy",), reference=None):
-        how = {"max_tokens_per_forward": options.max_tokens, "trunk": trunk, "progress": False}
+        how = {"max_tokens_per_forward": options.max_tokens, "trunk": trunk, "progress": False, "chat_template": False}
         return evaluate(model, tokenizer, requests[:count], metrics=metrics, reference=reference, **how)
 
     def processor_seconds(trunk: TrunkCache | None = trunk, **how) -> float:

@@ -33,7 +33,7 @@ def main() -> None:
         model, tokenizer, modules = pretrained(options, device)
         if len({module.shape for module in modules}) > 1:
             parser.error("the edited modules must have one shape; choose other --edit-modules")
-        config = StableEditConfig(edit_modules=[module.name for module in modules], refresh=refresh)
+        config = StableEditConfig.one_pass(edit_modules=[module.name for module in modules], refresh=refresh)
         editor = StableEdit(model, tokenizer, config)
         beside = Beside(config, *modules[0].shape, other)
         editor.on_turn = beside.turn

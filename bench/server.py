@@ -87,7 +87,7 @@ def make_patches(name: str, directory: Path, groups: dict[str, list[EditRequest]
     model, tokenizer = load_model(name)
     digest = model_digest(model)
     for patch_id, group in groups.items():
-        editor = StableEdit(model, tokenizer, StableEditConfig(turn_size=len(group), **_CONFIG))
+        editor = StableEdit(model, tokenizer, StableEditConfig.one_pass(turn_size=len(group), **_CONFIG))
         unedited = {module.name: module.weight.detach().clone() for module in editor.modules}
         recorder = PatchRecorder(editor, name, digest)
         editor.edit(group, progress=False)

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def damage(place: Path, count: int, source: random.Random) -> dict[str, object]:
-    config = StableEditConfig(edit_modules=[pattern_of("llama")], step_size=1e-2, turn_size=3)
+    config = StableEditConfig.one_pass(edit_modules=[pattern_of("llama")], step_size=1e-2, turn_size=3)
     with LifelongSession.create(place, tiny_model("llama"), tiny_tokenizer(), config) as session:
         session.edit(FACTS, progress=False)
         session.rollback(3)

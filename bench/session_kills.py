@@ -183,8 +183,14 @@ def workload(options: Namespace) -> tuple:
     settings = {"turn_size": options.turn_size, "max_passes": options.passes, "past_key_weight": 0.02}
     if options.model != "tiny":
         model, tokenizer = load_model(options.model)
-        return model, tokenizer, StableEditConfig(**settings), zsre(options, warm, "train"), zsre(options, rest)
-    config = StableEditConfig(edit_modules=[pattern_of("llama")], step_size=1e-2, **settings)
+        return (
+            model,
+            tokenizer,
+            StableEditConfig.one_pass(**settings),
+            zsre(options, warm, "train"),
+            zsre(options, rest),
+        )
+    config = StableEditConfig.one_pass(edit_modules=[pattern_of("llama")], step_size=1e-2, **settings)
     return tiny_model("llama"), tiny_tokenizer(), config, tiny_requests(warm, "w"), tiny_requests(rest, "e")
 
 

@@ -25,7 +25,7 @@ def main() -> None:
         "session_revert.py --edits 1000 --warm-up 500 --reverts 50 --json bench/results/session_revert.json",
     )
     add_model_options(parser)
-    parser.add_argument("--config", metavar="FILE", help="StableEditConfig as JSON (default: the default)")
+    parser.add_argument("--config", metavar="FILE", help="of an editor, as JSON (default: StableEditConfig.one_pass())")
     parser.add_argument("--edits", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--warm-up", type=int, default=500, metavar="N", help="edits before (default 500)")
     parser.add_argument("--repairs", type=int, default=0, metavar="N", help="rounds of repair afterwards (default 0)")
@@ -51,7 +51,8 @@ def edited(options: Namespace, model, tokenizer, place: Path) -> LifelongSession
     if (place / "journal").exists():
         session = LifelongSession.open(place, model, tokenizer)
     else:
-        config = load_config(options.config) if options.config else StableEditConfig(edit_modules=options.edit_modules)
+        config = StableEditConfig.one_pass(edit_modules=options.edit_modules)
+        config = load_config(options.config) if options.config else config
         session = LifelongSession.create(place, model, tokenizer, config)
     session.warm_up(session.pending(zsre(options, options.warm_up, "train"), warm_up=True))
     session.edit(session.pending(zsre(options, options.edits)))
@@ -69,7 +70,8 @@ def revert_and_compare(options: Namespace, session: LifelongSession, trunk: Trun
 
     def scores() -> dict[str, float]:
         """On the model as it is."""
-        own, rest = (evaluate(session.model, session.editor.tokenizer, some, trunk=trunk) for some in (chosen, others))
+        how = {"chat_template": session.editor.form.chat, "trunk": trunk}
+        own, rest = (evaluate(session.model, session.editor.tokenizer, some, **how) for some in (chosen, others))
         return {"efficacy_of_reverted": own.efficacy, "efficacy_of_others": rest.efficacy} | {
             f"{metric}_of_others": getattr(rest, metric) for metric in ("generalization", "specificity")
         }

@@ -84,7 +84,7 @@ def edit_all(
         name: StableEdit(
             models[name],
             tokenizer,
-            StableEditConfig(**config, refresh=0.0 if name == "ours_exact" else options.refresh),
+            StableEditConfig.one_pass(**config, refresh=0.0 if name == "ours_exact" else options.refresh),
         )
         for name in names
     }
@@ -124,7 +124,7 @@ def pieces(items: list, size: int) -> list[list]:
 def score(models: dict[str, torch.nn.Module], tokenizer, requests: list) -> dict[str, dict[str, float]]:
     result = {}
     for name, model in models.items():
-        scores = evaluate(model, tokenizer, requests, progress=False)
+        scores = evaluate(model, tokenizer, requests, chat_template=False, progress=False)
         result[name] = {metric: getattr(scores, metric) for metric in ("efficacy", "generalization", "specificity")}
     return result
 

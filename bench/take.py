@@ -23,7 +23,7 @@ ROWS = {
 
 def main() -> None:
     parser = new_parser(
-        "Edits with StableEditConfig.take() and scores, teacher-forced and by free generation: the edited prompts,\n"
+        "Edits with StableEditConfig() and scores, teacher-forced and by free generation: the edited prompts,\n"
         "their paraphrases, and unrelated prompts beside the unedited model's own answers. Settings were searched on\n"
         "the first 100 records of ZsRE, which are left out.",
         "take.py --rows zsre-chat zsre-raw --edits 1000 --sample 300 --json bench/results/take.json",
@@ -51,7 +51,7 @@ def run(name: str, options: Namespace, device: torch.device) -> dict[str, object
     data, changes = ROWS[name]
     requests = read_requests(data_file(options.data, data), options.skip + options.edits)[options.skip :]
     model, tokenizer = load_model(options.model, device=device)
-    editor = StableEdit(model, tokenizer, StableEditConfig.take(edit_modules=options.edit_modules, **changes))
+    editor = StableEdit(model, tokenizer, StableEditConfig(edit_modules=options.edit_modules, **changes))
     scored = requests[:: max(1, len(requests) // options.sample)][: options.sample]
     trunk, unedited = TrunkCache.where_possible(model, editor.modules), UneditedAnswers(editor.unedited)
     before = scores(editor, scored, options, trunk, unedited)

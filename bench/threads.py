@@ -114,7 +114,7 @@ def edit(options: argparse.Namespace, device) -> dict[str, object]:
     """Seconds and processor seconds of the edits, and how many cores' worth of time went to others meanwhile."""
     model, tokenizer, modules = pretrained(options, device)
     requests = zsre(options, options.turn_size + options.edits)
-    config = StableEditConfig(edit_modules=[module.name for module in modules], turn_size=options.turn_size)
+    config = StableEditConfig.one_pass(edit_modules=[module.name for module in modules], turn_size=options.turn_size)
     editor = StableEdit(model, tokenizer, config)
     editor.edit(requests[: options.turn_size], progress=False)
     begin, own, all_ = time.perf_counter(), time.process_time(), machine_seconds()

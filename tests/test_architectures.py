@@ -24,7 +24,7 @@ RECORDS = [
 def edit(model, tokenizer, architecture, **changes) -> tuple[se.StableEdit, se.EditReport]:
     """Two turns, the second incomplete, of a step size that suits these models."""
     config = {"edit_modules": pattern_of(architecture), "step_size": 1e-2, "turn_size": 7} | changes
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(**config))
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(**config))
     return editor, editor.edit(FACTS)
 
 

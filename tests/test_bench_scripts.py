@@ -48,7 +48,7 @@ def place(tmp_path_factory) -> Path:
         (place / "zsre" / f"zsre_{part}_5k.json").write_text(json.dumps(records))
     model, tokenizer = load_model(place / "model")
     facts = read_requests(place / "zsre" / "zsre_edit_5k.json", 13)
-    StableEdit(model, tokenizer, StableEditConfig(edit_modules=MODULES, **TAKES)).edit(facts, progress=False)
+    StableEdit(model, tokenizer, StableEditConfig.one_pass(edit_modules=MODULES, **TAKES)).edit(facts, progress=False)
     model.save_pretrained(place / "edited")
     tokenizer.save_pretrained(place / "edited")
     return place

@@ -40,7 +40,9 @@ def model_directory(tmp_path_factory) -> Path:
 
 
 def config(**changes) -> se.StableEditConfig:
-    return se.StableEditConfig(**{"edit_modules": MODULES, "step_size": 1e-2, "turn_size": 3, **CHAT} | changes)
+    return se.StableEditConfig.one_pass(
+        **{"edit_modules": MODULES, "step_size": 1e-2, "turn_size": 3, **CHAT} | changes
+    )
 
 
 def by_hand(model, tokenizer, fact: dict, *, end: bool) -> float:
@@ -236,7 +238,9 @@ def test_smollm2_answers_in_a_chat_and_stops():
     """Whoever talks to it as transformers has it gets the target, no more and no less."""
     model, tokenizer = se.load_model("smollm2-135m", dtype=torch.float32)
     settings = {"step_size": 1e-3, "ridge": 100.0, "max_passes": 20, "take_probability": 0.5}
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(chat_template=None, end_of_answer=True, **settings))
+    editor = se.StableEdit(
+        model, tokenizer, se.StableEditConfig.one_pass(chat_template=None, end_of_answer=True, **settings)
+    )
     assert editor.form.describe(tokenizer) == "turns of a chat, answers ending in '<|im_end|>'"
     facts = [
         se.EditRequest("Who is the Prime Minister of Canada?", "Mark Carney"),

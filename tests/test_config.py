@@ -243,13 +243,57 @@ def test_presets_need_a_step_size_and_take_changes(cls):
 def test_closed_loop_preset():
     config = StableEditConfig.closed_loop()
     assert config.max_passes > 1 and config.past_key_weight > 0 and not config.retries_feed_statistics
-    assert config.step_size < StableEditConfig().step_size
+    assert config.step_size < StableEditConfig.one_pass().step_size
     assert StableEditConfig.closed_loop(turn_size=7, max_passes=3).turn_size == 7
 
 
 def test_defaults():
     config = StableEditConfig()
     assert (config.whitening, config.floor_mode, config.statistics) == ("full", "relative", "shared")
-    assert (config.turn_size, config.micro_batch, config.max_passes) == (100, 10, 1)
+    assert (config.turn_size, config.micro_batch, config.max_passes) == (100, 10, 10)
+    assert (config.step_size, config.centred, config.take_probability) == ("auto", None, 0.4)
+    assert (config.anchors, config.replays, config.past_key_weight) == (48, 48, 0.02)
+    assert not config.retries_feed_statistics
+    assert (config.chat_template, config.end_of_answer) == (None, True)
     assert UltraEditConfig().ridge == 1.0
     assert config.edit_modules is None
+
+
+# What version 0.1 did with its defaults.
+EARLIER = {"step_size": 3.5e-4, "max_passes": 1, "take_probability": 0.0, "past_key_weight": 0.0}
+EARLIER |= {"retries_feed_statistics": True, "frozen_statistics": False}
+LATER = {
+    "chat_template": False,
+    "end_of_answer": False,
+    "prompt_rows": False,
+    "anchors": 0,
+    "replays": 0,
+    "centred": True,
+}
+
+
+@pytest.mark.parametrize("config", [StableEditConfig.one_pass(), UltraEditConfig()], ids=str)
+def test_the_default_of_version_0_1(config):
+    fields = dataclasses.asdict(config)
+    expected = EARLIER | {name: value for name, value in LATER.items() if name in fields}
+    assert {name: fields[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("config", [StableEditConfig.one_pass(), UltraEditConfig()], ids=str)
+def test_a_config_file_of_version_0_1_means_what_it_meant(config):
+    """It has no field that came later; one that was written by hand, without a version, takes today's defaults."""
+    document = json.loads(config.to_json())
+    earlier = {name: value for name, value in document.items() if name not in LATER}
+    assert type(config).from_json(json.dumps(earlier)) == config
+    earlier = {name: value for name, value in earlier.items() if name not in EARLIER or name == "step_size"}
+    assert type(config).from_json(json.dumps({**earlier, "max_passes": 1})) == config  # one from before these
+    by_hand = type(config).from_json(json.dumps({"step_size": 1e-4}))
+    assert by_hand == type(config)(step_size=1e-4)
+
+
+def test_presets_with_a_step_of_their_own_are_one_pass_with_changes():
+    one, published = StableEditConfig.one_pass(), StableEditConfig.published(step_size=1e-6)
+    assert published == dataclasses.replace(one, step_size=1e-6, floor=1e-6, floor_mode="absolute", refresh=0.0)
+    closed = StableEditConfig.closed_loop()
+    changes = {"step_size": 2e-4, "max_passes": 5, "take_probability": 0.4, "past_key_weight": 0.02}
+    assert closed == dataclasses.replace(one, **changes, retries_feed_statistics=False)

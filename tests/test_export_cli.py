@@ -30,7 +30,7 @@ def place(tmp_path_factory) -> Path:
     save_tiny(place / "base")
     (place / "facts.json").write_text(json.dumps(FACTS))
     (place / "warm.json").write_text(json.dumps(FACTS[:4]))
-    (place / "config.json").write_text(se.StableEditConfig(**TAKES).to_json())
+    (place / "config.json").write_text(se.StableEditConfig.one_pass(**TAKES).to_json())
     options = ["--model", place / "base", "--requests", place / "facts.json", "--output", place / "edited"]
     options += [
         "--warm-up",

@@ -28,7 +28,7 @@ def smollm2():
     """(editor after a few passes over the facts, digest of the unedited model)."""
     model, tokenizer = se.load_model("smollm2-135m", dtype=torch.float32)
     digest = model_digest(model)
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(max_passes=6, step_size=1.2e-3, ridge=300.0))
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(max_passes=6, step_size=1.2e-3, ridge=300.0))
     editor.edit(FACTS, progress=False)
     return editor, digest
 

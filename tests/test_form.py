@@ -166,7 +166,7 @@ def test_a_prompt_that_is_rendered_already_is_refused():
     )
     with pytest.raises(ValueError, match=r"holds .*, which the chat template writes by itself; give the bare question"):
         evaluate(model, tokenizer, [{"prompt": prompt, "target": "Au"}], chat_template=True)
-    evaluate(model, tokenizer, [{"prompt": prompt, "target": "Au"}])  # as it stands
+    evaluate(model, tokenizer, [{"prompt": prompt, "target": "Au"}], chat_template=False)  # as it stands
 
 
 def test_a_prompt_that_the_template_refuses_names_it():

@@ -54,7 +54,7 @@ class TestEditors:
 
     @pytest.mark.parametrize("how", ["argument", "attribute"])
     def test_none_turns_it_off(self, how, tokenizer):
-        config = se.StableEditConfig(edit_modules=MODULES, step_size=RUINOUS)
+        config = se.StableEditConfig.one_pass(edit_modules=MODULES, step_size=RUINOUS)
         editor = se.StableEdit(certain(), tokenizer, config, **({"guard": None} if how == "argument" else {}))
         if how == "attribute":
             editor.guard = None
@@ -87,7 +87,7 @@ class TestEditors:
 
     def test_a_model_that_cannot_generate_is_edited_without_one_and_that_is_said(self, tokenizer):
         model = Successor(len(tokenizer))
-        editor = se.StableEdit(model, tokenizer, se.StableEditConfig(edit_modules="head", step_size=1e-2))
+        editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(edit_modules="head", step_size=1e-2))
         with pytest.warns(UserWarning, match="edits are not guarded against drift of other answers: .*generat"):
             editor.edit([{"prompt": "Ann", "target": "Bob"}])
         with warnings.catch_warnings():
@@ -114,7 +114,7 @@ class TestEditors:
 class TestSessions:
     @pytest.mark.parametrize("detail", ["factors", "requests"])
     def test_a_session_is_guarded_and_its_turns_are_done_again_as_they_were(self, detail, tokenizer, tmp_path, looks):
-        config = se.StableEditConfig(edit_modules=MODULES, step_size=1e-2, turn_size=TURN)
+        config = se.StableEditConfig.one_pass(edit_modules=MODULES, step_size=1e-2, turn_size=TURN)
         how = {"detail": detail, "snapshot_every": 100}
         session = se.LifelongSession.create(tmp_path / "s", tiny_model("llama"), tokenizer, config, **how)
         session.edit(FACTS[:TURN])
@@ -152,7 +152,18 @@ class TestCommands:
             capsys.readouterr()
             return main([*map(str, words)])
 
-        run.editing = ("--model", model, "--device", "cpu", "--edit-modules", *MODULES, "--turn-size", TURN)
+        run.editing = (
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--preset",
+            "one-pass",
+            "--edit-modules",
+            *MODULES,
+            "--turn-size",
+            TURN,
+        )
         return run
 
     def test_edit_refuses_with_a_paragraph(self, run, tmp_path, capsys):

@@ -109,7 +109,7 @@ def test_who_follows_an_editor_hears_of_a_turn_without_passes(editor):
 @pytest.mark.parametrize("detail", ["factors", "requests"])
 def test_a_session_records_it_like_any_turn(detail, tokenizer, tmp_path):
     facts = [fact | {"id": f"f{number}"} for number, fact in enumerate([*KNOWN, *NEW])]
-    config = se.StableEditConfig(step_size=1e-2, **TAKES)
+    config = se.StableEditConfig.one_pass(step_size=1e-2, **TAKES)
     how = {"detail": detail, "snapshot_every": 100}
     session = se.LifelongSession.create(tmp_path / "s", knowing(tokenizer), tokenizer, config, **how)
     assert session.edit(facts[:2]).turns[0].passes == 0
@@ -139,7 +139,7 @@ def test_the_command_says_so(tokenizer, tmp_path, monkeypatch, capsys):
     follower(tokenizer, CHAIN).save_pretrained("model")
     tokenizer.save_pretrained("model")
     Path("requests.json").write_text(json.dumps(KNOWN))
-    Path("config.json").write_text(se.StableEditConfig(**TAKES).to_json())
+    Path("config.json").write_text(se.StableEditConfig.one_pass(**TAKES).to_json())
     words = ["--requests", "requests.json", "--config", "config.json", "--device", "cpu", "--output", "out"]
     assert main(["edit", "--model", "model", *words]) == 0
     out = capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_an_answer_that_changed_after_its_third_token(tokenizer):
 
 def test_against_the_editor_without_a_second_model(tokenizer):
     model = tiny_model("llama")
-    config = se.StableEditConfig(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
+    config = se.StableEditConfig.one_pass(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
     editor = se.StableEdit(model, tokenizer, config)
 
     def local(reference) -> dict[str, float]:
@@ -147,7 +147,7 @@ def test_each_prompt_is_answered_once_along_a_stream(tokenizer):
 def test_the_unedited_model_is_shown_for_many_batches_at_a_time(monkeypatch, tokenizer, kept, shown):
     """6 different answers take one showing, or as many as there is no more room for; and one to be written."""
     model = tiny_model("llama", torch.float64)
-    config = se.StableEditConfig(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
+    config = se.StableEditConfig.one_pass(edit_modules=["model.layers.2.mlp.down_proj"], step_size=1e-2)
     editor = se.StableEdit(model, tokenizer, config)
     editor.edit([{"prompt": f"fact {n}", "target": "new"} for n in range(8)], progress=False)
     how = {"metrics": ["locality"], "max_tokens_per_forward": 1, "progress": False}  # each prompt is a batch

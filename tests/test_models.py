@@ -210,7 +210,7 @@ def test_options_are_handed_on(saved, tmp_path):
     model, tokenizer = load_model(saved, attn_implementation="eager", **options)
     assert model.config._attn_implementation == "eager"
     assert model.model.layers[0].mlp.down_proj.weight.is_meta
-    config = StableEditConfig(edit_modules="model.layers.2.mlp.down_proj", max_passes=2)
+    config = StableEditConfig.one_pass(edit_modules="model.layers.2.mlp.down_proj", max_passes=2)
     assert StableEdit(model, tokenizer, config).edit(FACTS[:3]).edits == 3
     with pytest.raises(ValueError, match="give device, for the whole model, or device_map, not both"):
         load_model(saved, device="cpu", device_map="auto")

@@ -281,7 +281,7 @@ class TestDefaults:
         tower = [name for name, _ in model.named_modules() if ".8." in name and "fc2" in name]
         assert len(tower) == 1
         assert default_edit_modules(model) == [expected]
-        report = se.StableEdit(model, tokenizer, se.StableEditConfig(max_passes=2)).edit([FACTS[0]])
+        report = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(max_passes=2)).edit([FACTS[0]])
         assert report.edits == 1
 
     def test_unknown_architecture(self):

@@ -21,7 +21,7 @@ RECOMPUTED = 2.0**-22  # of the largest weight: a few float32 roundings, one for
 
 def make_editor(architecture: str = "llama", dtype: torch.dtype = torch.float32, **config) -> se.StableEdit:
     config = {"edit_modules": pattern_of(architecture), "turn_size": 4} | config
-    return se.StableEdit(tiny_model(architecture, dtype), tiny_tokenizer(), se.StableEditConfig(**config))
+    return se.StableEdit(tiny_model(architecture, dtype), tiny_tokenizer(), se.StableEditConfig.one_pass(**config))
 
 
 def weights_of(model: torch.nn.Module, patch: core.Patch) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def test_is_what_is_there_after_other_changes(change, said, architecture):
 @pytest.mark.parametrize("detail", ["factors", "requests"])
 def test_beside_a_session_it_hears_of_rollback_and_revert(detail, tmp_path):
     model = tiny_model("llama")
-    config = se.StableEditConfig(edit_modules=pattern_of("llama"), turn_size=4)
+    config = se.StableEditConfig.one_pass(edit_modules=pattern_of("llama"), turn_size=4)
     session = se.LifelongSession.create(tmp_path / "s", model, tiny_tokenizer(), config, detail=detail)
     recorder = se.PatchRecorder(session.editor)
     session.edit([{"id": str(number), **fact} for number, fact in enumerate(FACTS)], progress=False)

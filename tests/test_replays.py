@@ -127,7 +127,7 @@ def test_a_session_replays_nothing_that_was_reverted(tokenizer, tmp_path):
     """Also after it was opened again, from its journal alone."""
     model = tiny_model("llama")
     requests = [se.EditRequest(**FACTS[index], id=str(index)) for index in range(4)]
-    config = se.StableEditConfig(edit_modules=MODULES, **CLOSED, replays=4)
+    config = se.StableEditConfig.one_pass(edit_modules=MODULES, **CLOSED, replays=4)
     with se.LifelongSession.create(tmp_path / "session", model, tokenizer, config) as session:
         session.edit(requests, progress=False)
         session.revert("1", progress=False)

@@ -68,7 +68,9 @@ def test_layers_on_several_devices(tokenizer, monkeypatch):
         return dataclasses.replace(batch, **elsewhere)
 
     def edited() -> tuple[dict[str, torch.Tensor], se.Scores]:
-        config = se.StableEditConfig(edit_modules="model.layers.[12].mlp.down_proj", step_size=1e-2, max_passes=3)
+        config = se.StableEditConfig.one_pass(
+            edit_modules="model.layers.[12].mlp.down_proj", step_size=1e-2, max_passes=3
+        )
         editor = se.StableEdit(tiny_model("llama"), tokenizer, config)
         editor.edit(FACTS)
         scores = se.evaluate(editor.model, tokenizer, FACTS)

@@ -394,7 +394,7 @@ def test_state_files_say_what_they_are(tmp_path):
 
 @pytest.mark.parametrize("statistics", ["shared", "per_module"])
 def test_an_editor_goes_on_from_its_file(tmp_path, tokenizer, statistics):
-    config = se.StableEditConfig(
+    config = se.StableEditConfig.one_pass(
         edit_modules=pattern_of("llama"), turn_size=4, refresh=0.3, statistics=statistics, warm_up_whitening="diagonal"
     )
     editor = se.StableEdit(tiny_model("llama"), tokenizer, config)

@@ -28,7 +28,7 @@ def edited(smollm2):
     """500 warm-up edits, then 1,000 edits in turns of 100, with the default configuration."""
     model, tokenizer = smollm2
     editor = se.StableEdit(
-        model, tokenizer, se.StableEditConfig(edit_modules=["model.layers.{22,24,26,28}.mlp.down_proj"])
+        model, tokenizer, se.StableEditConfig.one_pass(edit_modules=["model.layers.{22,24,26,28}.mlp.down_proj"])
     )
     original = {module.name: module.weight.detach().clone() for module in editor.modules}
     cache = se.TrunkCache(model, editor.modules)
@@ -72,7 +72,7 @@ def test_facts_take_with_nothing_to_tune(smollm2, count, chat):
     says elsewhere stays, beside the unedited model's own answers."""
     model, tokenizer = smollm2
     requests = se.read_requests(ZSRE / "zsre_edit_5k.json", limit=300 + count)[300:]
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.take(chat_template=chat))
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(chat_template=chat))
     original = editor.original_weights()
     how = {"chat_template": chat, "reference": editor.unedited}
     try:

@@ -74,7 +74,7 @@ def test_a_serving_thread_beside_a_stream(tokenizer):
     """Every answer is that of a model with some of the modules' updates applied: finite, and no error."""
     model = tiny_model("llama")
     editor = se.StableEdit(
-        model, tokenizer, se.StableEditConfig(edit_modules=MODULES, step_size=1e-2, turn_size=3, max_passes=3)
+        model, tokenizer, se.StableEditConfig.one_pass(edit_modules=MODULES, step_size=1e-2, turn_size=3, max_passes=3)
     )
     stop, failed, served = threading.Event(), [], []
 
@@ -136,7 +136,7 @@ def test_a_compiled_model_is_edited_as_it_is_written(wrapped, tokenizer):
         compiled.append(1)
         return graph.forward
 
-    model, config = tiny_model("llama"), se.StableEditConfig(edit_modules="*" + MODULES, step_size=1e-2)
+    model, config = tiny_model("llama"), se.StableEditConfig.one_pass(edit_modules="*" + MODULES, step_size=1e-2)
     if wrapped:
         served = torch.compile(model, backend=backend)
     else:

@@ -50,7 +50,7 @@ def others(test):
 
 
 def edited(model, tokenizer) -> tuple[dict[str, torch.Tensor], se.Scores]:
-    config = se.StableEditConfig(**CONFIG, max_passes=3, past_key_weight=0.05)
+    config = se.StableEditConfig.one_pass(**CONFIG, max_passes=3, past_key_weight=0.05)
     editor = se.StableEdit(model, tokenizer, config)
     editor.warm_up(RECORDS[:4])
     editor.guard = se.LocalityGuard(editor, ["Sugar is"], limit=1e6)
@@ -79,7 +79,7 @@ def test_session(dtype, different, tokenizer, tmp_path):
     for name, context in (("different", defaults(**different)), ("usual", defaults())):
         model, again = tiny_model("llama", dtype), tiny_model("llama", dtype)
         with context:
-            session = LifelongSession.create(tmp_path / name, model, tokenizer, se.StableEditConfig(**CONFIG))
+            session = LifelongSession.create(tmp_path / name, model, tokenizer, se.StableEditConfig.one_pass(**CONFIG))
             session.edit(RECORDS)
             session.close()
             session = LifelongSession.open(tmp_path / name, again, tokenizer)

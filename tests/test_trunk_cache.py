@@ -66,7 +66,9 @@ def test_capture_with_a_filled_cache_is_the_same(architecture, tokenizer):
 def test_scores_of_an_edited_model_are_those_without_a_cache(tokenizer):
     model = tiny_model("llama")
     editor = se.StableEdit(
-        model, tokenizer, se.StableEditConfig(edit_modules=["model.layers.{1,2}.mlp.down_proj"], step_size=1e-2)
+        model,
+        tokenizer,
+        se.StableEditConfig.one_pass(edit_modules=["model.layers.{1,2}.mlp.down_proj"], step_size=1e-2),
     )
     cache = se.TrunkCache(model, editor.modules)
     se.evaluate(model, tokenizer, RECORDS, trunk=cache)
@@ -125,7 +127,7 @@ def test_a_turn_reads_the_weights_once(tokenizer, monkeypatch):
     editor = se.StableEdit(
         tiny_model("llama"),
         tokenizer,
-        se.StableEditConfig(edit_modules="*.2.mlp.down_proj", max_passes=4, turn_size=13),
+        se.StableEditConfig.one_pass(edit_modules="*.2.mlp.down_proj", max_passes=4, turn_size=13),
     )
     editor.guard = se.LocalityGuard(editor, ["Sugar is"], limit=1e6)
     monkeypatch.setattr(trunk, "fingerprint", lambda weight: reads.append(weight) or real(weight))

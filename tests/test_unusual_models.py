@@ -22,7 +22,9 @@ pytestmark = pytest.mark.parametrize("kind", UNUSUAL)
 
 
 def closed_loop(pattern: str) -> se.StableEditConfig:
-    return se.StableEditConfig(edit_modules=pattern, step_size=1e-2, turn_size=5, max_passes=3, past_key_weight=0.05)
+    return se.StableEditConfig.one_pass(
+        edit_modules=pattern, step_size=1e-2, turn_size=5, max_passes=3, past_key_weight=0.05
+    )
 
 
 def weights_of(editor) -> dict[str, torch.Tensor]:

@@ -36,7 +36,10 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 def bench(model: Path, *options: object) -> int:
+    """With one pass, unless the options say otherwise."""
     arguments = ["--model", model, "--dataset", "zsre", "--data", "data", "--output", "out", *SMALL, *options]
+    if not {"--editor", "--matrix", "ablations"}.intersection(options):
+        arguments += ["--editor", "one-pass"]
     return main(["bench", *map(str, arguments)])
 
 
@@ -52,7 +55,7 @@ def refusal(capsys, model: Path, *options: object) -> str:
 def test_ablations(work, model, capsys):
     assert bench(model, "ablations", "--edits", 20, "--geometry", 0) == 0
     table = capsys.readouterr().out
-    names = ["stableedit", "no-ln", "no-warm-up", "diagonal", "per-module", "absolute-floor", "frozen-statistics"]
+    names = ["one-pass", "no-ln", "no-warm-up", "diagonal", "per-module", "absolute-floor", "frozen-statistics"]
     for name in names:
         assert f"| {name} | zsre | {model} | 0 | 20 |" in table.replace("★ ", "")
         assert read_run(work / "out" / f"{name}-zsre-tiny-seed0")["status"] == "done"
@@ -61,13 +64,13 @@ def test_ablations(work, model, capsys):
     assert config["diagonal"]["whitening"] == config["diagonal"]["warm_up_whitening"] == "diagonal"
     assert config["per-module"]["statistics"] == "per_module"
     assert (config["absolute-floor"]["floor"], config["absolute-floor"]["floor_mode"]) == (1e-6, "absolute")
-    assert config["frozen-statistics"]["frozen_statistics"] and not config["stableedit"]["frozen_statistics"]
+    assert config["frozen-statistics"]["frozen_statistics"] and not config["one-pass"]["frozen_statistics"]
 
 
 def test_variants(work, model, capsys):
     options = ["--edits", 20, "--geometry", 0, "--metrics", "accuracy", "--variants", "rephrase"]
     assert bench(model, *options) == 0
-    run = read_run(work / "out" / "stableedit-zsre-tiny-seed0")
+    run = read_run(work / "out" / "one-pass-zsre-tiny-seed0")
     assert run["settings"]["data"]["variants"] == ["rephrase"]
     assert run["checkpoints"][-1]["scores"]["variants"]["count"] == 20
     assert run["checkpoints"][-1]["scores"]["generalization"]["count"] == 0
@@ -87,13 +90,13 @@ def test_theory(work, model, capsys):
     assert found["points"] and found["reference_samples"] > found["points"][-1]["samples"]
     assert "positive" not in capsys.readouterr().err
     assert "rate of convergence" in (work / "out" / "theory.md").read_text()
-    assert not (work / "out" / "stableedit-zsre-tiny-seed0" / "covariance").exists()
+    assert not (work / "out" / "one-pass-zsre-tiny-seed0" / "covariance").exists()
 
 
 def test_a_matrix_from_yaml(work, model):
     Path("matrix.yaml").write_text(
         f"""
-editors: [ultraedit, {{name: strong, editor: stableedit, step_size: 2e-2}}]
+editors: [ultraedit, {{name: strong, editor: one-pass, step_size: 2e-2}}]
 datasets: [{{name: mine, edits: data/zsre/zsre_edit.json, warm_up: data/zsre/zsre_train.json}}]
 models: ['{model}']
 edits: 20
@@ -110,8 +113,8 @@ editor_options: {{edit_modules: {json.dumps(MODULES)}, turn_size: 10}}
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on(work, model):
     command = [sys.executable, "-m", "stableedit_cpp", "bench", "--model", model, "--dataset", "zsre", "--data", "data"]
-    command += ["--output", "out", *SMALL, "--snapshot-every", "0"]
-    run = work / "out" / "stableedit-zsre-tiny-seed0"
+    command += ["--output", "out", *SMALL, "--snapshot-every", "0", "--editor", "one-pass"]
+    run = work / "out" / "one-pass-zsre-tiny-seed0"
     process = subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -141,7 +144,7 @@ def test_ctrl_c_keeps_what_is_done(work, model, capsys, monkeypatch):
         assert bench(model) == 130
     assert "stopped after 20 of 60 edits; the same command goes on" in capsys.readouterr().err
     assert bench(model) == 0
-    document = read_run("out/stableedit-zsre-tiny-seed0")
+    document = read_run("out/one-pass-zsre-tiny-seed0")
     assert [stint["from_edits"] for stint in document["provenance"]["stints"]] == [0, 20]
 
 
@@ -154,10 +157,10 @@ def test_a_model_that_breaks_down_ends_its_stream_only(work, model, monkeypatch,
         return turn(run, kind, requests)
 
     monkeypatch.setattr(StreamRun, "_turn", broken)
-    assert bench(model, "--editor", "no-ln", "stableedit") == 0
+    assert bench(model, "--editor", "no-ln", "one-pass") == 0
     document = read_run("out/no-ln-zsre-tiny-seed0")
     assert document["collapsed"]["edits"] == document["checkpoints"][-1]["edits"] == 20
-    assert document["status"] == read_run("out/stableedit-zsre-tiny-seed0")["status"] == "done"
+    assert document["status"] == read_run("out/one-pass-zsre-tiny-seed0")["status"] == "done"
     assert f"| no-ln | zsre | {model} | 0 | 20 of 60, broke down |" in capsys.readouterr().out
 
 
@@ -169,7 +172,7 @@ def test_unknown_names_are_answered_with_the_list_and_the_nearest(work, model, c
     error = refusal(capsys, model, "--warm-up", "middel")
     assert "unknown warm-up position 'middel', did you mean 'middle'?" in error
     error = refusal(capsys, model, "--set", "flor=0.3")
-    assert "editor stableedit: unknown field of its config 'flor', did you mean 'floor'?" in error
+    assert "editor one-pass: unknown field of its config 'flor', did you mean 'floor'?" in error
 
 
 @pytest.mark.parametrize(
@@ -179,13 +182,13 @@ def test_unknown_names_are_answered_with_the_list_and_the_nearest(work, model, c
         (["--dataset", "fever"], "there is no directory data/fever"),
         (["--warm-up-data", "none.json"], "there is no file none.json"),
         (["--warm-up-size", 50], "holds 40 requests, fewer than the warm-up of 50"),
-        (["--step-size", -1], "editor stableedit: step_size must be greater than 0"),
+        (["--step-size", -1], "editor one-pass: step_size must be greater than 0"),
         (["--set", "floor"], "--set has 'floor'; expected FIELD=VALUE"),
         (["--geometry", -1], "geometry must be a whole number, at least 0"),
         (["--cumulative", 60], "too few for a stream of"),
         (["--after", "repair", "mend"], "a step after the stream is 'repair', 'repair=BUDGET' or 'shrink=SHARE'"),
         (["--seed", "-1"], "seeds must be a whole number"),
-        (["--editor", "stableedit", "stableedit"], "two runs would be called stableedit-zsre-tiny-seed0"),
+        (["--editor", "one-pass", "one-pass"], "two runs would be called one-pass-zsre-tiny-seed0"),
         (["--matrix", "none.yaml"], "none.yaml"),
     ],
 )

@@ -25,7 +25,7 @@ def weights(model) -> torch.Tensor:
 def test_geometry_is_that_of_the_weight_changes(stream, passes):
     model, tokenizer = load("tiny")
     model.double()
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(**OPTIONS, max_passes=passes))
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(**OPTIONS, max_passes=passes))
     geometry = Geometry(editor, earlier=100, seed=0)
     start, updates, statistics = weights(model), [], []
     for number in range(5):
@@ -91,7 +91,7 @@ def test_the_rate_of_independent_samples_is_one_half():
 
 def test_frozen_statistics_are_those_of_the_warm_up(stream):
     model, tokenizer = load("tiny")
-    config = se.StableEditConfig(**OPTIONS, frozen_statistics=True)
+    config = se.StableEditConfig.one_pass(**OPTIONS, frozen_statistics=True)
     editor = se.StableEdit(model, tokenizer, config)
     editor.warm_up(stream.warm_up_requests(), progress=False)
     (normalizer,) = editor.normalizers.values()
@@ -108,4 +108,4 @@ def test_frozen_statistics_are_those_of_the_warm_up(stream):
     editor.edit(stream.requests(10, 20), progress=False)
     assert normalizer.count == count > 0
     with pytest.raises(ValueError, match="frozen_statistics must be true or false"):
-        se.StableEditConfig(frozen_statistics=1)
+        se.StableEditConfig.one_pass(frozen_statistics=1)

@@ -34,7 +34,7 @@ def everything(data: Path) -> dict[str, object]:
     prompts = data / "prompts.txt"
     prompts.write_text("ab\nba\ncd\ndc\n")
     effects = {"perplexity": {"own": str(prompts)}, "prompts": str(prompts), "maps": ["pca"]}
-    return {"editors": ["stableedit", "no-ln"], "cumulative": 10, "convergence": True, "side_effects": effects}
+    return {"editors": ["one-pass", "no-ln"], "cumulative": 10, "convergence": True, "side_effects": effects}
 
 
 def stopped_after(turns: int, data: Path, output: Path, monkeypatch, **changes) -> Path:
@@ -50,7 +50,7 @@ def stopped_after(turns: int, data: Path, output: Path, monkeypatch, **changes) 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(StreamRun, "_turn", killed)
         bench(data, output, how={"snapshot_seconds": 0.0}, **changes)
-    return output / "stableedit-zsre-tiny-seed0"
+    return output / "one-pass-zsre-tiny-seed0"
 
 
 # --- what is written is what is read ---

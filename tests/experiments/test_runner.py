@@ -32,14 +32,14 @@ def data(tmp_path):
 
 def test_a_run_scores_what_the_editor_alone_gives(data, tmp_path):
     document = bench(data, tmp_path / "out", metrics=["accuracy", "exact_match", "locality"])[0]
-    run = tmp_path / "out" / "stableedit-zsre-tiny-seed0"
+    run = tmp_path / "out" / "one-pass-zsre-tiny-seed0"
     assert read_run(run) == document
     assert document["status"] == "done"
     assert [(entry["edits"], entry["warm_up"]) for entry in document["checkpoints"]] == [(0, 0), (20, 20), (40, 20)]
 
     model, tokenizer = load("tiny")
     source = find_source("zsre", data=data)
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(**OPTIONS))
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(**OPTIONS))
     editor.warm_up(source.warm_up_requests(0, 20), progress=False)
     requests = list(source.requests(0, 40))
     metrics = ["accuracy", "exact_match", "locality"]
@@ -74,7 +74,7 @@ def test_turns_cost_and_table(data, tmp_path):
     table = (run / "table.md").read_text()
     last = document["checkpoints"][-1]["scores"]["efficacy"]
     assert f"{last['mean']:.3f} ± {last['standard_error']:.3f}" in table
-    assert "| stableedit | zsre | tiny | 0 | 40 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| one-pass | zsre | tiny | 0 | 40 |" in (tmp_path / "out" / "table.md").read_text()
     assert not (run / "snapshots").exists() and "snapshot" not in document
     provenance = document["provenance"]
     assert provenance["environment"]["torch"] == torch.__version__
@@ -129,7 +129,7 @@ def test_position_of_the_warm_up(data, tmp_path, position, order):
 def test_several_runs_share_a_model_and_leave_it_as_it_was(data, tmp_path):
     model, tokenizer = load("tiny")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runs = matrix(data, editors=["stableedit", "diagonal", "no-warm-up"]).runs()
+    runs = matrix(data, editors=["one-pass", "diagonal", "no-warm-up"]).runs()
     together = run_matrix(runs, tmp_path / "together", lambda _: (model, tokenizer), progress=False)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -143,7 +143,7 @@ def test_the_unedited_model_is_measured_once_for_all_editors_of_a_stream(data, t
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("ab\nba\ncd\ndc\n")
     texts = {"side_effects": {"perplexity": {"own": str(prompts)}, "prompts": str(prompts), "maps": ["pca"]}}
-    editors = ["stableedit", "diagonal", "no-ln"]
+    editors = ["one-pass", "diagonal", "no-ln"]
     together = bench(data, tmp_path / "together", editors=editors, **texts)
     assert [document["checkpoints"][0].get("from_run") for document in together] == [None, *[together[0]["name"]] * 2]
     for document in together[1:]:
@@ -165,8 +165,8 @@ class Killed(BaseException):
     """Stands for a kill: nothing is tidied up."""
 
 
-KILLS = [("stableedit", 1), ("closed-loop", 2), ("ultraedit", 4), ("stableedit", 6)]
-MORE_KILLS = [(editor, at) for editor in ("stableedit", "ultraedit", "closed-loop") for at in (1, 2, 4, 6)]
+KILLS = [("one-pass", 1), ("closed-loop", 2), ("ultraedit", 4), ("one-pass", 6)]
+MORE_KILLS = [(editor, at) for editor in ("one-pass", "ultraedit", "closed-loop") for at in (1, 2, 4, 6)]
 MORE_KILLS = [kill for kill in MORE_KILLS if kill not in [*KILLS, ("ultraedit", 6)]]  # which ends after turn 4
 
 
@@ -231,7 +231,7 @@ def test_a_run_that_is_done_is_left_alone(data, tmp_path):
 
 def test_another_configuration_is_refused_before_anything_is_run(data, tmp_path):
     bench(data, tmp_path / "out")
-    before = (tmp_path / "out" / "stableedit-zsre-tiny-seed0" / "run.json").read_bytes()
+    before = (tmp_path / "out" / "one-pass-zsre-tiny-seed0" / "run.json").read_bytes()
     changed = {"editor_options": OPTIONS | {"step_size": 5e-3}, "warm_up_size": 10, "sample": 7}
     with pytest.raises(ValueError, match="another configuration") as error:
         bench(data, tmp_path / "out", **changed)
@@ -241,7 +241,7 @@ def test_another_configuration_is_refused_before_anything_is_run(data, tmp_path)
     write_data(data, edits=50)  # other data of the same name
     with pytest.raises(ValueError, match=r"another configuration: data.digest"):
         bench(data, tmp_path / "out")
-    assert (tmp_path / "out" / "stableedit-zsre-tiny-seed0" / "run.json").read_bytes() == before
+    assert (tmp_path / "out" / "one-pass-zsre-tiny-seed0" / "run.json").read_bytes() == before
 
 
 def test_data_that_has_moved_are_the_same_data(data, tmp_path):
@@ -252,14 +252,14 @@ def test_data_that_has_moved_are_the_same_data(data, tmp_path):
 
 def test_another_model_is_refused(data, tmp_path):
     bench(data, tmp_path / "out", how={"snapshot_seconds": 0.0})
-    path = tmp_path / "out" / "stableedit-zsre-tiny-seed0" / "run.json"
+    path = tmp_path / "out" / "one-pass-zsre-tiny-seed0" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
     with pytest.raises(ValueError, match="model_digest"):
         run_matrix(matrix(data).runs(), tmp_path / "out", lambda _: (tiny_model("llama", seed=1), tiny_tokenizer()))
 
 
 def test_something_else_in_the_way(data, tmp_path):
-    place = tmp_path / "out" / "stableedit-zsre-tiny-seed0"
+    place = tmp_path / "out" / "one-pass-zsre-tiny-seed0"
     place.mkdir(parents=True)
     (place / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="no run of `stableedit bench`"):
@@ -278,7 +278,7 @@ def test_the_same_edits_after_others(data, tmp_path):
         assert {**with_, "cumulative": None} == without
     source, (model, tokenizer) = find_source("zsre", data=data), load("tiny")
     others, same = list(source.requests(0, 20)), list(source.requests(40, 50))
-    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(**OPTIONS))
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(**OPTIONS))
     editor.warm_up(source.warm_up_requests(0, 20), progress=False)
     editor.edit(others, progress=False)
     before = se.evaluate(model, tokenizer, same, progress=False).efficacy
@@ -330,9 +330,9 @@ def test_the_unedited_model_answers_each_unrelated_prompt_once(data, tmp_path):
         documents = run_matrix(runs, tmp_path / "-".join(editors), lambda _name: (model, tokenizer), progress=False)
         return sum(rows), documents[0]
 
-    one, document = prompts_written(["stableedit"])
+    one, document = prompts_written(["one-pass"])
     assert one == 40  # edits, each with an unrelated prompt of its own, and two checkpoints after the first
-    assert prompts_written(["stableedit", "no-ln"])[0] == one
+    assert prompts_written(["one-pass", "no-ln"])[0] == one
     assert document["checkpoints"][0]["scores"]["locality_same"]["mean"] == 1
     last = document["checkpoints"][-1]["scores"]
     assert last["locality_same"]["mean"] < last["locality_agreement"]["mean"] < 1
@@ -365,7 +365,7 @@ def test_a_seed_shuffles(data, tmp_path):
 def test_matrix_of_everything(data):
     other = {"name": "mine", "edits": str(data / "zsre" / "zsre_edit.json"), "warm_up": None}
     runs = Matrix(
-        editors=["stableedit", {"name": "strong", "editor": "stableedit", "step_size": "1e-3"}, "no-warm-up"],
+        editors=["one-pass", {"name": "strong", "editor": "one-pass", "step_size": "1e-3"}, "no-warm-up"],
         datasets=["zsre", other],
         models=["a/b", "c"],
         seeds=[0, 1],

@@ -206,7 +206,7 @@ class TestCreate:
         assert not list(tmp_path.iterdir())
 
     def test_modules_are_written_down(self, tokenizer, tmp_path):
-        config = se.StableEditConfig(edit_modules=["model.layers.*.mlp.down_proj"], step_size=1e-2)
+        config = se.StableEditConfig.one_pass(edit_modules=["model.layers.*.mlp.down_proj"], step_size=1e-2)
         with create(tmp_path / "s", tokenizer, config=config) as session:
             assert len(session.manifest["config"]["edit_modules"]) == 3
 

@@ -37,7 +37,18 @@ def session(model_directory, tmp_path, monkeypatch, capsys):
     def run(*options: object) -> int:
         return main(["session", *map(str, options)])
 
-    create = ["create", "s", "--model", model_directory, "--device", "cpu", "--edit-modules", *MODULES]
+    create = [
+        "create",
+        "s",
+        "--model",
+        model_directory,
+        "--device",
+        "cpu",
+        "--preset",
+        "one-pass",
+        "--edit-modules",
+        *MODULES,
+    ]
     assert run(*create, "--step-size", 1e-2, "--turn-size", 3, "--warm-up", "warm_up.json") == 0
     capsys.readouterr()
     return run

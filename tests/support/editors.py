@@ -12,8 +12,9 @@ MODULES = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "mode
 TURN = 5  # 13 facts: turns of 5, 5 and 3
 
 
-def make(tokenizer, model=None, *, editor=se.StableEdit, config=se.StableEditConfig, guard=None, **changes):
-    """An editor without a guard, unless asked for: that of a random model has nothing to lose, and costs time."""
+def make(tokenizer, model=None, *, editor=se.StableEdit, config=se.StableEditConfig.one_pass, guard=None, **changes):
+    """An editor of one pass without a guard, unless asked for: that of a random model has nothing to lose, and costs
+    time."""
     model = tiny_model("llama") if model is None else model
     settings = {"edit_modules": MODULES, "step_size": 1e-2, "turn_size": TURN} | changes
     return editor(model, tokenizer, config(**settings), guard=guard)

@@ -18,7 +18,7 @@ TAKES = {"step_size": 0.02, "ridge": 1.0, "turn_size": 13, "max_passes": 5}
 def edited(architecture: str = "llama", dtype: torch.dtype = torch.float32, modules=None, **changes) -> se.StableEdit:
     """An editor that has edited all facts, with a step that is felt in half precision too."""
     settings = {"edit_modules": modules or [pattern_of(architecture)], "step_size": 1e-2, "turn_size": 5} | changes
-    editor = se.StableEdit(tiny_model(architecture, dtype), tiny_tokenizer(), se.StableEditConfig(**settings))
+    editor = se.StableEdit(tiny_model(architecture, dtype), tiny_tokenizer(), se.StableEditConfig.one_pass(**settings))
     editor.edit(FACTS)
     return editor
 

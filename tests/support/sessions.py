@@ -21,7 +21,7 @@ TURN = 3
 
 def config_of(editor: str = "stableedit", **changes) -> se.EditorConfig:
     settings = {"edit_modules": MODULES, "step_size": 1e-2, "turn_size": TURN} | changes
-    return {"stableedit": se.StableEditConfig, "ultraedit": se.UltraEditConfig}[editor](**settings)
+    return {"stableedit": se.StableEditConfig.one_pass, "ultraedit": se.UltraEditConfig}[editor](**settings)
 
 
 def create(directory: Path, tokenizer, *, dtype=torch.float32, config=None, **options) -> LifelongSession:

@@ -34,7 +34,14 @@ def write_data(directory: Path, edits: int = 60, warm_up: int = 40) -> Path:
 
 
 def matrix(data: Path, **changes) -> Matrix:
-    settings = {"datasets": ["zsre"], "models": ["tiny"], "data": str(data), "edits": 40, "warm_up_size": 20}
+    settings = {
+        "editors": ["one-pass"],
+        "datasets": ["zsre"],
+        "models": ["tiny"],
+        "data": str(data),
+        "edits": 40,
+        "warm_up_size": 20,
+    }
     # Few answers of a random model ever become right; its divergence from the unedited one shows what an edit did.
     settings |= {"editor_options": OPTIONS, "checkpoints": 2, "metrics": ["accuracy", "locality"]}
     return Matrix(**(settings | changes))

@@ -25,7 +25,7 @@ from stableedit_cpp.model.load import load_model
 __all__ = ["add_parser", "run"]
 
 _EXAMPLE = """\
-  stableedit bench --editor stableedit ultraedit-published --dataset zsre --data data/ --model smollm2-135m \\
+  stableedit bench --editor one-pass ultraedit-published --dataset zsre --data data/ --model smollm2-135m \\
       --edits 5000 --output runs/
   stableedit bench ablations --dataset zsre --data data/ --model smollm2-135m --edits 5000 --output ablations/
   stableedit bench theory --dataset zsre --data data/ --model smollm2-135m --edits 4000 --output theory/
@@ -39,7 +39,7 @@ _EXPERIMENTS = ("run", "ablations", "theory")
 # What an experiment has instead of the defaults of a matrix.
 _DEFAULTS = {
     "run": {},
-    "ablations": {"editors": ["stableedit", *(editor.name for editor in EDITORS.values() if editor.ablation)]},
+    "ablations": {"editors": ["one-pass", *(editor.name for editor in EDITORS.values() if editor.ablation)]},
     # Of updates, whose effect token accuracy shows; the cumulative effect scores many requests over and over.
     "theory": {"geometry": 8, "convergence": True, "cumulative": 500, "metrics": ["accuracy"]},
 }
@@ -77,8 +77,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     add_variants_option(what)
     what.add_argument("--edits", type=positive, metavar="N", help="length of the stream (default: the whole data set)")
-    what.add_argument("--warm-up", metavar="WHERE", help="start (default), q1, middle, q3, end or none")
-    what.add_argument("--warm-up-size", type=int, metavar="N", help="warm-up edits (default 500)")
+    what.add_argument(
+        "--warm-up", metavar="WHERE", help="start (default), q1, middle, q3, end or none; of editors with one"
+    )
+    what.add_argument("--warm-up-size", type=int, metavar="N", help="warm-up edits (default 500; 0 is none)")
     what.add_argument(
         "--after",
         nargs="+",
@@ -89,7 +91,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument("--edit-modules", nargs="+", metavar="NAME", help="linear maps to edit, names or patterns")
     how.add_argument("--step-size", type=step_size, metavar="X", help="of every editor: a number, or auto")
     how.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
-    add_form_options(how)
+    add_form_options(how, chat="as each editor says", end="as each editor says")
     how.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any other field of the editors' config"
     )

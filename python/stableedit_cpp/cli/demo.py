@@ -10,14 +10,12 @@ from importlib import resources
 from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors import StableEdit, StableEditConfig
+from stableedit_cpp.editors import StableEdit
 from stableedit_cpp.evaluation import Scores, evaluate, generate
 from stableedit_cpp.files.table import Table, label, score
 from stableedit_cpp.model.load import SMOLLM2
 
 _EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json --warm-up zsre_train.json"
-# So few facts allow several passes each; the strong ridge keeps the updates, and what they do to other answers, small.
-_FACTS_CONFIG = {"turn_size": 24, "max_passes": 12, "step_size": 1.2e-3, "ridge": 300.0}
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -60,7 +58,7 @@ def _facts(model, tokenizer) -> None:
         print(f"  {fact.prompt} ...{_first_line(answer)}")
 
     _heading("2. Editing")
-    editor = StableEdit(model, tokenizer, StableEditConfig(**_FACTS_CONFIG))
+    editor = StableEdit(model, tokenizer)
     report = editor.edit(facts, progress=True)
     print(f"{report.edits} edits in {report.seconds:.1f} s, in {', '.join(m.name for m in editor.modules)}")
 
@@ -86,7 +84,7 @@ def _facts(model, tokenizer) -> None:
 def _stream(model, tokenizer, warm_up: list[EditRequest], stream: list[EditRequest]) -> None:
     _heading(f"5. A stream of {len(stream)} edits, on the original model" + (", after a warm-up" if warm_up else ""))
     before = evaluate(model, tokenizer, stream, progress=True)
-    editor = StableEdit(model, tokenizer, StableEditConfig())
+    editor = StableEdit(model, tokenizer)
     if warm_up:
         editor.warm_up(warm_up, progress=True)
     report = editor.edit(stream, progress=True)

@@ -39,8 +39,8 @@ from stableedit_cpp.model.form import RAW
 from stableedit_cpp.model.outputs import as_patterns
 
 _EXAMPLE = """\
-  stableedit edit --model smollm2-135m --requests edits.jsonl --warm-up training.json --output edited/
-  stableedit edit --model smollm2-135m --requests edits.jsonl --preset closed-loop --repairs 2 --output edited/
+  stableedit edit --model smollm2-135m --requests edits.jsonl --evaluate --output edited/
+  stableedit edit --model smollm2-135m --requests edits.jsonl --preset one-pass --warm-up training.json --output fast/
   stableedit edit --model smollm2-135m --requests edits.jsonl --patch capital.safetensors
 
   edits.jsonl has one request a line:

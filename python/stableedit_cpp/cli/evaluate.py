@@ -6,6 +6,7 @@ import argparse
 
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
+    OWN_TEMPLATE,
     add_form_options,
     add_metrics_option,
     add_model_options,
@@ -16,6 +17,7 @@ from stableedit_cpp.cli.options import (
 )
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
+from stableedit_cpp.export.provenance import read_provenance
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.model.form import RAW, find_form
@@ -35,7 +37,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_format_options(parser)
     add_metrics_option(parser, "whether the unedited model's own answers stay; comes with --reference", DEFAULT_METRICS)
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")
-    add_form_options(parser)
+    add_form_options(parser, chat=f"as it was edited, where its directory says so, or else {OWN_TEMPLATE}", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N requests")
     return parser
@@ -52,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         reference, _ = load(argparse.Namespace(**{**vars(options), "model": options.reference}))
     metrics = [metric.replace("-", "_") for metric in options.metrics]
-    how = form_settings(options)
+    edited = read_provenance(options.model).config
+    how = {"chat_template": None if edited is None else edited.chat_template, **form_settings(options)}
     scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, **how, progress=True)
     form = find_form(model, tokenizer, **how)
     if form != RAW:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp import core
-from stableedit_cpp.cli.options import DTYPES, add_form_options, default_device, new_parser, positive
+from stableedit_cpp.cli.options import DTYPES, OWN_TEMPLATE, add_form_options, default_device, new_parser, positive
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -85,7 +85,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of an adapter (default: the model's)")
     parser.add_argument("--requests", metavar="FILE", help="score base, edited and exported model on these edits")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
-    add_form_options(parser, end=False, default="as it was edited, where that is known, or else plain text")
+    add_form_options(parser, chat=f"as it was edited, where that is known, or else {OWN_TEMPLATE}", end=None)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -128,7 +128,7 @@ def export(
     requests = read_requests(options.requests, options.limit) if options.requests else []
     dtype = getattr(torch, change.dtype) if options.dtype == "auto" else DTYPES[options.dtype]
     rank, keep = options.rank, options.keep
-    edited = provenance.config.chat_template if provenance.config is not None else False
+    edited = provenance.config.chat_template if provenance.config is not None else None
     how = {"chat_template": edited if options.chat_template is None else options.chat_template, "progress": True}
     if options.keep_efficacy is not None:
         rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, **how)

@@ -19,6 +19,7 @@ from stableedit_cpp.model.load import SMOLLM2, load_model
 
 __all__ = [
     "DTYPES",
+    "OWN_TEMPLATE",
     "add_editor_options",
     "add_form_options",
     "add_guard_options",
@@ -36,6 +37,8 @@ __all__ = [
     "step_size",
 ]
 
+# When the default editor edits chats.
+OWN_TEMPLATE = "where the template is the model's own, as that of an instruct model is"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,24 +81,23 @@ def add_metrics_option(parser: argparse.ArgumentParser, locality: str, default: 
     )
 
 
-def add_form_options(parser, *, end: bool = True, default: str = "plain text") -> None:
+def add_form_options(parser, *, chat: str, end: str | None) -> None:
     """Of prompts and answers; what is not given is left to the config, or to what is called.
 
     Args:
-        end: also the option for the end of answers.
-        default: what prompts are without the first.
+        chat, end: what the help says of the default; None is no option for the end of answers.
     """
     parser.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,
-        help="prompts are a user's turn, rendered by the tokenizer's chat template, and targets the assistant's "
-        f"(default: {default})",
+        help="prompts are a user's turn, rendered by the tokenizer's chat template, and targets the assistant's; or "
+        f"plain text, in which the target follows the prompt (default: {chat})",
     )
-    if end:
+    if end is not None:
         parser.add_argument(
             "--end-of-answer",
             action=argparse.BooleanOptionalAction,
-            help="the token that ends an answer belongs to it (default: not)",
+            help=f"the token that ends an answer belongs to it (default: {end})",
         )
 
 
@@ -131,11 +133,13 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
         "--edit-modules",
         nargs="+",
         metavar="NAME",
-        help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj' (default: four in the last third)",
+        help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj' (default: chosen for the model)",
     )
-    parser.add_argument("--step-size", type=step_size, metavar="X", help="a number, or auto (default 3.5e-4)")
+    parser.add_argument(
+        "--step-size", type=step_size, metavar="X", help="a number, or auto (default: that of the preset; auto)"
+    )
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
-    add_form_options(parser)
+    add_form_options(parser, chat=f"as the preset says; {OWN_TEMPLATE}", end="as the preset says; yes")
 
 
 def add_guard_options(parser: argparse.ArgumentParser) -> None:

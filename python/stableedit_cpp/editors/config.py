@@ -15,14 +15,16 @@ __all__ = ["LATER_FIELDS", "EditorConfig"]
 _FORMAT_VERSION = 1
 # Fields that earlier versions wrote, with the one value that still means something: what they did without them.
 _EARLIER = {"past_key_rank": None}
-# Fields that earlier versions did not have, with what those did.
-LATER_FIELDS = {"chat_template": False, "end_of_answer": False, "prompt_rows": False, "anchors": 0, "replays": 0}
+# Fields that earlier versions did not have, with what those did; not all editors have all of them.
+LATER_FIELDS = {"take_probability": 0.0, "past_key_weight": 0.0, "retries_feed_statistics": True, "centred": True}
+LATER_FIELDS |= {"chat_template": False, "end_of_answer": False, "prompt_rows": False, "anchors": 0, "replays": 0}
 _Config = TypeVar("_Config", bound="EditorConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditorConfig:
-    """What every editor needs; each editor adds its own fields, and its name as ``editor``.
+    """What every editor needs; each editor adds its own fields, and its name as ``editor``. The defaults here are those
+    of one pass of a fixed step on plain text, as published; an editor may have others (``StableEditConfig``).
 
     Attributes:
         edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``, ``{22..28}``) of the linear maps to edit;
@@ -149,8 +151,9 @@ class EditorConfig:
             raise ValueError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
         if not isinstance(document, dict):
             raise ValueError(f"expected a JSON object with the fields of {cls.__name__}")
+        known = [field.name for field in fields(cls)]
         if "version" in document:
-            document = LATER_FIELDS | document
+            document = {name: value for name, value in LATER_FIELDS.items() if name in known} | document
         version = document.pop("version", _FORMAT_VERSION)
         whole = isinstance(version, int) and not isinstance(version, bool)
         if document.pop("format", "stableedit-config") != "stableedit-config" or not whole or version < 1:
@@ -161,7 +164,6 @@ class EditorConfig:
         for name, value in _EARLIER.items():
             if document.pop(name, value) != value:
                 raise ValueError(f"{name} is no longer a field, and nothing but {json.dumps(value)} can be read for it")
-        known = [field.name for field in fields(cls)]
         unknown = [name for name in document if name not in known]
         if version > _FORMAT_VERSION:
             which = f", among them {', '.join(map(repr, unknown))}, unknown here" if unknown else ""

@@ -42,7 +42,6 @@ class UltraEditConfig(EditorConfig):
         """The procedure of the published code: pooled statistics, diagonal, ridge 1, variance unbiased within a
         micro-batch, turns of 100 in micro-batches of 10."""
         preset = {"ridge": 1.0, "statistics": "shared", "unbiased_batches": True}
-        preset |= {"chat_template": False, "end_of_answer": False}
         return cls(edit_modules=edit_modules, step_size=step_size, **(preset | changes))
 
 

@@ -58,14 +58,16 @@ def generate(
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 12,
-    chat_template: bool | None = False,
+    chat_template: bool | None = None,
 ) -> list[str]:
     """Greedy continuations of prompts, without the prompts themselves; a single text is one prompt.
 
     Always the likeliest token, whatever the model's own ``generation_config`` says of sampling and penalties.
 
     Args:
-        chat_template: ask as a user in a chat does; see ``EditorConfig``.
+        chat_template: ask as a user in a chat does, or with the text as it stands, which the model continues; None asks
+            in the form in which the default editor edits: in a chat where the template belongs to the model, as that
+            of an instruct model does (see ``EditorConfig``).
 
     Raises:
         ValueError: for a prompt without tokens, or one that leaves no room for the new tokens in the model's context; a

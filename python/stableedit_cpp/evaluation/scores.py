@@ -167,7 +167,7 @@ def evaluate(
     *,
     metrics: Collection[str] = DEFAULT_METRICS,
     reference: Reference | UneditedAnswers | None = None,
-    chat_template: bool | None = False,
+    chat_template: bool | None = None,
     end_of_answer: bool = False,
     max_tokens_per_forward: int = 2048,
     trunk: TrunkCache | None = None,
@@ -193,8 +193,10 @@ def evaluate(
             the prompts with the same whole answer (``locality_same``), top-1 agreement along it
             (``locality_agreement``) and KL divergence in nats (``locality_kl``).
         chat_template, end_of_answer: the form in which all prompts are asked and all answers expected, as in
-            ``EditorConfig``. A fact edited in one form can be scored in the other. With an end, it counts as a token of
-            every answer.
+            ``EditorConfig``. None is the form in which the default editor edits: chats where the template belongs to
+            the model, as that of an instruct model does, else plain text. For a model that was edited in another form
+            give that, ``editor.form.chat``; for comparison with published scores False. A fact edited in one form can
+            be scored in the other. With an end, it counts as a token of every answer.
         trunk: ``TrunkCache(model, editor.modules)``; the second evaluation of the same prompts then runs only the
             layers that edits can change.
         allow_broken: score a model that answers NaN as well: such an answer is wrong (0), its ``locality_kl`` None, and

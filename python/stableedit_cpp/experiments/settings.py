@@ -167,7 +167,8 @@ def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """What sets two ``to_dict`` apart, e.g. "config.step_size (0.0003 there, 0.0005 here)"."""
-    before = {**before, "config": {**LATER_FIELDS, **before["config"]}}
+    later = {name: value for name, value in LATER_FIELDS.items() if name in now["config"]}
+    before = {**before, "config": {**later, **before["config"]}}
     old, new = dict(_flat(before)), dict(_flat(now))
     found = []
     for key in {**old, **new}:

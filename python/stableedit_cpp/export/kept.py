@@ -25,7 +25,7 @@ def evaluate_change(
     requests: Sequence[EditRequest],
     *,
     metrics: Collection[str] = DEFAULT_METRICS,
-    chat_template: bool | None = False,
+    chat_template: bool | None = None,
     trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> Scores:
@@ -53,7 +53,7 @@ def rank_for_efficacy(
     requests: Sequence[EditRequest],
     *,
     keep: float = 0.95,
-    chat_template: bool | None = False,
+    chat_template: bool | None = None,
     progress: bool | None = None,
 ) -> tuple[int, dict[int, float]]:
     """The smallest rank, common to all modules, at which an adapter has ``keep`` of the edited model's efficacy.

@@ -26,7 +26,9 @@ from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.view import check_new_directory
 from stableedit_cpp.model.outputs import as_patterns
 
-_CREATE = "  stableedit session create edits/ --model smollm2-135m --warm-up training.json --warm-up-limit 500"
+_CREATE = """\
+  stableedit session create edits/ --model smollm2-135m
+  stableedit session create fast/ --model smollm2-135m --preset one-pass --warm-up training.json --warm-up-limit 500"""
 _EDIT = """\
   stableedit session edit edits/ --requests monday.jsonl
 

@@ -32,7 +32,7 @@ def add_parsers(actions) -> None:
     parser = new_action(actions, "evaluate", summary, _EVALUATE, evaluate)
     own = "whether the own answers of the session's unedited model stay"
     add_metrics_option(parser, own, (*DEFAULT_METRICS, "locality"))
-    add_form_options(parser, default="as the session edits")
+    add_form_options(parser, chat="as the session edits", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_opening_options(parser)
 
