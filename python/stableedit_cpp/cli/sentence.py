@@ -10,7 +10,7 @@ from stableedit_cpp.errors import DriftLimitReached, StableEditError
 
 __all__ = ["sentence"]
 
-_GUARD = "--turn-size, --step-size auto, --edit-modules; --guard-limit, --no-guard"
+_GUARD = "--turn-size, --step-size auto, --edit-modules (stableedit choose-modules measures); --guard-limit, --no-guard"
 
 
 def sentence(error: Exception) -> tuple[str, int]:

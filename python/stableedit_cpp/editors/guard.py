@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
-import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import ClassVar, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.editors.anchors import unrelated_prompts
 from stableedit_cpp.editors.config import EditorConfig
+from stableedit_cpp.editors.drawing import drawn_by
 from stableedit_cpp.errors import DriftLimitReached, ModelBroken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
 from stableedit_cpp.evaluation.locality import UneditedAnswers, answer_log_probabilities
@@ -24,15 +24,21 @@ from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["Drift", "LocalityGuard"]
+__all__ = ["Drift", "LocalityGuard", "guarded_prompts"]
 
-_OWN = 16  # prompts, where the user gives none,
-_SAMPLE = 4  # and so many of them are looked at after a pass
+_SAMPLE = 4  # of our own prompts are looked at after a pass
 _ANSWER = 8  # tokens of the unedited model's own answer that are watched
 # The limit, where the user gives none: this share of what a prompt tells the unedited model about its answer, and for
 # models that hardly tell one prompt from another, so many nats.
 _SHARE = 2 / 3
 _LEAST = 0.5
+
+
+@cache
+def guarded_prompts() -> tuple[str, ...]:
+    """Facts, sums, requests and beginnings of sentences in several languages, written for this package."""
+    text = files("stableedit_cpp.data").joinpath("guarded.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,9 @@ class LocalityGuard:
     Args:
         editor: edited already or not; the reference is that of its unedited model.
         prompts: texts that no edit is about, and whose answers shall stay; in the editor's form (as a user's turn where
-            it edits chats). All of them are run after each pass. None takes 16 of ``unrelated_prompts``, which are not
-            among the anchors of an editor that has 83 or fewer; four of them, drawn by what the pass edits, are run
-            after each pass, and the others as well where these have drifted beyond half of the limit.
+            it edits chats). All of them are run after each pass. None takes 16 of ours (``guarded_prompts``), which are
+            no anchors; four of them, drawn by what the pass edits, are run after each pass, and the others as well
+            where these have drifted beyond half of the limit.
         limit: of the mean drift, in nats, > 0, with no bound for one prompt; None takes the one above.
         back_offs: how often a pass is tried again, >= 0.
         progress: show a bar while the reference is taken; None shows it on a terminal.
@@ -152,8 +158,7 @@ class LocalityGuard:
         Args:
             edited: what the pass was solved for, which draws the sample: the same pass is looked at in the same way.
         """
-        drawn = random.Random(zlib.crc32(repr([sequence.ids for sequence in edited]).encode()))
-        sample = drawn.sample(range(len(self)), min(self._sample, len(self)))
+        sample = drawn_by(edited).sample(range(len(self)), min(self._sample, len(self)))
         seen = self._mean(self._measure(sample))
         if len(sample) == len(self) or seen <= 0.5 * self.limit:
             return seen
@@ -212,11 +217,11 @@ def _given(editor: Guarded, prompts: Sequence[str]) -> list[tuple[int, ...]]:
 def _own(editor: Guarded) -> list[tuple[int, ...]]:
     """Ours, as token ids; those that the model has room for."""
     limit = context_length(editor.model)
-    found = [tuple(ids) for ids in prompt_ids(editor.tokenizer, unrelated_prompts()[-_OWN:], editor.form)]
+    found = [tuple(ids) for ids in prompt_ids(editor.tokenizer, guarded_prompts(), editor.form)]
     found = [ids for ids in found if ids and (limit is None or len(ids) < limit)]
     if not found:
         raise ValueError(
-            f"none of the guard's {_OWN} prompts has tokens that the model's context of {limit} has room for"
+            f"the model's context of {limit} has room for none of the guard's {len(guarded_prompts())} prompts"
         )
     return found
 
@@ -229,5 +234,6 @@ def _information(rows: Sequence[torch.Tensor]) -> float:
     """
     total = sum(len(part) for part in rows)
     likely = [part.float().log_softmax(-1) for part in rows]
-    average = (sum(part.exp().sum(0) for part in likely) / total).log()
+    average = sum(part.exp().sum(0) for part in likely) / total
+    average = average.clamp_min(torch.finfo(average.dtype).tiny).log()  # 0, rounded, of what all but rule out
     return float(sum(kl_divergence(part, average).sum() for part in likely) / total)
