@@ -171,7 +171,7 @@ def capture(
         stack.enter_context(torch.enable_grad())
         for tap in taps:
             stack.enter_context(forward_hook(tap.module, tap))
-        for indices in pack(sequences, max_tokens, skip):
+        for indices in pack(sequences, max_tokens, skip, device):
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device, skip=skip)
             positions = batch.positions
@@ -239,10 +239,7 @@ def _backward(
     """Collect the rows of one forward pass; returns the loss and whether the model was right, per answer token."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = batch.labels.to(logits.device)
-    if reference is None:
-        loss = F.cross_entropy(logits, labels, reduction="none")
-    else:
-        loss = divergence(reference, logits.log_softmax(-1))
+    loss = F.cross_entropy(logits, labels, reduction="none") if reference is None else divergence(reference, logits)
     unused = [tap.name for tap in taps if tap.output is None]
     if unused:
         raise ValueError(f"edit_modules: {', '.join(unused)} took no part in the forward pass")

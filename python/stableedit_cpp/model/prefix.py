@@ -66,7 +66,7 @@ def shared_prefix(
         None where the sequences are to be run in full.
     """
     length = _common_length(sequences)
-    if length < _FEWEST or (len(sequences) - 1) * length <= fixed_cost(max_tokens):
+    if length < _FEWEST or (len(sequences) - 1) * length <= fixed_cost(max_tokens, input_device(model)):
         return None
     with untouched(model), torch.inference_mode(False):
         for known in [None] if trunk is None else [None, trunk]:
@@ -86,7 +86,7 @@ def _common_length(sequences: Sequence[TokenSequence]) -> int:
 
 
 def _run(model: nn.Module, sequences: Sequence[TokenSequence], length: int, trunk: TrunkCache | None) -> SharedPrefix:
-    prefix = TokenSequence(sequences[0].ids[:length], (0,))
+    prefix = TokenSequence(sequences[0].ids[:length], ())
     batch = collate([prefix], input_device(model))
     # Sequences that the trunk cache does not hold need the prefix in the layers below, too.
     if trunk is not None and prefix in trunk and not all(sequence in trunk for sequence in sequences):

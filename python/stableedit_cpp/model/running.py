@@ -53,7 +53,7 @@ def batches(
         trunk.check(sequences)
     prefix = shared_prefix(model, sequences, max_tokens=max_tokens, trunk=trunk)
     skip = len(prefix or ())
-    for indices in pack_apart(sequences, max_tokens, trunk, skip):
+    for indices in pack_apart(sequences, max_tokens, trunk, skip=skip, device=device):
         chosen = [sequences[index] for index in indices]
         batch = collate(chosen, device, skip=skip)
         with untouched(model), torch.no_grad():

@@ -264,17 +264,18 @@ def trusted(*caches: TrunkCache | None) -> Iterator[None]:
 
 
 def pack_apart(
-    sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None, skip: int = 0
+    sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None, **how: object
 ) -> list[list[int]]:
-    """Batches of indices as ``pack`` makes them; what the trunk cache holds and what it does not are not mixed."""
+    """Batches of indices as ``pack`` makes them, with ``how``; what the trunk cache holds and what it does not are not
+    mixed."""
     if trunk is None:
-        return pack(sequences, max_tokens, skip)
+        return pack(sequences, max_tokens, **how)
     kept = [index for index, sequence in enumerate(sequences) if sequence in trunk]
     rest = [index for index, sequence in enumerate(sequences) if sequence not in trunk]
     return [
         [group[i] for i in batch]
         for group in (kept, rest)
-        for batch in pack([sequences[index] for index in group], max_tokens, skip)
+        for batch in pack([sequences[index] for index in group], max_tokens, **how)
     ]
 
 
