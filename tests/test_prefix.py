@@ -84,8 +84,8 @@ def test_logits_keys_and_gradients_are_those_of_each_sequence_alone(architecture
         for module in modules:
             assert_close(turn.keys[module.name], keys[module.name])
             assert_close(turn.value_gradients[module.name], gradients[module.name])
-    assert model in prefix._objections and prefix.objection(model, trunk) is None  # none of them stands aside
-    assert not cached or trunk in prefix._objections
+    # None of them stands aside.
+    assert prefix._objections[model] == dict.fromkeys([0, 1] if cached else [0])
 
 
 def test_in_float64_to_the_last_digits():
@@ -102,7 +102,7 @@ def test_in_float64_to_the_last_digits():
 def test_half_precision(dtype, tolerance):
     model, sequences = tiny_model("llama", dtype), chats()
     assert_close(logits_of(model, sequences).float(), plain_logits(model, sequences).float(), tolerance)
-    assert prefix.objection(model) is None and model in prefix._objections
+    assert prefix._objections[model] == {0: None}
 
 
 def test_the_head_runs_once():
@@ -266,9 +266,9 @@ def test_a_broken_model_is_put_to_the_proof_when_it_is_whole_again():
     weight.data[0, 0] = torch.nan
     assert answer_scores(model, sequences, max_tokens=MAX_TOKENS).accuracy.isnan().all()
     weight.data.copy_(before)
-    assert model not in prefix._objections
+    assert prefix._objections[model] == {}
     assert_close(logits_of(model, sequences), plain_logits(model, sequences))
-    assert model in prefix._objections
+    assert prefix._objections[model] == {0: None}
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ def test_chats_of_smollm2(monkeypatch):
     trunk = TrunkCache(model, modules)
     turns = [capture(model, modules, sequences, max_tokens=2048, trunk=trunk) for _ in range(2)]
     scores = answer_scores(model, sequences, max_tokens=2048, trunk=trunk)
-    assert trunk in prefix._objections and prefix.objection(model, trunk) is None
+    assert prefix._objections[model] == {0: None, 27: None}
     for room in (capturing, running):
         monkeypatch.setattr(room, "shared_prefix", lambda *_args, **_how: None)
     exact = capture(model, modules, sequences, max_tokens=2048)

@@ -26,8 +26,8 @@ __all__ = ["SharedPrefix", "shared_prefix"]
 _FEWEST = 8  # tokens of a prefix; the rounding of a shorter one is not worth what it saves
 _PROOF_TOKENS = (8, 3)  # after the prefix, of the two sequences
 
-# Why models run in full, or how they do with the trunk cache: an error, or None where there is none.
-_objections: WeakKeyDictionary[nn.Module | TrunkCache, str | None] = WeakKeyDictionary()
+# Of each model by how many layers a trunk cache skips, 0 without one: why it runs in full, or None where it need not.
+_objections: WeakKeyDictionary[nn.Module, dict[int, str | None]] = WeakKeyDictionary()
 
 
 class _NotFinite(Exception):
@@ -68,6 +68,8 @@ def shared_prefix(
     length = _common_length(sequences)
     if length < _FEWEST or (len(sequences) - 1) * length <= fixed_cost(max_tokens, input_device(model)):
         return None
+    if trunk is not None and not trunk.in_use:
+        trunk = None
     with untouched(model), torch.inference_mode(False):
         for known in [None] if trunk is None else [None, trunk]:
             if not _proven(model, sequences, length, known):
@@ -76,8 +78,9 @@ def shared_prefix(
 
 
 def objection(model: nn.Module, trunk: TrunkCache | None = None) -> str | None:
-    """Why this model, or this model with this trunk cache, runs in full; None where nothing is known against it."""
-    return _objections.get(model) or (None if trunk is None else _objections.get(trunk))
+    """Why this model, or this model with such a trunk cache, runs in full; None where nothing is known against it."""
+    known = _objections.get(model, {})
+    return known.get(0) or (None if trunk is None else known.get(trunk.depth))
 
 
 def _common_length(sequences: Sequence[TokenSequence]) -> int:
@@ -104,15 +107,15 @@ def _run(model: nn.Module, sequences: Sequence[TokenSequence], length: int, trun
 
 
 def _proven(model: nn.Module, sequences: Sequence[TokenSequence], length: int, trunk: TrunkCache | None) -> bool:
-    subject = model if trunk is None else trunk
-    if subject not in _objections:
+    known, depth = _objections.setdefault(model, {}), 0 if trunk is None else trunk.depth
+    if depth not in known:
         try:
-            _objections[subject] = _difference(model, sequences, length, trunk)
+            known[depth] = _difference(model, sequences, length, trunk)
         except _NotFinite:
             return False  # it may be whole again next time
         except Exception as error:  # whatever stands in the way, everything works in full
-            _objections[subject] = f"{type(error).__name__}: {error}"
-    return _objections[subject] is None
+            known[depth] = f"{type(error).__name__}: {error}"
+    return known[depth] is None
 
 
 def _difference(
@@ -131,12 +134,12 @@ def _difference(
         exact = _logits_and_gradient(model, full, None)
         found = _logits_and_gradient(model, rest, _run(model, pair, length, None).past(rest))
         return _apart(found[0], exact[0], "logits") or _apart(found[1], exact[1][:, length:], "gradients")
+    empty, filled = trunk.emptied(), trunk.emptied()
     with torch.no_grad():
-        caches = [trunk.emptied(), trunk.emptied()]
-        exact = answer_logits(model, full, caches[0], pair)
-        for cache in [*caches, *caches]:
-            past = _run(model, pair, length, cache).past(rest)
-            different = _apart(answer_logits(model, rest, cache, pair, past), exact, "logits with a trunk cache")
+        exact = answer_logits(model, full, filled, pair)
+        for cache in (empty, empty, filled, filled):
+            logits = answer_logits(model, rest, cache, pair, _run(model, pair, length, cache).past(rest))
+            different = _apart(logits, exact, "logits with a trunk cache")
             if different:
                 return different
     return None

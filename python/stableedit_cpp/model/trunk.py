@@ -73,6 +73,16 @@ class TrunkCache:
         except ValueError:
             return None
 
+    @property
+    def depth(self) -> int:
+        """How many layers lie below the first edited module."""
+        return self._depth
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it keeps and reuses anything: it has been checked, and does not stand aside."""
+        return self._proven
+
     def __len__(self) -> int:
         return len(self._states)
 
