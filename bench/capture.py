@@ -5,17 +5,26 @@ from __future__ import annotations
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 from common import finish, milliseconds, new_parser, peak_memory, start, timed
 from published import published_batches, published_capture, require_gradients
+from stableedit_cpp.evaluation.answers import answer_scores
+from stableedit_cpp.model import capture as capturing
+from stableedit_cpp.model import running
 from stableedit_cpp.model.capture import capture
-from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.form import find_form
+from stableedit_cpp.model.modules import EditModule, find_modules
+from stableedit_cpp.model.outputs import default_edit_modules
+from stableedit_cpp.model.prefix import shared_prefix
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
+from stableedit_cpp.model.trunk import TrunkCache, trusted
 from stableedit_cpp.model.untouched import untouched
 from workload import (
     CONFIGS,
@@ -39,6 +48,7 @@ def main() -> None:
     add_model_options(parser)
     parser.add_argument("--config", metavar="NAME", help=f"also a random model: {', '.join(CONFIGS)} or a JSON file")
     parser.add_argument("--only-config", action="store_true", help="leave out --model")
+    parser.add_argument("--chats", action="store_true", help="also requests of --model as turns of a chat")
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="requests a turn (default 100)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="alternating runs of each (default 5)")
     parser.add_argument(
@@ -56,6 +66,11 @@ def main() -> None:
         model, tokenizer, modules = pretrained(options, device)
         sequences = token_sequences(model, tokenizer, zsre(options, options.requests))
         results = compare(model, modules, sequences, options, device)
+        if options.chats:
+            form = find_form(model, tokenizer, chat_template=True, end_of_answer=True)
+            sequences = token_sequences(model, tokenizer, zsre(options, options.requests), form)
+            every = options.edit_modules or default_edit_modules(model, every=True)
+            results["chats"] = chats(model, find_modules(model, every), sequences, options, device)
         del model
     if options.config:
         model = random_model(options.config, options, device)
@@ -116,6 +131,51 @@ def compare(
         },
         "answer_tokens": answers,
     }
+
+
+def chats(
+    model: torch.nn.Module,
+    modules: list[EditModule],
+    sequences: list[TokenSequence],
+    options: Namespace,
+    device: torch.device,
+) -> dict[str, object]:
+    """Alternating runs with a filled trunk cache, after one of each that is not counted."""
+    ways = {
+        "capture": lambda trunk: capture(model, modules, sequences, max_tokens=options.max_tokens, trunk=trunk),
+        "scores": lambda trunk: answer_scores(model, sequences, max_tokens=options.max_tokens, trunk=trunk),
+    }
+    caches = {whole: TrunkCache(model, modules) for whole in (False, True)}
+    seconds: dict[tuple[str, bool], list[float]] = {(name, whole): [] for name in ways for whole in caches}
+    with trusted(*caches.values()):
+        for repeat in range(options.repeats + 1):
+            for name, whole in seconds:
+                with in_full() if whole else nullcontext():
+                    taken = timed(device, ways[name], caches[whole])[1]
+                if repeat:
+                    seconds[name, whole].append(taken)
+    prefix = shared_prefix(model, sequences, max_tokens=options.max_tokens)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return {
+        **{name: milliseconds(seconds[name, False]) for name in ways},
+        **{f"{name}_in_full": milliseconds(seconds[name, True]) for name in ways},
+        **{f"{name}_share": medians[name, False] / medians[name, True] for name in ways},
+        "edit_modules": [module.name for module in modules],
+        "tokens": sum(map(len, sequences)),
+        "prefix_tokens": len(prefix)
+        if (prefix := shared_prefix(model, sequences, max_tokens=options.max_tokens))
+        else 0,
+        "answer_tokens": sum(len(sequence.answer) for sequence in sequences),
+    }
+
+
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Every prompt from its first token on, as before it was shared."""
+    with ExitStack() as stack:
+        for room in (capturing, running):
+            stack.enter_context(mock.patch.object(room, "shared_prefix", return_value=None))
+        yield
 
 
 def bare_limit(model: torch.nn.Module, first: EditModule, batches: Sequence[Batch]) -> None:

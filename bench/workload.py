@@ -12,6 +12,7 @@ import transformers
 
 from common import data_file
 from stableedit_cpp import StableEditConfig, load_model, read_requests
+from stableedit_cpp.model.form import RAW, Form
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
@@ -59,9 +60,9 @@ def zsre(options: argparse.Namespace, count: int, part: str = "edit") -> list:
     return read_requests(data_file(options.data, f"zsre/zsre_{part}_5k.json"), count)
 
 
-def token_sequences(model: torch.nn.Module, tokenizer, requests: list) -> list[TokenSequence]:
+def token_sequences(model: torch.nn.Module, tokenizer, requests: list, form: Form = RAW) -> list[TokenSequence]:
     names = [str(index) for index in range(len(requests))]
-    return tokenize(tokenizer, [(r.prompt, r.target) for r in requests], context_length(model), names)
+    return tokenize(tokenizer, [(r.prompt, r.target) for r in requests], context_length(model), names, form)
 
 
 def random_sequences(count: int, vocabulary: int) -> list[TokenSequence]:

@@ -145,6 +145,23 @@ def test_a_trunk_cache_that_holds_some_of_them():
     assert 0 < len(narrow) < len(sequences)
 
 
+def test_captured_rows_are_in_order_whatever_the_trunk_cache_holds():
+    model, sequences = tiny_model("llama"), chats()
+    modules = modules_of(model, "llama")
+    exact = captured(model, modules, sequences)
+    trunk = TrunkCache(model, modules)
+    logits_of(model, sequences[::3], trunk=trunk)
+    watched: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, args, _o: watched.append(len(args[0])))
+    turn = captured(model, modules, sequences, trunk=trunk)
+    assert sum(watched) == 1 + len(sequences) - len(sequences[::3])  # the head, and those that are not held
+    assert torch.equal(turn.request, exact.request) and torch.equal(turn.correct, exact.correct)
+    torch.testing.assert_close(turn.losses, exact.losses)
+    for name in exact.keys:
+        assert_close(turn.keys[name], exact.keys[name])
+        assert_close(turn.value_gradients[name], exact.value_gradients[name])
+
+
 def test_nothing_is_kept_from_call_to_call():
     """The head's keys and values change with the weights."""
     model, sequences = tiny_model("llama"), chats()

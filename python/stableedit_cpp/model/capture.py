@@ -17,9 +17,9 @@ from stableedit_cpp.model.attached import forward_hook
 from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.prefix import shared_prefix
-from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first, pack
+from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first
 from stableedit_cpp.model.top_tokens import TopTokens, divergence, joined
-from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.trunk import TrunkCache, pack_apart
 from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = ["CapturedTurn", "NotFiniteError", "capture", "join"]
@@ -171,7 +171,8 @@ def capture(
         stack.enter_context(torch.enable_grad())
         for tap in taps:
             stack.enter_context(forward_hook(tap.module, tap))
-        for indices in pack(sequences, max_tokens, skip, device):
+        run = pack_apart(sequences, max_tokens, trunk, skip=skip, device=device)
+        for indices in run:
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device, skip=skip)
             positions = batch.positions
@@ -192,11 +193,14 @@ def capture(
     if prompt_rows:
         rows = [index for index in order for _ in _all_rows(sequences[index])]
         request = torch.tensor(rows, dtype=torch.long, device="cpu")
-    loss, hit = torch.cat(losses).cpu(), torch.cat(hits).cpu()
-    keys = {name: torch.cat(piece[0]) for name, piece in pieces.items()}
+    ran = [index for indices in run for index in indices]
+    by_answer = _in_order(order, ran, [len(sequence.answer) for sequence in sequences])
+    by_row = _in_order(order, ran, [len(_all_rows(s)) for s in sequences]) if prompt_rows else by_answer
+    loss, hit = torch.cat(losses).cpu()[by_answer], torch.cat(hits).cpu()[by_answer]
+    keys = {name: torch.cat(piece[0])[by_row] for name, piece in pieces.items()}
     # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
     # keeps small numbers out of a half-precision backward pass.
-    gradients = {name: torch.cat(piece[1]) for name, piece in pieces.items()}
+    gradients = {name: torch.cat(piece[1])[by_row] for name, piece in pieces.items()}
     gradients = {name: g * weights[request].to(g).unsqueeze(1) for name, g in gradients.items()}
     _check_finite(loss, answer, names, "loss")
     for what, tensors in (("key", keys), ("value gradient", gradients)):
@@ -259,6 +263,16 @@ def _all_rows(sequence: TokenSequence) -> range:
 def _all_positions(sequences: Sequence[TokenSequence], width: int) -> list[int]:
     """The same as indices into the flattened ``[sequences, width]``, padded on the right."""
     return [row * width + place for row, sequence in enumerate(sequences) for place in _all_rows(sequence)]
+
+
+def _in_order(order: Sequence[int], ran: Sequence[int], rows: Sequence[int]) -> slice | torch.Tensor:
+    """What puts the rows of sequences that were run in one order, so many of each, into another."""
+    if list(order) == list(ran):
+        return slice(None)
+    rank = torch.empty(len(order), dtype=torch.long, device="cpu")
+    rank[torch.tensor(order, device="cpu")] = torch.arange(len(order), device="cpu")
+    which = torch.tensor([index for index in ran for _ in range(rows[index])], dtype=torch.long, device="cpu")
+    return rank[which].argsort(stable=True)
 
 
 def _check_finite(tensor: torch.Tensor, request: torch.Tensor, names: Sequence[str] | None, what: str) -> None:
