@@ -14,57 +14,82 @@ from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
 
 # Name of a row: data set, and what it changes of the config: in which form the model is edited and asked.
 ROWS = {
-    "zsre-chat": ("zsre/zsre_edit_5k.json", {"chat_template": True}),
-    "zsre-raw": ("zsre/zsre_edit_5k.json", {"chat_template": False}),
-    "counterfact-chat": ("counterfact/counterfact_edit_10k.json", {"chat_template": True}),
-    "counterfact-raw": ("counterfact/counterfact_edit_10k.json", {"chat_template": False}),
+    f"{name}-{form}": (data, {"chat_template": form == "chat"})
+    for name, data in (
+        ("zsre", "zsre/zsre_edit_5k.json"),
+        ("zsre-train", "zsre/zsre_train_5k.json"),
+        ("counterfact", "counterfact/counterfact_edit_10k.json"),
+        ("entityquestions", "entityquestions/stream_edit_100k.jsonl.gz"),
+    )
+    for form in ("chat", "raw")
 }
 
 
 def main() -> None:
     parser = new_parser(
-        "Edits with StableEditConfig() and scores, teacher-forced and by free generation: the edited prompts,\n"
-        "their paraphrases, and unrelated prompts beside the unedited model's own answers. Settings were searched on\n"
-        "the first 100 records of ZsRE, which are left out.",
-        "take.py --rows zsre-chat zsre-raw --edits 1000 --sample 300 --json bench/results/take.json",
+        "Edits with StableEditConfig() and scores, teacher-forced and by free generation: the edited prompts, their\n"
+        "paraphrases, and unrelated prompts beside the unedited model's own answers. Settings were searched on the\n"
+        "first 1,000 records of ZsRE's and CounterFact's edit files, which are left out.",
+        "take.py --rows zsre-chat zsre-raw --edits 1000 --json bench/results/take.json",
     )
     parser.add_argument("--model", default="smollm2-135m", help="directory or name of a model (default smollm2-135m)")
     parser.add_argument("--data", default="../shared/data", metavar="DIR", help="data sets (default ../shared/data)")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help=" ".join(ROWS))
+    parser.add_argument(
+        "--rows", nargs="+", default=["zsre-chat", "zsre-raw"], choices=list(ROWS), metavar="ROW", help=" ".join(ROWS)
+    )
     parser.add_argument("--edits", type=int, default=1000, metavar="N", help="default 1000")
     parser.add_argument("--skip", type=int, default=2000, metavar="N", help="records before the first (default 2000)")
     parser.add_argument(
         "--sample", type=int, default=300, metavar="N", help="edits to score, evenly spread (default 300)"
     )
+    parser.add_argument(
+        "--checkpoints", type=int, nargs="+", default=[], metavar="N", help="score after so many edits, too"
+    )
     parser.add_argument("--edit-modules", nargs="+", metavar="NAME", help="default: the editor's own")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="in one forward pass (default 2048)")
     parser.add_argument(
         "--perplexity", metavar="FILE", help="texts, relative to --data, e.g. downstream/me_ppl_1k.json"
     )
     options = parser.parse_args()
     device = start(options)
-    rows = {name: run(name, options, device) for name in options.rows}
+    rows = {
+        f"{name}, {options.edits} edits, {Path(options.model).name}": run(name, options, device)
+        for name in options.rows
+    }
     finish("take", options, device, {"rows": rows})
 
 
 def run(name: str, options: Namespace, device: torch.device) -> dict[str, object]:
-    """Edit a fresh model, and score it before and after."""
+    """Edit a fresh model, and score it before, at the checkpoints and after."""
     data, changes = ROWS[name]
     requests = read_requests(data_file(options.data, data), options.skip + options.edits)[options.skip :]
     model, tokenizer = load_model(options.model, device=device)
-    editor = StableEdit(model, tokenizer, StableEditConfig(edit_modules=options.edit_modules, **changes))
-    scored = requests[:: max(1, len(requests) // options.sample)][: options.sample]
+    settings = {"edit_modules": options.edit_modules, "max_tokens_per_forward": options.tokens}
+    editor = StableEdit(model, tokenizer, StableEditConfig(**changes, **settings))
+    sample = range(0, len(requests), max(1, len(requests) // options.sample))[: options.sample]
+    scored = [requests[index] for index in sample]
     trunk, unedited = TrunkCache.where_possible(model, editor.modules), UneditedAnswers(editor.unedited)
-    before = scores(editor, scored, options, trunk, unedited)
-    report = editor.edit(requests, progress=True)
-    return {
-        "edits": report.edits,
-        "edits_per_second": report.edits_per_second,
-        "seconds_by_part": report.seconds_by_part(),
-        "taken_when_edited": 1.0 - len(report.failed) / report.edits,
-        "passes": [turn.passes for turn in report.turns],
+    result: dict[str, object] = {"unedited": scores(editor, scored, options, trunk, unedited), "checkpoints": {}}
+    turns, seconds = [], 0.0
+    ends = sorted({end for end in options.checkpoints if 0 < end < len(requests)} | {len(requests)})
+    for begin, end in zip([0, *ends], ends, strict=False):
+        report = editor.edit(requests[begin:end], progress=True)
+        turns, seconds = turns + report.turns, seconds + report.seconds
+        done = [requests[index] for index in sample if index < end]
+        result["checkpoints"][end] = scores(editor, done, options, trunk, unedited) | {
+            "change": {name: float(change.norm()) for name, change in editor.weight_changes().items()}
+        }
+    held = sum(turn.requests - len(turn.failed) for turn in turns)
+    parts = sorted({part for turn in turns for part in turn.seconds})
+    return result | {
+        "edits": len(requests),
+        "edits_per_second": len(requests) / seconds,
+        "seconds_by_part": {part: sum(turn.seconds.get(part, 0.0) for turn in turns) for part in parts},
+        "taken_when_edited": held / len(requests),
+        "passes": [turn.passes for turn in turns],
+        "update_norms": [sum(norm**2 for norm in turn.update_norms.values()) ** 0.5 for turn in turns],
         "steps": [] if editor.solver.step is None else editor.solver.step.recent,
-        "unedited": before,
-        "edited": scores(editor, scored, options, trunk, unedited),
+        "edited": result["checkpoints"][len(requests)],
         "config": editor.config.to_json(),
     }
 
@@ -77,8 +102,12 @@ def scores(
     unedited: UneditedAnswers,
 ) -> dict[str, object]:
     how = {"chat_template": editor.form.chat, "reference": unedited, "trunk": trunk}
+    how["max_tokens_per_forward"] = options.tokens
     found = evaluate(editor.model, editor.tokenizer, requests, progress=True, **how)
     result: dict[str, object] = {"means": found.means(), "standard_errors": found.standard_errors}
+    oldest = requests[: max(1, len(requests) // 10)]
+    how["metrics"] = ["generation"]
+    result["oldest_tenth"] = evaluate(editor.model, editor.tokenizer, oldest, progress=False, **how).means()
     if options.perplexity:
         texts = read_texts(Path(options.data) / options.perplexity)
         result["perplexity"] = perplexity(

@@ -252,7 +252,7 @@ def test_defaults():
     assert (config.whitening, config.floor_mode, config.statistics) == ("full", "relative", "shared")
     assert (config.turn_size, config.micro_batch, config.max_passes) == (100, 10, 10)
     assert (config.step_size, config.centred, config.take_probability) == ("auto", None, 0.4)
-    assert (config.anchors, config.replays, config.past_key_weight) == (48, 48, 0.02)
+    assert (config.anchors, config.replays, config.past_key_weight) == (96, 192, 0.02)
     assert not config.retries_feed_statistics
     assert (config.chat_template, config.end_of_answer) == (None, True)
     assert UltraEditConfig().ridge == 1.0

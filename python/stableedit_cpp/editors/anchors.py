@@ -25,6 +25,7 @@ from stableedit_cpp.model.trunk import TrunkCache
 __all__ = ["GUARDED", "Anchors", "unrelated_prompts"]
 
 GUARDED = 16  # of the unrelated prompts, the last ones, are never anchors: a guard looks at them
+_EACH = 1  # anchor for each sequence of a pass
 _ANSWER = 12  # tokens of the unedited model's own answer that are held
 _TOP = 128  # tokens of a distribution that are told apart: 18 KB an anchor
 _RARE = 0.02  # a token in no more than this share of the anchors says what an anchor is about
@@ -56,7 +57,7 @@ class Anchors:
     Args:
         model, tokenizer, modules, form: those of the editor.
         unedited: shows the unedited model (``editor.unedited``).
-        count: the most anchors a pass may have, one for every second of its sequences but no fewer than 16.
+        count: the most anchors a pass may have, one for each of its sequences but no fewer than 16.
         max_tokens: tokens, padding included, in one forward pass.
     """
 
@@ -91,7 +92,7 @@ class Anchors:
         """
         about = {index for group in (sequences, past) for sequence in group for index in self._subjects.of(sequence)}
         free = [index for index in range(len(self.prompts)) if index not in about]
-        self._turn = drawn_by(sequences).sample(free, min(len(free), 2 * share_of(len(sequences), self.count)))
+        self._turn = drawn_by(sequences).sample(free, min(len(free), 2 * share_of(len(sequences), self.count, _EACH)))
         fresh = [index for index in self._turn if index not in self._known]
         if not fresh:
             return
@@ -109,7 +110,7 @@ class Anchors:
 
         An answer token of an anchor weighs in the loss as much as one of a request does on average.
         """
-        number = min(share_of(len(sequences), self.count), len(self._turn))
+        number = min(share_of(len(sequences), self.count, _EACH), len(self._turn))
         chosen = drawn_by(sequences).sample(self._turn, number)
         if not chosen:
             return captured

@@ -19,6 +19,6 @@ def drawn_by(sequences: Sequence[TokenSequence]) -> random.Random:
     return random.Random(zlib.crc32(repr(tokens).encode()))
 
 
-def share_of(sequences: int, most: int) -> int:
-    """One for every second sequence, but no fewer than 16 and no more than ``most``."""
-    return min(most, max(_FEWEST, sequences // 2))
+def share_of(sequences: int, most: int, each: int) -> int:
+    """So many for ``each`` sequence, but no fewer than 16 and no more than ``most``."""
+    return min(most, max(_FEWEST, each * sequences))

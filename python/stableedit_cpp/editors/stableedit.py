@@ -48,8 +48,8 @@ class StableEditConfig(EditorConfig):
     step_size: float | Literal["auto"] = "auto"
     max_passes: int = 10
     take_probability: float = 0.4
-    anchors: int = 48
-    replays: int = 48
+    anchors: int = 96
+    replays: int = 192
     retries_feed_statistics: bool = False
     past_key_weight: float = 0.02
     chat_template: bool | None = None
