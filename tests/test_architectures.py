@@ -11,7 +11,7 @@ from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.tokens import TokenSequence
 from support.captures import MICRO_BATCH, plain_reference, sequences_of
-from support.tiny import ARCHITECTURES, FACTS, LAYERS, pattern_of, tiny_model
+from support.tiny import ARCHITECTURES, FACTS, LAYERS, pattern_of, roomy_model, tiny_model
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -26,6 +26,16 @@ def edit(model, tokenizer, architecture, **changes) -> tuple[se.StableEdit, se.E
     config = {"edit_modules": pattern_of(architecture), "step_size": 1e-2, "turn_size": 7} | changes
     editor = se.StableEdit(model, tokenizer, se.StableEditConfig.one_pass(**config))
     return editor, editor.edit(FACTS)
+
+
+def test_the_default_editor_takes(architecture, tokenizer):
+    """With no setting, whatever scale loss and gradients have: the free answers are the targets, and stop."""
+    model = roomy_model(architecture)
+    facts = [fact for fact in FACTS if fact["target"] in ("Au", "A", "4")]
+    unedited = se.evaluate(model, tokenizer, facts, metrics=["generation"], progress=False)
+    se.StableEdit(model, tokenizer).edit(facts, progress=False)
+    scores = se.evaluate(model, tokenizer, facts, metrics=["generation"], progress=False)
+    assert (unedited["efficacy_free"].mean, scores["efficacy_free"].mean) == (0.0, 1.0)
 
 
 def mean_loss(model, sequences) -> float:

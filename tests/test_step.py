@@ -9,11 +9,13 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.core import LifelongNormalizer, PolyakStep, WhiteningOptions
+from stableedit_cpp.data.request import as_requests
 from stableedit_cpp.editors.registry import named_editor
+from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.model.capture import capture
 from support.captures import sequences_of
 from support.editors import MODULES, assert_same_bits, make, on_call, state_of, weight_of
-from support.tiny import FACTS, tiny_model
+from support.tiny import FACTS, roomy_model, tiny_model
 
 
 def fail() -> None:
@@ -202,6 +204,32 @@ def test_a_number_keeps_no_steps(tokenizer):
     editor.edit(FACTS[:5], progress=False)
     assert editor.solver.step is None
     assert "step" not in editor.state_dict()
+
+
+class TestANumberInThePlaceOfTheDefault:
+    """``StableEditConfig(step_size=2e-4)``: that step, in the update that steps are stated for; all else default."""
+
+    @pytest.mark.parametrize(("settings", "centred"), [({}, False), ({"step_size": 2e-4}, True)], ids=str)
+    def test_is_one_of_the_published_update(self, settings, centred, tokenizer):
+        for changes, expected in (({}, centred), ({"centred": False}, False), ({"centred": True}, True)):
+            editor = se.StableEdit(tiny_model("llama"), tokenizer, se.StableEditConfig(**settings, **changes))
+            state = editor.state_dict()["normalizer/24 -> 16"]
+            assert ("whitening.centred" not in state) == expected
+
+    def test_also_where_the_config_was_made_with_another(self):
+        config = dataclasses.replace(se.StableEditConfig(), step_size=2e-4)
+        assert config == se.StableEditConfig(step_size=2e-4)
+        assert named_editor("stableedit", {"step_size": "2e-4"}).config == config
+
+    @pytest.mark.parametrize("step_size", [1e-6, 2e-4, 1e-2])
+    def test_helps_and_ends_at_the_best_pass(self, step_size, tokenizer):
+        model, facts = roomy_model("gpt2"), FACTS[:5]
+        editor = se.StableEdit(model, tokenizer, se.StableEditConfig(step_size=step_size))
+        before = answer_scores(model, editor.tokenize(as_requests(facts)), max_tokens=2048).probability
+        turn = editor.edit(facts, progress=False).turns[0]
+        after = answer_scores(model, editor.tokenize(as_requests(facts)), max_tokens=2048).probability
+        assert after.log().mean() > before.log().mean()
+        assert len(facts) - len(turn.failed) == max(turn.taken)
 
 
 @pytest.mark.parametrize("value", ["automatic", "", 0, -1.0, float("nan"), True])

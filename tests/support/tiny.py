@@ -51,9 +51,29 @@ ARCHITECTURES = {
 
 def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """A random model in evaluation mode, with weights large enough for gradients of a useful size."""
+    return _random_model(architecture, dtype, seed, {}, 5.0)
+
+
+def roomy_model(architecture: str) -> torch.nn.Module:
+    """A random model with room for edits beside what holds other answers in place: 512 keys, where ``tiny_model`` has
+    24; and for whole prompts of ours, at a token a byte."""
+    roomy = dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 128)
+    roomy |= dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), 512)
+    roomy |= {"n_positions": 256, "max_seq_len": 256, "max_position_embeddings": 256, "head_dim": 64}
+    return _random_model(architecture, torch.float32, 0, roomy, 3.0)
+
+
+def _random_model(
+    architecture: str, dtype: torch.dtype, seed: int, changes: dict[str, int], scale: float
+) -> torch.nn.Module:
+    """
+    Args:
+        changes: sizes to set differently, where the architecture has them. scale: of its usual random matrices.
+    """
     config_class, sizes, _ = ARCHITECTURES[architecture]
-    if "n_positions" not in sizes:
+    if not {"n_positions", "max_seq_len"} & sizes.keys():
         sizes = sizes | {"max_position_embeddings": 64}
+    sizes = {name: changes.get(name, size) for name, size in sizes.items()}
     config = getattr(transformers, config_class)(
         **sizes, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False
     )
@@ -62,7 +82,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(5.0)
+                parameter.mul_(scale)
     return model.to(dtype).eval()
 
 
