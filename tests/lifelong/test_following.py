@@ -224,7 +224,6 @@ def test_signals_that_raise_anywhere(passes, tokenizer, tmp_path, monkeypatch):
     none_takes(monkeypatch)
     config = config_of(turn_size=2, max_passes=passes, past_key_weight=0.02)
     session = create(tmp_path / "s", tokenizer, config=config, snapshot_every=2)
-    session.editor.guard = None  # which is made before the first turn, and would be interrupted in its place
     interrupted = written = 0
     with alarms() as alarm:
         for number, instant in enumerate(instants(0.15 * passes, 40)):

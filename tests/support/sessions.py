@@ -25,12 +25,17 @@ def config_of(editor: str = "stableedit", **changes) -> se.EditorConfig:
 
 
 def create(directory: Path, tokenizer, *, dtype=torch.float32, config=None, **options) -> LifelongSession:
-    return LifelongSession.create(directory, tiny_model("llama", dtype), tokenizer, config or config_of(), **options)
+    """Without a guard, as ``support.editors.make``."""
+    session = LifelongSession.create(directory, tiny_model("llama", dtype), tokenizer, config or config_of(), **options)
+    session.editor.guard = None
+    return session
 
 
 def reopen(directory: Path, tokenizer, *, dtype=torch.float32, **options) -> LifelongSession:
     """With a model that was loaded anew."""
-    return LifelongSession.open(directory, tiny_model("llama", dtype), tokenizer, **options)
+    session = LifelongSession.open(directory, tiny_model("llama", dtype), tokenizer, **options)
+    session.editor.guard = None
+    return session
 
 
 def stream(count: int, begin: int = 0) -> list[dict[str, str]]:
