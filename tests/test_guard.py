@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.editors.anchors import unrelated_prompts
-from stableedit_cpp.editors.guard import LocalityGuard, guarded_prompts
+from stableedit_cpp.editors.guard import LocalityGuard, Look, guarded_prompts
 from stableedit_cpp.model.tokens import TokenSequence
 from support.answers import none_takes
 from support.chats import chat_model, chat_tokenizer
@@ -109,9 +111,11 @@ class TestItsOwnLimit:
         for count in (1, most, most + 1):
             lost = torch.arange(len(guard)) < count
             measured = torch.where(lost, 1e6, 0.0).double()
-            monkeypatch.setattr(guard, "_measure", lambda indices, found=measured: found[list(indices)])
             for seed in range(20):
-                assert guard.look([TokenSequence((seed,), (seed,))]) <= guard.limit or count > most
+                monkeypatch.setattr(guard, "_measure", lambda indices: torch.zeros(len(indices)).double())
+                guard.begin([TokenSequence((seed,), (seed,))])
+                monkeypatch.setattr(guard, "_measure", lambda indices, found=measured: found[list(indices)])
+                assert guard.look().drift <= guard.limit or count > most
         assert guard.drift().mean > 1e5
 
     def test_what_ruins_a_model_is_refused(self, tokenizer):
@@ -132,17 +136,46 @@ class TestTheSample:
         monkeypatch.setattr(guard, "_measure", lambda indices: looked.append(set(indices)) or drift[list(indices)])
         one, other = ([TokenSequence((number,), (number,))] for number in (1, 2))
         for edited in (one, other, one):
-            guard.look(edited)
-        assert [len(sample) for sample in looked] == [4, 4, 4] and looked[0] == looked[2] != looked[1]
+            guard.begin(edited)
+            guard.look()
+        assert [len(sample) for sample in looked] == [4] * 6
+        assert looked[0] == looked[1] == looked[4] == looked[5] != looked[2] == looked[3]
         drift += 0.51 * guard.limit
-        assert guard.look(one) == pytest.approx(0.51 * guard.limit)
-        assert [len(sample) for sample in looked[3:]] == [4, len(guard)]
+        assert guard.look().drift == pytest.approx(0.51 * guard.limit)
+        assert [len(sample) for sample in looked[6:]] == [4, len(guard)]
 
     def test_prompts_that_were_given_are_all_run(self, tokenizer, monkeypatch):
         guard, looked = LocalityGuard(make(tokenizer), [*PROMPTS, "Say", "Once"], limit=1.0), []
         monkeypatch.setattr(guard, "_measure", lambda indices: looked.append(len(indices)) or torch.zeros(6).double())
-        guard.look([TokenSequence((1,), (1,))])
-        assert looked == [6]
+        guard.begin([TokenSequence((1,), (1,))])
+        guard.look()
+        assert looked == [6] and guard.turn_limit == math.inf
+
+
+class TestATurn:
+    @pytest.mark.parametrize("before", [0.0, 0.9])
+    def test_may_add_a_quarter_of_the_limit_or_half_a_nat(self, before, tokenizer, monkeypatch):
+        guard = LocalityGuard(make(tokenizer, certain()))
+        assert guard.turn_limit == max(0.5, guard.limit / 4)
+        drift = torch.full((len(guard),), before, dtype=torch.float64)
+        monkeypatch.setattr(guard, "_measure", lambda indices: drift[list(indices)])
+        guard.begin([TokenSequence((1,), (1,))])
+        drift += 0.49
+        assert guard.look().within and guard.look().rise == pytest.approx(0.49)
+        drift += 0.02
+        look = guard.look()
+        assert not look.within and look.drift < guard.limit
+        assert "0.51 more by this turn alone, beyond the 0.5 that one may add" in str(guard.refusal(look))
+
+    def test_backs_off_for_that(self, tokenizer):
+        free, held = (make(tokenizer, certain(), step_size=1e-2) for _ in range(2))
+        for one in (free, held):
+            one.guard = LocalityGuard(one, back_offs=8)
+        free.guard.turn_limit = math.inf
+        (turn,) = free.edit(FACTS[:TURN]).turns
+        held.guard.turn_limit = 0.5 * turn.drift
+        (other,) = held.edit(FACTS[:TURN]).turns
+        assert turn.back_offs == 0 < other.back_offs and other.drift <= 0.5 * turn.drift
 
 
 class TestABrokenModel:
@@ -242,7 +275,7 @@ class TestBackingOff:
         editor, by_hand = (make(tokenizer, max_passes=passes, step_size=1.0) for passes in (4, 2))
         editor.guard = guard = LocalityGuard(editor, PROMPTS, limit=NO_LIMIT, back_offs=2)
         seen, real = [], guard.look
-        monkeypatch.setattr(guard, "look", lambda edited: seen.append(1) or (1e10 if len(seen) > 2 else real(edited)))
+        monkeypatch.setattr(guard, "look", lambda: seen.append(1) or (Look(9, 9, False) if len(seen) > 2 else real()))
         (turn,) = editor.edit(FACTS[:TURN]).turns
         assert (turn.passes, turn.back_offs, len(seen)) == (2, 2, 5) and turn.drift == pytest.approx(guard.drift().mean)
         by_hand.edit(FACTS[:TURN])

@@ -11,7 +11,7 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
-from stableedit_cpp.editors.guard import LocalityGuard
+from stableedit_cpp.editors.guard import LocalityGuard, Look
 from support.answers import Successor
 from support.commands import assert_one_error, tree
 from support.editors import MODULES, TURN, assert_same_bits, make, state_of
@@ -33,9 +33,9 @@ def looks(monkeypatch):
     """Lets the guard find that the model has drifted far, in the looks that are in ``looks["bad"]``, from 1 on."""
     real, state = LocalityGuard.look, {"bad": range(0), "done": 0}
 
-    def look(guard, edited):
+    def look(guard):
         state["done"] += 1
-        return 7.5 if state["done"] in state["bad"] else real(guard, edited)
+        return Look(7.5, 7.5, False) if state["done"] in state["bad"] else real(guard)
 
     monkeypatch.setattr(LocalityGuard, "look", look)
     return state

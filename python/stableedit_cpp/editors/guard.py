@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -32,6 +32,7 @@ _ANSWER = 8  # tokens of the unedited model's own answer that are watched
 # models that hardly tell one prompt from another, so many nats.
 _SHARE = 2 / 3
 _LEAST = 0.5
+_TURN = 0.25  # of that limit one turn may add, or so many nats as above
 
 
 @cache
@@ -53,6 +54,19 @@ class Drift:
     mean: float
     largest: float
     per_prompt: torch.Tensor
+
+
+class Look(NamedTuple):
+    """What the guard saw after a pass, in nats.
+
+    Attributes:
+        drift: mean over the prompts that were run. rise: of the sample's mean since the turn began.
+        within: whether the pass may stay.
+    """
+
+    drift: float
+    rise: float
+    within: bool
 
 
 class Guarded(Protocol):
@@ -86,7 +100,8 @@ class LocalityGuard:
     that can be said, would have a drift of the whole of it (3.0 nats for SmolLM2 and plain text, 3.8 as chats). Under
     this limit a prompt counts with no more than the whole: after long streams some prompts are answered in the form of
     the edits and drift without bounds, where the others are as they were. It is at least 0.5 nats, since a model with
-    random weights tells prompts hardly apart.
+    random weights tells prompts hardly apart. And one turn may add no more than a quarter of it, or 0.5 nats: a hundred
+    edits add some hundredths to two tenths, a single one that ruins adds nats.
 
     The reference, the unedited model's log-probabilities, is taken once, in float16 and host memory: ``2 * vocabulary``
     bytes for each of up to eight tokens of an answer (13 MB for the default prompts and 49,152 tokens).
@@ -95,14 +110,14 @@ class LocalityGuard:
         editor: edited already or not; the reference is that of its unedited model.
         prompts: texts that no edit is about, and whose answers shall stay; in the editor's form (as a user's turn where
             it edits chats). All of them are run after each pass. None takes 16 of ours (``guarded_prompts``), which are
-            no anchors; four of them, drawn by what the pass edits, are run after each pass, and the others as well
-            where these have drifted beyond half of the limit.
-        limit: of the mean drift, in nats, > 0, with no bound for one prompt; None takes the one above.
+            no anchors; four of them, drawn by what a turn edits, are run before it and after each pass, and the others
+            as well where these have drifted beyond half of the limit.
+        limit: of the mean drift, in nats, > 0, with no bound for one prompt or one turn; None takes those above.
         back_offs: how often a pass is tried again, >= 0.
         progress: show a bar while the reference is taken; None shows it on a terminal.
 
     Attributes:
-        limit: may be set.
+        limit: may be set. turn_limit: so much one turn may add, in nats; may be set.
         trunk: output of the layers below the edited ones, of its prompts.
 
     Raises:
@@ -142,7 +157,10 @@ class LocalityGuard:
             self._reference = answer_log_probabilities(model, self._sequences, **how)
         whole = max(_LEAST / _SHARE, _information(self._reference)) if limit is None else math.inf
         self.limit = _SHARE * whole if limit is None else float(limit)
+        self.turn_limit = math.inf if limit is not None else max(_LEAST, _TURN * self.limit)
         self._most = whole  # that one prompt counts with
+        self._sampled: Sequence[int] = range(len(ids))
+        self._start = 0.0
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -152,29 +170,37 @@ class LocalityGuard:
         found = self._measure(range(len(self)))
         return Drift(float(found.mean()), float(found.max()), found)
 
-    def look(self, edited: Sequence[TokenSequence]) -> float:
-        """The mean drift after a pass: of a sample of the prompts, and of all where that is far from nothing.
+    def begin(self, edited: Sequence[TokenSequence]) -> None:
+        """Before a turn.
 
         Args:
-            edited: what the pass was solved for, which draws the sample: the same pass is looked at in the same way.
+            edited: what it edits, which draws the sample: the same turn is looked at in the same way.
         """
-        sample = drawn_by(edited).sample(range(len(self)), min(self._sample, len(self)))
-        seen = self._mean(self._measure(sample))
-        if len(sample) == len(self) or seen <= 0.5 * self.limit:
-            return seen
-        return self._mean(self._measure(range(len(self))))
+        self._sampled = drawn_by(edited).sample(range(len(self)), min(self._sample, len(self)))
+        self._start = self._mean(self._measure(self._sampled)) if self.turn_limit < math.inf else 0.0
 
-    def refusal(self, drift: float) -> DriftLimitReached | ModelBroken:
-        """The error that says why a pass was refused for good, whose last attempt had this mean drift."""
+    def look(self) -> Look:
+        """After a pass: run the sample, and all prompts where that has drifted far."""
+        drift = self._mean(self._measure(self._sampled))
+        rise = drift - self._start
+        if len(self._sampled) < len(self) and not drift <= 0.5 * self.limit:
+            drift = self._mean(self._measure(range(len(self))))
+        return Look(drift, rise, drift <= self.limit and rise <= self.turn_limit)
+
+    def refusal(self, look: Look) -> DriftLimitReached | ModelBroken:
+        """The error that says why a pass was refused for good, after whose last attempt this was seen."""
         tries = f"also after {self.back_offs} back-offs; the turn in flight was taken back"
-        if not math.isfinite(drift):
+        if not math.isfinite(look.drift):
             return ModelBroken(f"the model would answer NaN or infinity to the {len(self)} guarded prompts, {tries}")
+        beyond = f"beyond the limit of {self.limit:.3g}"
+        if look.drift <= self.limit:
+            beyond = f"and {look.rise:.3g} more by this turn alone, beyond the {self.turn_limit:.3g} that one may add"
         instead = "" if self._automatic else "the automatic step in the place of a number, "
         return DriftLimitReached(
-            f"the mean drift of the {len(self)} guarded prompts would be {drift:.3g} nats, beyond the limit of "
-            f"{self.limit:.3g}, {tries}. What may help: fewer edits or smaller turns, {instead}other edit_modules; or "
-            "a higher limit of the guard, or none, if other answers do not matter",
-            drift,
+            f"the mean drift of the {len(self)} guarded prompts would be {look.drift:.3g} nats, {beyond}, {tries}. "
+            f"What may help: fewer edits or smaller turns, {instead}other edit_modules; or a higher limit of the "
+            "guard, or none, if other answers do not matter",
+            look.drift,
         )
 
     def _mean(self, drift: torch.Tensor) -> float:

@@ -30,8 +30,15 @@ from stableedit_cpp.model.trunk import TrunkCache, trusted
 __all__ = ["Guard", "Turn", "Work"]
 
 
+class GuardLook(Protocol):
+    """What a guard saw after a pass: how far other answers have drifted, and whether the pass may stay."""
+
+    drift: float
+    within: bool
+
+
 class Guard(Protocol):
-    """Measures after every pass whether it may stay (``LocalityGuard``)."""
+    """Looks after every pass whether it may stay (``LocalityGuard``)."""
 
     limit: float
     back_offs: int
@@ -39,9 +46,11 @@ class Guard(Protocol):
     ridge_factor: float
     trunk: TrunkCache | None
 
-    def look(self, edited: Sequence[TokenSequence]) -> float: ...
+    def begin(self, edited: Sequence[TokenSequence]) -> None: ...
 
-    def refusal(self, drift: float) -> Exception: ...
+    def look(self) -> GuardLook: ...
+
+    def refusal(self, look: GuardLook) -> Exception: ...
 
 
 class _Refused(Exception):
@@ -188,7 +197,7 @@ class Turn:
                             best = _Best(self._rank(), number, norms, drift, Checkpoint(work.weights))
                     captured = self._with_companions(captured, pending)
                     solution = self._solve(captured, number)
-                solution, ridge = self._apply_pass(captured, pending, solution)
+                solution, ridge = self._apply_pass(captured, solution)
             except (NoStep, _Refused) as stop:
                 if number == 0 or work.passes is not None:
                     raise getattr(stop, "error", stop) from None
@@ -287,14 +296,13 @@ class Turn:
                 work.weights[name].check(update)
         return solution
 
-    def _apply_pass(self, captured: CapturedTurn, pending: Sequence[int], solution: Solution) -> tuple[Solution, float]:
+    def _apply_pass(self, captured: CapturedTurn, solution: Solution) -> tuple[Solution, float]:
         """Apply one pass; returns what was applied, and with which ridge."""
         work, report, ridge = self.work, self.report, self.work.config.ridge
         if work.guard is None:
             self._apply(solution)
         else:
-            sequences = [self.sequences[index] for index in pending]
-            solution, ridge = self._apply_guarded(work.guard, sequences, captured, solution)
+            solution, ridge = self._apply_guarded(work.guard, captured, solution)
         work.solver.accept(solution.step_size)
         report.passes += 1
         return solution, ridge
@@ -310,12 +318,13 @@ class Turn:
         with self.report.timed("apply"):
             self.work.weights.apply(solution.updates)
 
-    def _apply_guarded(
-        self, guard: Guard, sequences: Sequence[TokenSequence], captured: CapturedTurn, solution: Solution
-    ) -> tuple[Solution, float]:
+    def _apply_guarded(self, guard: Guard, captured: CapturedTurn, solution: Solution) -> tuple[Solution, float]:
         """Apply what the guard tolerates: the solution, or that of a smaller step and a stronger ridge."""
         report, weights = self.report, self.work.weights
         before = Checkpoint(weights)
+        if report.passes == 0:
+            with report.timed("guard"):
+                guard.begin(self.sequences)
         for back_offs in range(guard.back_offs + 1):
             ridge = guard.ridge_factor**back_offs
             if back_offs > 0:
@@ -325,11 +334,12 @@ class Turn:
                     solution = self._solution(captured, guard.step_factor**back_offs, ridge)
             self._apply(solution)
             with report.timed("guard"):
-                report.drift, report.drift_limit = guard.look(sequences), guard.limit
-            if report.drift <= guard.limit:
+                seen = guard.look()
+            report.drift, report.drift_limit = seen.drift, guard.limit
+            if seen.within:
                 return solution, self.work.config.ridge * ridge
         weights.put_back(before)
-        raise _Refused(guard.refusal(report.drift))
+        raise _Refused(guard.refusal(seen))
 
     def _look(self) -> list[int]:
         """Look at all sequences; returns the indices of those that do not hold."""
