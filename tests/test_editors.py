@@ -13,6 +13,7 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.core import MasterWeight
+from stableedit_cpp.data.request import as_requests
 from stableedit_cpp.editors import turn as turns
 from stableedit_cpp.evaluation.answers import AnswerScores
 from stableedit_cpp.model.tokens import TokenSequence
@@ -208,44 +209,57 @@ class TestAllOrNothing:
         assert_same_bits(state_of(editor), before)
 
 
+def outcomes_are(monkeypatch, editor, accuracy, likely=None) -> list[list]:
+    """Captures and looks show these shares of right answer tokens, by request, and these least likely ones: the first
+    of the unedited model, then one for each weights that were not there before. Returns what captures were asked for.
+    """
+    states, captured, real = [], [], turns.capture
+    sequences = editor.tokenize(as_requests(FACTS[:5]))
+
+    def now() -> tuple[torch.Tensor, torch.Tensor]:
+        weight = editor.modules[0].weight.detach().clone()
+        number = next((n for n, known in enumerate(states) if torch.equal(known, weight)), len(states))
+        states.extend([weight] if number == len(states) else [])
+        probability = 1.0 if likely is None else likely[number]
+        return torch.tensor(accuracy[number], dtype=torch.float64), torch.full((5,), probability, dtype=torch.float64)
+
+    def capture(model, modules, asked, **how):
+        captured.append(list(asked))
+        shown, probability = now()
+        these = [sequences.index(sequence) for sequence in asked]
+        found = real(model, modules, asked, **how)
+        return dataclasses.replace(found, correct=shown[these], probability=probability[these])
+
+    monkeypatch.setattr(turns, "capture", capture)
+    monkeypatch.setattr(turns, "answer_scores", lambda *_args, **_how: AnswerScores(*now()))
+    return captured
+
+
 class TestPasses:
     def test_only_what_has_not_taken_is_solved_again(self, monkeypatch, tokenizer):
-        """Requests 1 and 3 of the turn count as taken after the first pass, all of them after the second."""
-        captured, real = [], turns.capture
-
-        def capture(_model, _modules, sequences, **kwargs):
-            captured.append(list(sequences))
-            return real(_model, _modules, sequences, **kwargs)
-
-        answers = iter([[0.5, 1.0, 0.0, 1.0, 0.9], [1.0] * 5])
-        monkeypatch.setattr(turns, "capture", capture)
+        """Requests 1 and 3 of the turn hold after the first pass, as the capture for the second shows, all of them
+        after the second."""
         editor = make(tokenizer, max_passes=5)
-        monkeypatch.setattr(
-            turns, "answer_scores", lambda *_args, **_how: AnswerScores(torch.tensor(next(answers)), torch.ones(5))
-        )
+        captured = outcomes_are(monkeypatch, editor, [[0.0] * 5, [0.5, 1.0, 0.0, 1.0, 0.9], [1.0] * 5])
         report = editor.edit(FACTS[:5])
         all_five = sequences_of(tokenizer, FACTS[:5])
-        assert captured == [all_five, [all_five[0], all_five[2], all_five[4]]]
-        assert report.turns[0].passes == 2
+        assert captured == [all_five, all_five, [all_five[0], all_five[2], all_five[4]]]
+        assert (report.turns[0].passes, report.turns[0].taken) == (2, [2, 5])
         assert report.turns[0].answer_tokens == sum(len(sequence.answer) for sequence in all_five)
 
     def test_a_turn_ends_at_its_best_pass(self, monkeypatch, tokenizer):
         """Three of five hold after the second pass, fewer after those that follow: they are not in the model, nor in
-        what a follower hears of."""
+        what a follower hears of. That two were undone by the third shows only in the last look."""
         heard, norms = [], []
         editor, short = make(tokenizer, max_passes=4), make(tokenizer, max_passes=2)
         editor.on_turn = heard.append
         for one in (editor, short):
-            answers = iter([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
-
-            def scores(_model, sequences, *, answers=answers, **_how):
-                return AnswerScores(torch.tensor(next(answers), dtype=torch.float64), torch.ones(len(sequences)))
-
-            monkeypatch.setattr(turns, "answer_scores", scores)
+            accuracy = [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+            outcomes_are(monkeypatch, one, accuracy)
             report = one.edit(FACTS[:5])
             (turn,) = report.turns
             assert turn.passes == 2 and [failure.index for failure in turn.failed] == [3, 4]
-            assert turn.taken == ([1, 3, 2, 1] if one is editor else [1, 3])
+            assert turn.taken == ([1, 3, 3, 1] if one is editor else [1, 3])
             norms.append(turn.update_norms)
         assert norms[0] == norms[1]  # those of the pass that is in the weights
         assert_same_bits(state_of(editor), state_of(short))
@@ -254,13 +268,11 @@ class TestPasses:
         assert_same_bits(state_of(again), state_of(editor))
 
     def test_of_two_passes_with_which_as_many_take_the_likelier_answers_stay(self, monkeypatch, tokenizer):
-        likely = iter([0.2, 0.3, 0.1])
-        monkeypatch.setattr(
-            turns, "answer_scores", lambda *_a, **_h: AnswerScores(torch.zeros(5), torch.full((5,), next(likely)))
-        )
-        assert make(tokenizer, max_passes=3).edit(FACTS[:5]).turns[0].passes == 2
+        editor = make(tokenizer, max_passes=3)
+        outcomes_are(monkeypatch, editor, [[0.0] * 5] * 4, [0.1, 0.2, 0.3, 0.1])
+        assert editor.edit(FACTS[:5]).turns[0].passes == 2
 
-    def test_one_pass_by_default(self, tokenizer):
+    def test_one_pass(self, tokenizer):
         assert [turn.passes for turn in make(tokenizer).edit(FACTS).turns] == [1, 1, 1]
 
 
@@ -317,33 +329,15 @@ class TestInterrupt:
 
     def test_second_ctrl_c_just_after_the_commit(self, monkeypatch, tokenizer):
         """The weights are written, so the turn stands: statistics and weights belong together."""
-        real, written = MasterWeight.apply, []
-
-        def apply(self, update):
-            real(self, update)
-            written.append(1)
-
-        class Losses:
-            """Ctrl-C twice whenever the report is filled after the weights were written."""
-
-            def __init__(self, losses) -> None:
-                self.losses = losses
-
-            def mean(self):
-                for _ in range(2 if len(written) == len(MODULES) else 0):
-                    signal.raise_signal(signal.SIGINT)
-                return self.losses.mean()
-
-        real_capture = turns.capture
-
-        def capture(*args, **kwargs):
-            captured = real_capture(*args, **kwargs)
-            return dataclasses.replace(captured, losses=Losses(captured.losses))
-
         editor = make(tokenizer)
+
+        def accept(_step_size):  # called right after
+            assert weight_of(editor).ne(tiny_model("llama").get_submodule(MODULES[0]).weight).any()
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
         with monkeypatch.context() as patch:
-            patch.setattr(turns, "capture", capture)
-            patch.setattr(MasterWeight, "apply", apply)
+            patch.setattr(editor.solver, "accept", accept)
             with pytest.raises(se.EditInterrupted, match="turn 1 of 3"):
                 editor.edit(FACTS)
         assert_same_bits(state_of(editor), self.first_turns(tokenizer, 5))
@@ -353,12 +347,11 @@ class TestInterrupt:
         editor.edit(FACTS[:5])
         before = state_of(editor)
 
-        def scores(*_args, **_how):
+        def twice():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            return AnswerScores(torch.zeros(5), torch.zeros(5))
 
-        monkeypatch.setattr(turns, "answer_scores", scores)
+        on_call(monkeypatch, 2, twice)  # the capture for the second pass
         with pytest.raises(KeyboardInterrupt) as error:
             editor.edit(FACTS[5:10])
         assert not isinstance(error.value, se.EditInterrupted)

@@ -24,7 +24,8 @@ from stableedit_cpp import load_model
 from stableedit_cpp.files.atomic import new_directory, write_json
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.model.linears import Linears
-from stableedit_cpp.model.modules import EditModule, default_edit_modules, find_modules
+from stableedit_cpp.model.modules import EditModule, find_modules
+from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.tokens import context_length
 
 FORMAT_VERSION = 1

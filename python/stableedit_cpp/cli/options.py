@@ -136,10 +136,11 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
         help="linear maps to edit: names or patterns like '*.{22,24}.mlp.down_proj' (default: chosen for the model)",
     )
     parser.add_argument(
-        "--step-size", type=step_size, metavar="X", help="a number, or auto (default: that of the preset, auto without one)"
+        "--step-size", type=step_size, metavar="X", help="a number, or auto (default: the preset's, auto without one)"
     )
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
-    add_form_options(parser, chat=f"as the preset says, without one {OWN_TEMPLATE}", end="as the preset says, without one yes")
+    form = {"chat": f"as the preset says, without one {OWN_TEMPLATE}", "end": "as the preset says, without one yes"}
+    add_form_options(parser, **form)
 
 
 def add_guard_options(parser: argparse.ArgumentParser) -> None:
