@@ -61,6 +61,13 @@ class TestEditors:
         report = editor.edit(FACTS)
         assert editor.guard is None and report.drift is None and "guard" not in report.seconds_by_part()
 
+    @pytest.mark.parametrize("bad", ["none", False, 1.5])
+    def test_what_is_no_guard_is_refused(self, bad, tokenizer):
+        with pytest.raises(
+            ValueError, match=f"guard must be a LocalityGuard, 'default', or None for none, not {bad!r}"
+        ):
+            make(tokenizer, guard=bad)
+
     def test_it_is_made_when_it_is_needed_and_changes_no_bit(self, tokenizer):
         guarded, plain = make(tokenizer, guard="default"), make(tokenizer)
         assert guarded._guard == "default"

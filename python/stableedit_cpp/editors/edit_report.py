@@ -173,7 +173,7 @@ class EditReport:
     @property
     def drift(self) -> float | None:
         """Of the answers to unrelated prompts, as the guard measured it last, in nats; None without one."""
-        return self.turns[-1].drift if self.turns else None
+        return next((turn.drift for turn in reversed(self.turns) if turn.drift is not None), None)
 
     def seconds_by_part(self) -> dict[str, float]:
         """Wall time of the parts, summed over turns."""
@@ -186,8 +186,9 @@ class EditReport:
         said = [f"{self.edits} edits in {self.seconds:.1f} s ({self.edits_per_second:.1f} edits/s: {parts})"]
         if self.held:
             said.append(f"{self.held} of {self.edits} held already")
-        if self.drift is not None and self.turns[-1].drift_limit is not None:
-            said.append(f"other answers have drifted by {self.drift:.2g} of {self.turns[-1].drift_limit:.2g} nats")
+        limit = next((turn.drift_limit for turn in reversed(self.turns) if turn.drift_limit is not None), None)
+        if self.drift is not None and limit is not None:
+            said.append(f"other answers have drifted by {self.drift:.2g} of {limit:.2g} nats")
         if self.back_offs:
             said.append(f"{self.back_offs} steps were made smaller for that limit")
         if looked:

@@ -91,7 +91,7 @@ class Editor:
         self._config = dataclasses.replace(config, **found)
         self.solver = self.solver_class(self.modules, self._config)
         self.weights = EditedWeights(self.modules, self.solver.statistics())
-        self._guard = guard
+        self.guard = guard
         self._beside: list[Anchors | Replays] | None = None  # not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
 
@@ -139,6 +139,8 @@ class Editor:
 
     @guard.setter
     def guard(self, guard: Guard | Literal["default"] | None) -> None:
+        if guard is not None and guard != "default" and not hasattr(guard, "look"):
+            raise ValueError(f"guard must be a LocalityGuard, 'default', or None for none, not {guard!r}")
         self._guard = guard
 
     @property
