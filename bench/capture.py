@@ -154,7 +154,7 @@ def chats(
                     taken = timed(device, ways[name], caches[whole])[1]
                 if repeat:
                     seconds[name, whole].append(taken)
-    prefix = shared_prefix(model, sequences, max_tokens=options.max_tokens)
+    prefix = shared_prefix(model, sequences)
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     return {
         **{name: milliseconds(seconds[name, False]) for name in ways},
@@ -162,9 +162,7 @@ def chats(
         **{f"{name}_share": medians[name, False] / medians[name, True] for name in ways},
         "edit_modules": [module.name for module in modules],
         "tokens": sum(map(len, sequences)),
-        "prefix_tokens": len(prefix)
-        if (prefix := shared_prefix(model, sequences, max_tokens=options.max_tokens))
-        else 0,
+        "prefix_tokens": len(prefix) if (prefix := shared_prefix(model, sequences)) else 0,
         "answer_tokens": sum(len(sequence.answer) for sequence in sequences),
     }
 

@@ -1,4 +1,4 @@
-"""Sequences that begin with the same tokens: these run once, and nothing but the last digits tells."""
+"""Prompts of a chat begin with the same tokens: these run once, and nothing but the last digits tells."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.model import capture as capturing
 from stableedit_cpp.model import prefix, running
 from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.heads import head_of, learn_head
 from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.top_tokens import top_tokens
 from stableedit_cpp.model.trunk import TrunkCache
+from support import tiny
 from support.captures import MICRO_BATCH, plain_reference
-from support.tiny import ARCHITECTURES, VOCABULARY, pattern_of, tiny_model
+from support.tiny import ARCHITECTURES, VOCABULARY, pattern_of
 from support.unusual import UNUSUAL, unusual_model
 
 CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Egypt", "Cairo"), ("Norway", "Oslo"), ("Fiji", "Suva")] * 2
 HEAD = tuple(range(40, 52))  # shared by all
 MAX_TOKENS = 60  # three forward passes of what comes after it
+
+
+def chatting(model):
+    """The model, of which the head is known."""
+    learn_head(model, [(*HEAD, 3), (*HEAD, 4, 5)])
+    return model
+
+
+def tiny_model(*args):
+    return chatting(tiny.tiny_model(*args))
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:
@@ -175,16 +187,35 @@ def test_nothing_is_kept_from_call_to_call():
 @pytest.mark.parametrize(
     "sequences",
     [
-        chats()[:1],
-        chats(HEAD[:7]),
-        [TokenSequence((seed, *s.ids[1:]), s.answer) for seed, s in enumerate(chats(), 3)],
+        [*chats()[1:], TokenSequence((3, *chats()[0].ids[1:]), chats()[0].answer)],
+        [*chats()[1:], TokenSequence(HEAD, (3,))],
+        [*chats()[1:], TokenSequence((*HEAD, 3), (3, 4))],
     ],
-    ids=["one sequence", "a short head", "different heads"],
+    ids=["another head", "nothing but the head", "an answer right behind it"],
 )
-def test_not_worth_a_run_of_its_own(sequences):
+def test_other_prompts_run_in_full(sequences):
     model = tiny_model("llama")
     assert_close(logits_of(model, sequences), plain_logits(model, sequences))
     assert model not in prefix._objections
+    assert head_of(model, [s.ids for s in sequences[:-1]]) == HEAD
+
+
+def test_a_short_head_and_no_head():
+    for head in (HEAD[:7], ()):
+        model = tiny.tiny_model("llama")
+        learn_head(model, [(*head, 3), (*head, 4)])
+        assert_close(logits_of(model, chats(head + HEAD)), plain_logits(model, chats(head + HEAD)))
+        assert model not in prefix._objections
+
+
+def test_in_any_company_it_is_the_same_head():
+    """Alone, too, and beside prompts that have more in common: what is edited again is computed as before."""
+    model = tiny_model("llama")
+    logits_of(model, chats())
+    for sequences in (chats()[:1], [TokenSequence((*HEAD, 7, 8, seed), (seed,)) for seed in range(3, 9)]):
+        watch = Watch(model)
+        assert_close(logits_of(model, sequences), plain_logits(model, sequences))
+        assert watch.seen[:2] == [len(HEAD), sum(len(s) - len(HEAD) for s in sequences)]
 
 
 def test_no_sequences():
@@ -192,14 +223,14 @@ def test_no_sequences():
 
 
 def test_one_prompt_with_many_answers():
-    """The last token of the prompt predicts the answer, so it belongs to no head."""
+    """Its last token, which predicts the answer, is no part of the head."""
     model = tiny_model("llama")
     answers = [tokens(1 + seed % 3, seed) for seed in range(6)]
-    sequences = [TokenSequence(HEAD + answer[:-1], answer) for answer in answers]
+    sequences = [TokenSequence((*HEAD, 5, *answer[:-1]), answer) for answer in answers]
     logits_of(model, sequences)
     watch = Watch(model)
     assert_close(logits_of(model, sequences), plain_logits(model, sequences))
-    assert watch.seen[0] == len(HEAD) - 1
+    assert watch.seen[0] == len(HEAD)
     modules = modules_of(model, "llama")
     keys, gradients = plain_reference(model, sequences, [module.name for module in modules])
     turn = captured(model, modules, sequences)
@@ -233,6 +264,7 @@ def test_a_reference_instead_of_answers():
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_models_are_right_or_stand_aside(name, tmp_path):
     model, pattern = unusual_model(name, tmp_path)
+    chatting(model)
     sequences = chats()
     trunk = TrunkCache(model, se.find_modules(model, pattern))
     exact = plain_logits(model, sequences)

@@ -166,7 +166,7 @@ def capture(
         linears = stack.enter_context(untouched(model))
         stack.enter_context(torch.inference_mode(False))
         # Value gradients of the prefix are what prompt_rows asks for, and nobody else.
-        prefix = None if prompt_rows else shared_prefix(model, sequences, max_tokens=max_tokens, trunk=trunk)
+        prefix = None if prompt_rows else shared_prefix(model, sequences, trunk)
         skip = len(prefix or ())
         stack.enter_context(torch.enable_grad())
         for tap in taps:

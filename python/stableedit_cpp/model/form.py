@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stableedit_cpp.model.chat import control_tokens, read_template, render
+from stableedit_cpp.model.heads import learn_head
 
 __all__ = ["RAW", "Form", "find_form", "stop_tokens"]
 
@@ -81,6 +82,7 @@ class Form:
 
 
 RAW = Form()
+_BEGINNINGS = ("A", "1", '"', "(")  # of prompts that have nothing in common
 
 
 def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_answer: bool = False) -> Form:
@@ -103,6 +105,8 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
             or after whose generation prompt no answer can follow; for ``end_of_answer`` where no token ends a text.
     """
     chat = None if chat_template is False else _chat(model, tokenizer, needed=chat_template is True)
+    if chat is not None:
+        learn_head(model, tokenizer(chat.prompts(tokenizer, _BEGINNINGS), add_special_tokens=False)["input_ids"])
     if chat is not None and (chat.end is not None or not end_of_answer):
         if end_of_answer and chat.end not in _model_stops(model):
             warnings.warn(

@@ -1,4 +1,4 @@
-"""The tokens with which all sequences of a call begin, as the turns of a chat do: run once, and not with each of them.
+"""The head with which all prompts of a chat begin: run once a call, and not with each of them.
 
 Under a causal mask nothing that comes later changes what a model makes of the first tokens, so that their keys and
 values are those of every sequence, which goes on from there. In the chat form that is half of all tokens.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import takewhile
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,8 +15,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from stableedit_cpp.model.attached import forward_hook
+from stableedit_cpp.model.heads import head_of
 from stableedit_cpp.model.logits import answer_logits
-from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, fixed_cost
+from stableedit_cpp.model.tokens import Batch, TokenSequence, collate
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -51,22 +51,23 @@ class SharedPrefix:
 
 
 def shared_prefix(
-    model: nn.Module, sequences: Sequence[TokenSequence], *, max_tokens: int, trunk: TrunkCache | None = None
+    model: nn.Module, sequences: Sequence[TokenSequence], trunk: TrunkCache | None = None
 ) -> SharedPrefix | None:
-    """Run the tokens that all sequences begin with, up to the first position at which an answer token is predicted.
+    """Run the model's chat head (``learn_head``), if all sequences begin with it: a single one, too, which costs a
+    little, but gives the same bits as in the company of others.
 
     No model is taken at its word: before the first use a small batch runs in full and from its prefix, and where
     logits or gradients differ by more than rounding, or an error is raised, everything of this model runs in full.
 
     Args:
-        max_tokens: in one forward pass; the prefix has to save more tokens than another pass costs.
         trunk: skips the layers below the first edited module, as for ``answer_logits``; it has been checked.
 
     Returns:
         None where the sequences are to be run in full.
     """
-    length = _common_length(sequences)
-    if length < _FEWEST or (len(sequences) - 1) * length <= fixed_cost(max_tokens, input_device(model)):
+    # The last token of a prompt predicts the answer.
+    length = len(head_of(model, [sequence.ids[: sequence.first + 1] for sequence in sequences])) if sequences else 0
+    if length < _FEWEST:
         return None
     if trunk is not None and not trunk.in_use:
         trunk = None
@@ -81,11 +82,6 @@ def objection(model: nn.Module, trunk: TrunkCache | None = None) -> str | None:
     """Why this model, or this model with such a trunk cache, runs in full; None where nothing is known against it."""
     known = _objections.get(model, {})
     return known.get(0) or (None if trunk is None else known.get(trunk.depth))
-
-
-def _common_length(sequences: Sequence[TokenSequence]) -> int:
-    prompts = zip(*(sequence.ids[: sequence.first] for sequence in sequences), strict=False)
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, prompts))
 
 
 def _run(model: nn.Module, sequences: Sequence[TokenSequence], length: int, trunk: TrunkCache | None) -> SharedPrefix:
@@ -126,8 +122,9 @@ def _difference(
     Without a trunk cache logits and, for those who differentiate, gradients at all tokens after the prefix; with one,
     logits where it holds nothing, the prefix or all, filled by either kind of run.
     """
-    ends = [(s.ids[length:] + s.ids)[:size] for s, size in zip(sequences[:2], _PROOF_TOKENS, strict=True)]
-    pair = [TokenSequence(sequences[0].ids[:length] + end, end) for end in ends]
+    ids = sequences[0].ids
+    ends = [(ids[length:] + ids)[:size] for size in _PROOF_TOKENS]
+    pair = [TokenSequence(ids[:length] + end, end) for end in ends]
     device = input_device(model)
     full, rest = collate(pair, device), collate(pair, device, skip=length)
     if trunk is None:

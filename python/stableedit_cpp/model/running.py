@@ -51,7 +51,7 @@ def batches(
     device = input_device(model)
     if trunk is not None:
         trunk.check(sequences)
-    prefix = shared_prefix(model, sequences, max_tokens=max_tokens, trunk=trunk)
+    prefix = shared_prefix(model, sequences, trunk)
     skip = len(prefix or ())
     for indices in pack_apart(sequences, max_tokens, trunk, skip=skip, device=device):
         chosen = [sequences[index] for index in indices]
