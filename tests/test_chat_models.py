@@ -12,7 +12,7 @@ import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.experiments import read_run
 from stableedit_cpp.lifelong import LifelongSession
-from support.chats import chat_tokenizer, save_chat, taught_model
+from support.chats import chat_model, chat_tokenizer, save_chat, taught_model
 from support.commands import assert_one_error
 from support.editors import MODULES, assert_same_bits, make, state_of
 from support.tiny import FACTS, save_tiny
@@ -63,9 +63,15 @@ def test_scores_in_both_forms(tokenizer):
         scores = se.evaluate(model, tokenizer, FACTS, chat_template=True, end_of_answer=end)
         expected = [by_hand(model, tokenizer, fact, end=end) for fact in FACTS]
         assert [record["efficacy"] for record in scores.per_request] == pytest.approx(expected)
-    plain = se.evaluate(model, tokenizer, FACTS)
-    assert plain.per_request == se.evaluate(model, tokenizer, FACTS, chat_template=False).per_request
-    assert plain.per_request != scores.per_request
+    plain, chat = (se.evaluate(model, tokenizer, FACTS, chat_template=how).per_request for how in (False, True))
+    assert plain != chat
+    assert se.evaluate(model, tokenizer, FACTS).per_request == chat  # as the default edits it: the template is its own
+    prompts = [fact["prompt"] for fact in FACTS]
+    said = {how: se.generate(model, tokenizer, prompts, chat_template=how) for how in (None, False, True)}
+    assert said[None] == said[True] != said[False]
+    base = chat_model(KIND, base=True)  # which stops at another token
+    same = [se.evaluate(base, tokenizer, FACTS, **how).per_request for how in ({}, {"chat_template": False})]
+    assert same[0] == same[1]
 
 
 def test_a_trunk_cache_serves_both_forms(tokenizer):
@@ -73,7 +79,8 @@ def test_a_trunk_cache_serves_both_forms(tokenizer):
     model = taught_model(KIND)
     editor = make(tokenizer, model, **CHAT, edit_modules=MODULES[1:])
     trunk = editor.make_trunk_cache()
-    for how in ({}, CHAT, {"chat_template": True}, {}, CHAT):
+    plain = {"chat_template": False}
+    for how in (plain, CHAT, {"chat_template": True}, plain, CHAT):
         kept = se.evaluate(model, tokenizer, FACTS, trunk=trunk, **how)
         assert kept.per_request == se.evaluate(model, tokenizer, FACTS, **how).per_request
     assert trunk.objection is None and len(trunk) >= 2 * len(FACTS)
@@ -103,7 +110,7 @@ def test_a_session_stays_in_its_form(detail, tokenizer, tmp_path):
         assert_same_bits(state_of(session.editor), state)
         assert session.evaluate().per_request == scores.per_request
         plain = session.evaluate(["generation"], chat_template=False).per_request
-        assert plain == se.evaluate(session.model, tokenizer, facts).per_request
+        assert plain == se.evaluate(session.model, tokenizer, facts, chat_template=False).per_request
         held = [entry.accuracy for entry in session.audit().entries]
         assert held == pytest.approx([by_hand(session.model, tokenizer, fact, end=True) for fact in facts])
 
@@ -163,20 +170,20 @@ def test_edit_evaluate_and_export_at_the_command_line(work, model_directory, cap
     model, tokenizer = se.load_model("out")
     assert report["scores"]["efficacy"] == se.evaluate(model, tokenizer, FACTS, chat_template=True).efficacy
     for options, how in (
-        ([], {}),
+        ([], {"chat_template": True}),
         (["--chat-template"], {"chat_template": True}),
         (["--chat-template", "--end-of-answer"], CHAT),
-        (["--no-chat-template", "--no-end-of-answer"], {}),
+        (["--no-chat-template", "--no-end-of-answer"], {"chat_template": False}),
     ):
         arguments = ["evaluate", "--model", "out", "--requests", "requests.json", "--output", "scores.json"]
         assert main([*arguments, "--device", "cpu", *options]) == 0
-        assert ("asked as turns of a chat" in capsys.readouterr().out) == bool(how)
+        assert ("asked as turns of a chat" in capsys.readouterr().out) == how["chat_template"]
         scores = json.loads(Path("scores.json").read_text())
         assert scores["efficacy"] == se.evaluate(model, tokenizer, FACTS, **how).efficacy
     assert "| prompts | turns of a chat, answers with an end |" in Path("out/README.md").read_text()
     export = ["export", "--base", str(model_directory), "--edited", "out", "--format", "delta", "--device", "cpu"]
     assert main([*export, "--requests", "requests.json", "--output", "delta"]) == 0
-    edited = capsys.readouterr().out.partition("edited:\n")[2]
+    edited = capsys.readouterr().out.partition("\nedited:\n")[2]
     expected = se.evaluate(model, tokenizer, FACTS, chat_template=True)
     assert edited.splitlines()[0].split() == str(expected).splitlines()[0].split()
 
@@ -212,7 +219,7 @@ def test_a_tokenizer_without_a_template_at_the_command_line(work, capsys):
 
 def test_a_bench_scores_what_it_edits(work, model_directory):
     """Two editors of one stream share what was measured before the first edit only if both ask in one form."""
-    arguments = ["bench", "--editor", "stableedit", "ultraedit", "--dataset", "requests.json", "--warm-up", "none"]
+    arguments = ["bench", "--editor", "one-pass", "ultraedit", "--dataset", "requests.json", "--warm-up", "none"]
     arguments += ["--model", str(model_directory), "--turn-size", "3", "--step-size", "1e-2"]
     arguments += ["--edit-modules", *MODULES, "--device", "cpu", "--checkpoints", "1", "--output"]
     assert main([*arguments, "plain"]) == 0
@@ -221,16 +228,16 @@ def test_a_bench_scores_what_it_edits(work, model_directory):
     runs = {
         (output, editor): read_run(work / output / f"{editor}-requests-model-seed0")
         for output in ("plain", "chat", "mixed")
-        for editor in ("stableedit", "ultraedit")
+        for editor in ("one-pass", "ultraedit")
     }
-    assert runs["chat", "stableedit"]["settings"]["config"]["end_of_answer"] is True
+    assert runs["chat", "one-pass"]["settings"]["config"]["end_of_answer"] is True
     before = {key: run["checkpoints"][0]["scores"] for key, run in runs.items()}
-    assert before["chat", "ultraedit"] == before["chat", "stableedit"] == before["mixed", "stableedit"]
+    assert before["chat", "ultraedit"] == before["chat", "one-pass"] == before["mixed", "one-pass"]
     model, tokenizer = se.load_model(model_directory)
-    for output, how in (("plain", {}), ("chat", {"chat_template": True})):
+    for output, how in (("plain", {"chat_template": False}), ("chat", {"chat_template": True})):
         expected = se.evaluate(model, tokenizer, FACTS, **how).efficacy
-        assert before[output, "stableedit"]["efficacy"]["mean"] == pytest.approx(expected)
-    assert before["plain", "stableedit"] != before["chat", "stableedit"]
+        assert before[output, "one-pass"]["efficacy"]["mean"] == pytest.approx(expected)
+    assert before["plain", "one-pass"] != before["chat", "one-pass"]
 
 
 @pytest.mark.slow

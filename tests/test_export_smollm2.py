@@ -38,16 +38,16 @@ def base() -> torch.nn.Module:
 
 
 def efficacy(model, tokenizer) -> float:
-    return se.evaluate(model, tokenizer, FACTS, progress=False).efficacy
+    return se.evaluate(model, tokenizer, FACTS, chat_template=False, progress=False).efficacy
 
 
 def test_unedited(smollm2):
     editor, digest = smollm2
     edited = model_digest(editor.model)
-    answers = se.generate(editor.model, editor.tokenizer, [FACTS[0]["prompt"]])
+    answers = se.generate(editor.model, editor.tokenizer, [FACTS[0]["prompt"]], chat_template=False)
     with editor.unedited() as model:
         assert model_digest(model) == digest
-        assert se.generate(model, editor.tokenizer, [FACTS[0]["prompt"]]) != answers
+        assert se.generate(model, editor.tokenizer, [FACTS[0]["prompt"]], chat_template=False) != answers
     assert model_digest(editor.model) == edited != digest
 
 

@@ -25,7 +25,7 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def edited(smollm2):
-    """500 warm-up edits, then 1,000 edits in turns of 100, with the default configuration."""
+    """500 warm-up edits, then 1,000 edits in turns of 100, with one pass."""
     model, tokenizer = smollm2
     editor = se.StableEdit(
         model, tokenizer, se.StableEditConfig.one_pass(edit_modules=["model.layers.{22,24,26,28}.mlp.down_proj"])
@@ -33,10 +33,10 @@ def edited(smollm2):
     original = {module.name: module.weight.detach().clone() for module in editor.modules}
     cache = se.TrunkCache(model, editor.modules)
     requests = se.read_requests(ZSRE / "zsre_edit_5k.json", limit=1000)
-    before = se.evaluate(model, tokenizer, requests, trunk=cache)
+    before = se.evaluate(model, tokenizer, requests, chat_template=False, trunk=cache)
     editor.warm_up(se.read_requests(ZSRE / "zsre_train_5k.json", limit=500))
     report = editor.edit(requests)
-    after = se.evaluate(model, tokenizer, requests, trunk=cache)
+    after = se.evaluate(model, tokenizer, requests, chat_template=False, trunk=cache)
     print(f"\nunedited\n{before}\nafter 1,000 edits at {report.edits_per_second:.1f} edits/s\n{after}")
     yield before, after, report
     with torch.no_grad():
@@ -44,7 +44,7 @@ def edited(smollm2):
             module.weight.copy_(original[module.name])
 
 
-def test_default_configuration_edits_without_breaking(edited):
+def test_one_pass_edits_without_breaking(edited):
     before, after, _ = edited
     assert before.efficacy < 0.2
     assert after.efficacy >= 0.50

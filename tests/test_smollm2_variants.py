@@ -30,10 +30,11 @@ OTHERS = [
 
 def answers(model, tokenizer, request: se.EditRequest) -> list[str]:
     """Free answers to all statements, in as many tokens as their targets have."""
-    return [
-        se.generate(model, tokenizer, prompt, max_new_tokens=len(tokenizer(" " + target)["input_ids"]))[0].strip()
-        for prompt, target in request.statements
-    ]
+    found = []
+    for prompt, target in request.statements:
+        how = {"max_new_tokens": len(tokenizer(" " + target)["input_ids"]), "chat_template": False}
+        found.append(se.generate(model, tokenizer, prompt, **how)[0].strip())
+    return found
 
 
 def test_all_statements_of_a_fact_come_and_go_together(tmp_path):
