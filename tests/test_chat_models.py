@@ -238,6 +238,11 @@ def test_a_bench_scores_what_it_edits(work, model_directory):
         expected = se.evaluate(model, tokenizer, FACTS, **how).efficacy
         assert before[output, "one-pass"]["efficacy"]["mean"] == pytest.approx(expected)
     assert before["plain", "one-pass"] != before["chat", "one-pass"]
+    for _ in range(2):  # done, and again
+        assert main([*arguments, "own", "--set", "chat_template=null"]) == 0
+        own = read_run(work / "own" / "one-pass-requests-model-seed0")
+        assert own["settings"]["config"]["chat_template"] is True  # which it was found to be
+        assert own["checkpoints"][0]["scores"] == before["chat", "one-pass"]
 
 
 @pytest.mark.slow

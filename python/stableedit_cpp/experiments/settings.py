@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from stableedit_cpp.data.hub import HUB_PREFIX
-from stableedit_cpp.editors import NamedEditor
+from stableedit_cpp.editors import EditorConfig, NamedEditor
 from stableedit_cpp.editors.config import LATER_FIELDS
 from stableedit_cpp.evaluation.scores import DEFAULT_METRICS, check_metrics
 from stableedit_cpp.experiments.after_stream import Step
@@ -105,13 +105,17 @@ class RunSettings:
         config = self.editor.config
         return self.source, config.turn_size, config.max_tokens_per_forward
 
-    def to_dict(self, model_digest: str | None = None, edit_modules: list[str] | None = None) -> dict[str, object]:
-        """Ready for JSON; what is known only once the model is loaded is None until it is given."""
+    def to_dict(self, model_digest: str | None = None, config: EditorConfig | None = None) -> dict[str, object]:
+        """Ready for JSON; what is known only once the model is loaded is None until it is given.
+
+        Args:
+            config: of the editor, with the modules and the form that it decided on.
+        """
         source, warm = self.source, self.warm_up
-        config = json.loads(self.editor.config.to_json())
+        known = json.loads((config or self.editor.config).to_json())
         return {
             "editor": self.editor.name,
-            "config": config | {"edit_modules": edit_modules},
+            "config": known if config is not None else known | {"edit_modules": None},
             "model": self.model,
             "dtype": self.dtype,
             "model_digest": model_digest,
@@ -146,7 +150,7 @@ class RunSettings:
 # The same data elsewhere gives the same figures; a hub data set has no digest, so its name has to do.
 _PLACES = ("data.source", "warm_up.source")
 # Not known before the model is loaded.
-_LATE = ("model_digest", "config.edit_modules")
+_LATE = ("model_digest", "config.edit_modules", "config.chat_template")
 
 
 # What the figures of the unedited model depend on.

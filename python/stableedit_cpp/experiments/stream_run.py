@@ -79,8 +79,7 @@ class StreamRun:
         Raises:
             KeyboardInterrupt: after Ctrl-C; what was done is kept, the same call goes on.
         """
-        modules = [module.name for module in self.editor.modules]
-        complete = self.settings.to_dict(model_digest(self.editor.model), modules)
+        complete = self.settings.to_dict(model_digest(self.editor.model), self.editor.config)
         self.directory.check(complete)
         if self.directory.done:
             return
