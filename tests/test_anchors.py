@@ -168,14 +168,33 @@ def test_an_anchor_about_what_is_edited_stands_back(tokenizer):
     (edited,) = tokenize(tokenizer, [("The Eiffel Tower is in", "Rome")], 2048, ["it"])
     for now, past in (([edited], []), (sequences_of(tokenizer), [edited])):
         anchors.begin(now, past)
-        drawn = {anchors.prompts[index] for index in anchors._turn}
+        drawn = {anchors.prompts[index] for index in anchors._near + anchors._others}
         assert ids[about] not in drawn
     everything = TokenSequence((*ids[other], 1), (1,))
     anchors.begin([everything])
-    assert ids[other] not in {anchors.prompts[index] for index in anchors._turn}
+    assert ids[other] not in {anchors.prompts[index] for index in anchors._near + anchors._others}
 
 
 def test_the_unedited_model_answers_only_what_is_drawn(tokenizer):
     editor = make(tokenizer, **CLOSED)
     anchors = anchors_of(editor, sequences_of(tokenizer)[:1], count=48)
     assert 32 == len(anchors._known) < len(anchors.prompts)
+
+
+def test_the_nearest_are_in_every_pass(tokenizer):
+    """What is asked in nearly the same words about something else is what an edit spills over to first."""
+    editor = make(tokenizer, **CLOSED)
+    (edited,) = tokenize(tokenizer, [("The capital city of Atlantis is", "Rome")], 2048, ["it"])
+    anchors = anchors_of(editor, [edited], count=48)
+    text = [tokenizer.decode(anchors.prompts[index]) for index in anchors._near]
+    assert "The capital city of Thailand is" in text[:8]
+    joined = anchors.join(captured_of(editor, [edited]), [edited])
+    alone = capture(
+        editor.model,
+        editor.modules,
+        [anchors._known[index][0] for index in anchors._near[:8]],
+        max_tokens=2048,
+        reference=[anchors._known[index][1] for index in anchors._near[:8]],
+    )
+    keys = joined.keys[MODULES[0]]
+    assert all((keys - key).abs().sum(1).min() < 1e-4 for key in alone.keys[MODULES[0]])

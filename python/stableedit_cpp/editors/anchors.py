@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -12,6 +11,7 @@ from importlib.resources import files
 from torch import nn
 
 from stableedit_cpp.editors.drawing import drawn_by, share_of
+from stableedit_cpp.editors.topics import Topics
 from stableedit_cpp.evaluation.divergence import log_probabilities
 from stableedit_cpp.evaluation.locality import UneditedAnswers
 from stableedit_cpp.model.capture import CapturedTurn, capture, join
@@ -28,7 +28,6 @@ GUARDED = 16  # of the unrelated prompts, the last ones, are never anchors: a gu
 _EACH = 1  # anchor for each sequence of a pass
 _ANSWER = 12  # tokens of the unedited model's own answer that are held
 _TOP = 128  # tokens of a distribution that are told apart: 18 KB an anchor
-_RARE = 0.02  # a token in no more than this share of the anchors says what an anchor is about
 
 
 @cache
@@ -50,9 +49,9 @@ class Anchors:
     rows only hold what the module gives for their keys. Locality as a term of the loss is from MEND (arXiv 2110.11309);
     in the closed form of a ridge it is ours.
 
-    Each turn draws its anchors from all of them, by the tokens of what it edits, so that the same turn has the same
-    ones; the unedited model answers an anchor when it is first drawn. An anchor about what is edited stands back: one
-    whose rarest tokens, and half of its rare ones, are in the prompt of a request, of this turn or an earlier one.
+    Half of the anchors of a turn are those nearest to what it edits (``Topics``), since an edit spills over to its like
+    first; the others are drawn by the tokens of what it edits, so that the same turn has the same ones. The unedited
+    model answers an anchor when it is first needed. An anchor about what is edited, now or earlier, stands back.
 
     Args:
         model, tokenizer, modules, form: those of the editor.
@@ -81,8 +80,9 @@ class Anchors:
         self.prompts = [prompt for prompt in every if prompt and (limit is None or len(prompt) < limit)]
         self._answers = UneditedAnswers(unedited, max_new_tokens=_ANSWER)
         self._known: dict[int, tuple[TokenSequence, TopTokens]] = {}
-        self._subjects = _Subjects(self.prompts)
-        self._turn: list[int] = []
+        self._topics = Topics(self.prompts)
+        self._near: list[int] = []  # those of the turn, the nearest first; and the others
+        self._others: list[int] = []
 
     def begin(self, sequences: Sequence[TokenSequence], past: Iterable[TokenSequence] = ()) -> None:
         """Draw the anchors of a turn over ``sequences``, after those of ``past``.
@@ -90,10 +90,13 @@ class Anchors:
         Raises:
             ModelBroken: if the unedited model answers NaN.
         """
-        about = {index for group in (sequences, past) for sequence in group for index in self._subjects.of(sequence)}
+        about = {index for group in (sequences, past) for one in group for index in self._topics.about(one)}
         free = [index for index in range(len(self.prompts)) if index not in about]
-        self._turn = drawn_by(sequences).sample(free, min(len(free), 2 * share_of(len(sequences), self.count, _EACH)))
-        fresh = [index for index in self._turn if index not in self._known]
+        count = min(len(free), 2 * share_of(len(sequences), self.count, _EACH))
+        near = self._topics.nearest(sequences, count // 2, free)
+        others = sorted(set(free).difference(near))
+        self._near, self._others = near, drawn_by(sequences).sample(others, count - len(near))
+        fresh = [index for index in near + self._others if index not in self._known]
         if not fresh:
             return
         how = {"max_tokens": self._max_tokens}
@@ -105,13 +108,15 @@ class Anchors:
                     self._known[fresh[place]] = (answered[place], part)
 
     def join(self, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> CapturedTurn:
-        """The rows of a pass over ``sequences``, and behind them those of some anchors of the turn, which belong to no
-        request (-1).
+        """The rows of a pass over ``sequences``, and behind them those of anchors of the turn, which belong to no request
+        (-1): half of them the nearest, the others drawn.
 
         An answer token of an anchor weighs in the loss as much as one of a request does on average.
         """
-        number = min(share_of(len(sequences), self.count, _EACH), len(self._turn))
-        chosen = drawn_by(sequences).sample(self._turn, number)
+        number = share_of(len(sequences), self.count, _EACH)
+        near = self._near[: number // 2]
+        rest = self._near[len(near) :] + self._others
+        chosen = near + drawn_by(sequences).sample(rest, min(number - len(near), len(rest)))
         if not chosen:
             return captured
         # The weights of the answer tokens of a micro-batch add up to one.
@@ -127,25 +132,3 @@ class Anchors:
             trunk=self.trunk,
         )
         return join(captured, rows)
-
-
-class _Subjects:
-    """Which anchors are about what a request is about, by their rare tokens."""
-
-    def __init__(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        counts = Counter(token for prompt in prompts for token in set(prompt))
-        self._rare = [{t for t in prompt if counts[t] <= max(1, _RARE * len(prompts))} for prompt in prompts]
-        self._by_rarest: dict[int, list[int]] = {}
-        for index, tokens in enumerate(self._rare):
-            fewest = min((counts[token] for token in tokens), default=0)
-            for token in tokens:
-                if counts[token] == fewest:
-                    self._by_rarest.setdefault(token, []).append(index)
-        self._found: dict[TokenSequence, tuple[int, ...]] = {}  # a stream asks for its past again and again
-
-    def of(self, sequence: TokenSequence) -> tuple[int, ...]:
-        if sequence not in self._found:
-            asked = set(sequence.ids[: sequence.first + 1])
-            close = {index for token in asked for index in self._by_rarest.get(token, ())}
-            self._found[sequence] = tuple(i for i in close if 2 * len(self._rare[i] & asked) >= len(self._rare[i]))
-        return self._found[sequence]
