@@ -1,4 +1,4 @@
-"""What prompts are about, told by their tokens alone: which unrelated prompts are near a request, and which too near."""
+"""What prompts are about, told by their tokens: which unrelated prompts are near a request, and which too near."""
 
 from __future__ import annotations
 
