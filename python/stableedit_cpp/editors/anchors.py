@@ -108,8 +108,8 @@ class Anchors:
                     self._known[fresh[place]] = (answered[place], part)
 
     def join(self, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> CapturedTurn:
-        """The rows of a pass over ``sequences``, and behind them those of anchors of the turn, half of them the nearest,
-        which belong to no request (-1).
+        """The rows of a pass over ``sequences``, and behind them those of anchors of the turn, which belong to none of
+        its requests (-1): half of them are the nearest.
 
         An answer token of an anchor weighs in the loss as much as one of a request does on average.
         """
