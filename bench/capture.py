@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -48,7 +49,7 @@ def main() -> None:
     add_model_options(parser)
     parser.add_argument("--config", metavar="NAME", help=f"also a random model: {', '.join(CONFIGS)} or a JSON file")
     parser.add_argument("--only-config", action="store_true", help="leave out --model")
-    parser.add_argument("--chats", action="store_true", help="also requests of --model as turns of a chat")
+    parser.add_argument("--chats", action="store_true", help="requests of --model as turns of a chat")
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="requests a turn (default 100)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="alternating runs of each (default 5)")
     parser.add_argument(
@@ -64,13 +65,14 @@ def main() -> None:
     results: dict[str, object] = {}
     if not options.only_config:
         model, tokenizer, modules = pretrained(options, device)
-        sequences = token_sequences(model, tokenizer, zsre(options, options.requests))
-        results = compare(model, modules, sequences, options, device)
         if options.chats:
             form = find_form(model, tokenizer, chat_template=True, end_of_answer=True)
             sequences = token_sequences(model, tokenizer, zsre(options, options.requests), form)
             every = options.edit_modules or default_edit_modules(model, every=True)
-            results["chats"] = chats(model, find_modules(model, every), sequences, options, device)
+            results = {"chats": chats(model, find_modules(model, every), sequences, options)}
+        else:
+            sequences = token_sequences(model, tokenizer, zsre(options, options.requests))
+            results = compare(model, modules, sequences, options, device)
         del model
     if options.config:
         model = random_model(options.config, options, device)
@@ -134,42 +136,40 @@ def compare(
 
 
 def chats(
-    model: torch.nn.Module,
-    modules: list[EditModule],
-    sequences: list[TokenSequence],
-    options: Namespace,
-    device: torch.device,
+    model: torch.nn.Module, modules: list[EditModule], sequences: list[TokenSequence], options: Namespace
 ) -> dict[str, object]:
     """Alternating runs with a filled trunk cache, after one of each that is not counted."""
     ways = {
         "capture": lambda trunk: capture(model, modules, sequences, max_tokens=options.max_tokens, trunk=trunk),
         "scores": lambda trunk: answer_scores(model, sequences, max_tokens=options.max_tokens, trunk=trunk),
     }
-    caches = {whole: TrunkCache(model, modules) for whole in (False, True)}
-    seconds: dict[tuple[str, bool], list[float]] = {(name, whole): [] for name in ways for whole in caches}
+    caches = {"": TrunkCache(model, modules), "_in_full": TrunkCache(model, modules)}
+    seconds: dict[str, list[float]] = {name + how: [] for name in ways for how in caches}
     with trusted(*caches.values()):
         for repeat in range(options.repeats + 1):
-            for name, whole in seconds:
-                with in_full() if whole else nullcontext():
-                    taken = timed(device, ways[name], caches[whole])[1]
-                if repeat:
-                    seconds[name, whole].append(taken)
-    prefix = shared_prefix(model, sequences)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
+            for name, way in ways.items():
+                for how, trunk in caches.items():
+                    with in_full() if how else nullcontext():
+                        begin = time.process_time()
+                        way(trunk)
+                    if repeat:
+                        seconds[name + how].append(time.process_time() - begin)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        **{name: milliseconds(seconds[name, False]) for name in ways},
-        **{f"{name}_in_full": milliseconds(seconds[name, True]) for name in ways},
-        **{f"{name}_share": medians[name, False] / medians[name, True] for name in ways},
+        "processor_seconds": medians,
+        "shares": {name: medians[name] / medians[f"{name}_in_full"] for name in ways},
+        "runs": options.repeats,
         "edit_modules": [module.name for module in modules],
+        "requests": len(sequences),
         "tokens": sum(map(len, sequences)),
-        "prefix_tokens": len(prefix) if (prefix := shared_prefix(model, sequences)) else 0,
+        "head_tokens": len(shared_prefix(model, sequences) or ()),
         "answer_tokens": sum(len(sequence.answer) for sequence in sequences),
     }
 
 
 @contextmanager
 def in_full() -> Iterator[None]:
-    """Every prompt from its first token on, as before it was shared."""
+    """The head with every prompt."""
     with ExitStack() as stack:
         for room in (capturing, running):
             stack.enter_context(mock.patch.object(room, "shared_prefix", return_value=None))

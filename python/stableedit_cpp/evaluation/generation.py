@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
+from stableedit_cpp.evaluation.continuing import continued, generation_prefix
 from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
-from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
-from stableedit_cpp.model.untouched import input_device, untouched
+from stableedit_cpp.model.tokens import TokenSequence, context_length, pack, prompt_ids
+from stableedit_cpp.model.untouched import untouched
 
 __all__ = [
     "Continuation",
@@ -133,23 +134,17 @@ def write_greedily(
     ends = list(dict.fromkeys([*stop_tokens(model, tokenizer), *([] if end is None else [end])]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     found: list[Written | None] = [None] * len(prompts)
-    device = input_device(model)
 
     def write(indices: list[int]) -> None:
-        # On the left, so that every prompt ends where its continuation begins.
-        batch = collate([prompts[index] for index in indices], device, padding_side="left")
-        watch = _Watch()
-        output = model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=max(max_new_tokens[index] for index in indices),
-            logits_processor=[watch],
-        )
-        rows = output[:, batch.input_ids.shape[1] :].tolist()
+        watch, room = _Watch(), max(max_new_tokens[index] for index in indices)
+        chosen = [prompts[index] for index in indices]
+        output, width = continued(model, chosen, prefix, max_new_tokens=room, logits_processor=[watch])
+        rows = output[:, width:].tolist()
         for index, row, broken in zip(indices, rows, watch.by_row(), strict=True):
             found[index] = _up_to_the_end(row[: max_new_tokens[index]], broken, ends)
 
     with untouched(model), _greedy(model.generation_config, eos_token_id=ends or None, pad_token_id=pad):
+        prefix = generation_prefix(model, prompts)
         for indices in _batches(prompts, max_new_tokens, max_tokens, context_length(model)):
             write(indices)
             if len({len(prompts[index]) for index in indices}) > 1:

@@ -21,7 +21,7 @@ from stableedit_cpp.model.tokens import Batch, TokenSequence, collate
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.model.untouched import input_device, untouched
 
-__all__ = ["SharedPrefix", "shared_prefix"]
+__all__ = ["SharedPrefix", "alike", "objection", "shared_prefix"]
 
 _FEWEST = 8  # tokens of a prefix; the rounding of a shorter one is not worth what it saves
 _PROOF_TOKENS = (8, 3)  # after the prefix, of the two sequences
@@ -160,10 +160,13 @@ def _logits_and_gradient(
 
 
 def _apart(mine: torch.Tensor, exact: torch.Tensor, what: str) -> str | None:
-    """Half of the digits have to be the same: rounding takes a few of them, a wrong position or mask leaves none."""
     if not exact.isfinite().all():
         raise _NotFinite
-    error = ((mine - exact).norm() / exact.norm()).item()
+    return None if alike(mine, exact) else f"from the prefix on the {what} are others"
+
+
+def alike(mine: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Half of the digits are the same: rounding takes a few of them, a wrong position or mask leaves none."""
     # Models compute in part in float32 whatever their dtype.
     limit = max(torch.finfo(exact.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    return None if error <= limit else f"from the prefix on the {what} differ by {error:.1e}, relative to their norm"
+    return bool((mine - exact).norm() <= limit * exact.norm())

@@ -193,7 +193,7 @@ def collate(
 
     Args:
         padding_side: ``"right"``, or ``"left"`` for prompts that the model goes on from.
-        skip: leave out so many tokens at the head of each, none of which predicts an answer token (right side only).
+        skip: leave out so many tokens at the head of each, none of which predicts an answer token.
     """
     width = max(map(len, sequences)) - skip
     host = {"dtype": torch.long, "device": "cpu"}  # whatever the default device is
