@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import stableedit_cpp as se
 from stableedit_cpp.evaluation import continuing
@@ -273,6 +274,33 @@ def test_what_is_written_is_the_same(architecture, tokenizer):
     model = tiny_model(architecture)
     assert write_greedily(model, tokenizer, prompts, [5] * len(prompts), **how) == exact
     assert continuing._proven[model] == (architecture not in COUNT_FOR_THEMSELVES)
+
+
+@pytest.mark.parametrize("window, goes_on", [(8, False), (20, False), (40, True)])
+def test_a_window_of_attention(window, goes_on, tokenizer):
+    """Of half of the layers: one that ends within the head, within the prompts with what is written, or behind."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Gemma3TextConfig(
+        **sizes,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=window,
+    )
+    torch.manual_seed(0)
+    model = chatting(transformers.AutoModelForCausalLM.from_config(config).eval())
+    modules = se.find_modules(model, "model.layers.[123].mlp.down_proj")
+    trunk = TrunkCache(model, modules)
+    sequences = chats()
+    for cache in (None, trunk, trunk):
+        assert_close(logits_of(model, sequences, trunk=cache), plain_logits(model, sequences))
+    assert prefix._objections[model] == {0: None, 1: None}
+    prompts = [TokenSequence(sequence.ids, ()) for sequence in sequences]
+    written = write_greedily(model, tokenizer, prompts, [6] * len(prompts), max_tokens=MAX_TOKENS)
+    assert continuing._proven.get(model, False) == goes_on
+    for prompt, text in zip(prompts, written, strict=True):
+        assert text == write_greedily(model, tokenizer, [prompt], [6], max_tokens=MAX_TOKENS)[0]
 
 
 def test_the_head_is_not_written_from_again(tokenizer):

@@ -34,13 +34,21 @@ def continued(model: nn.Module, prompts: Sequence[TokenSequence], prefix: Shared
     return model.generate(input_ids=ids, **how), ids.shape[1]
 
 
-def generation_prefix(model: nn.Module, prompts: Sequence[TokenSequence]) -> SharedPrefix | None:
-    """The head that all prompts can go on from; None where they are to be run in full, as where a model minds the
-    padding behind it, by which positions are wrong that a model counts for itself (MPT)."""
-    prefix = shared_prefix(model, prompts)
+def generation_prefix(model: nn.Module, prompts: Sequence[TokenSequence], room: int) -> SharedPrefix | None:
+    """The head that all prompts can go on from, with at most ``room`` tokens after each; None where they are to be run
+    in full: where a model minds the padding behind the head because it counts positions for itself (MPT), or where a
+    window of its attention, which counts padding, too, may end."""
+    window, longest = _window(model), max(map(len, prompts), default=0) + room
+    prefix = shared_prefix(model, prompts) if window is None or longest <= window else None
     if prefix is not None and model not in _proven:
         _proven[model] = _same(model, prompts[0].ids, prefix)
     return prefix if prefix is not None and _proven[model] else None
+
+
+def _window(model: nn.Module) -> int | None:
+    config = model.config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if size), default=None)
 
 
 def _same(model: nn.Module, ids: tuple[int, ...], prefix: SharedPrefix) -> bool:

@@ -144,7 +144,7 @@ def write_greedily(
             found[index] = _up_to_the_end(row[: max_new_tokens[index]], broken, ends)
 
     with untouched(model), _greedy(model.generation_config, eos_token_id=ends or None, pad_token_id=pad):
-        prefix = generation_prefix(model, prompts)
+        prefix = generation_prefix(model, prompts, max(max_new_tokens, default=0))
         for indices in _batches(prompts, max_new_tokens, max_tokens, context_length(model)):
             write(indices)
             if len({len(prompts[index]) for index in indices}) > 1:
