@@ -33,7 +33,11 @@ class Shares:
     def score(self) -> float:
         """The harmonic mean of the means, as the field's score S has it (ROME, arXiv 2202.05262): one of them alone
         near 0 makes it small."""
-        return float(self._scores(*(torch.arange(len(part)).unsqueeze(0) for part in (self.taken, self.kept))))
+        return float(
+            self._scores(
+                *(torch.arange(len(part), device=part.device).unsqueeze(0) for part in (self.taken, self.kept))
+            )
+        )
 
     def noise(self, other: Shares) -> float:
         """Standard error of the difference of two scores: both trials have the same requests and unrelated prompts,
