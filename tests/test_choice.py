@@ -91,20 +91,19 @@ class TestCandidates:
         layers = {name: [int(module.split(".")[2]) for module in modules] for name, modules in found.items()}
         assert layers == {
             RULE: list(range(20, 29)),
+            "MLP, last third": list(range(20, 29)),
             "MLP, four of the last third": [22, 24, 26, 28],
-            "attention, last third": list(range(20, 29)),
             "MLP, every second of the upper half": list(range(15, 29, 2)),
             "MLP, middle third": list(range(10, 20)),
         }
-        assert found[RULE] == se.default_edit_modules(llama(30), every=True)
+        assert found[RULE] == se.default_edit_modules(llama(30), automatic=True)
         small = candidate_modules(llama(3))
         assert len({tuple(modules) for modules in small.values()}) == len(small) > 1
 
     @pytest.mark.parametrize("dense", [[], [0], [0, 1]])
     def test_of_a_mixture_of_experts_nothing_dense_and_early(self, dense):
         found = candidate_modules(mixture(dense))
-        assert RULE not in found
-        assert found["attention, last third"] == ["model.layers.4.self_attn.o_proj"]
+        assert found[RULE] == ["model.layers.4.self_attn.o_proj"]
         assert not [name for modules in found.values() for name in modules if "mlp" in name]
 
     def test_what_cannot_be_edited_is_left_out(self):
@@ -208,21 +207,21 @@ class TestChoice:
             return run
 
         def chosen(**values):
-            named = {"rule": RULE, "attention": "attention, last third", "middle": "MLP, middle third"}
+            named = {"rule": RULE, "mlp": "MLP, last third", "middle": "MLP, middle third"}
             monkeypatch.setattr(choosing.Trials, "run", outcome({named[key]: value for key, value in values.items()}))
             return se.choose_modules(llama(), tokenizer, REQUESTS, config(), progress=False)
 
-        close = chosen(rule=7, attention=8)
+        close = chosen(rule=7, mlp=8)
         assert close.chosen.name == RULE
         assert "the rule: none of" in close.why
-        far = chosen(rule=1, attention=12)
-        assert far.chosen.name == "attention, last third"
+        far = chosen(rule=1, mlp=12)
+        assert far.chosen.name == "MLP, last third"
         assert "instead of" in far.why
         # Of two that are equally good the cheaper, which comes first.
-        assert chosen(rule=1, attention=12, middle=13).chosen.name == "attention, last third"
+        assert chosen(rule=1, mlp=12, middle=13).chosen.name == "MLP, last third"
         table = far.table().plain()
-        assert "★ attention, last third" in table
-        assert "model.layers.4.self_attn.o_proj" in table
+        assert "★ MLP, last third" in table
+        assert "model.layers.4.mlp.down_proj" in table
 
     def test_a_set_that_cannot_be_edited_loses_and_is_named(self, tokenizer, cache, few, monkeypatch):
         real = choosing.Trials._edit
@@ -245,8 +244,7 @@ class TestChoice:
 
     def test_a_mixture_of_experts(self, tokenizer, cache, few):
         model = mixture([0])
-        with pytest.raises(ValueError, match="no default edit_modules are known for Qwen3MoeForCausalLM"):
-            se.StableEdit(model, tokenizer, config())
+        assert se.StableEdit(model, tokenizer, config()).config.edit_modules == ["model.layers.4.self_attn.o_proj"]
         choice = se.choose_modules(model, tokenizer, REQUESTS, config(), progress=False)
         assert all("self_attn.o_proj" in name for name in choice.modules)
         assert se.StableEdit(model, tokenizer, choice.config).edit(REQUESTS[:2], progress=False).edits == 2
@@ -430,7 +428,7 @@ class TestCommandLine:
         """An editor is what its config says, whatever was measured on this machine."""
         assert self.call("choose-modules", "--requests", "many.json", "--config", "config.json") == 0
         editor = se.StableEdit(llama(), tokenizer, config())
-        assert editor.config.edit_modules == se.default_edit_modules(editor.model, every=True)
+        assert editor.config.edit_modules == se.default_edit_modules(editor.model, automatic=True)
 
 
 def test_an_editor_beside_it_goes_on(tokenizer, cache, few):

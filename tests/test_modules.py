@@ -164,7 +164,8 @@ class TestDefaults:
         model = tiny_model(architecture)
         assert default_edit_modules(model) == [pattern_of(architecture).replace("*", str(LAYERS - 1))]
         editor = se.StableEdit(model, tiny_tokenizer())
-        assert [module.name for module in editor.modules] == default_edit_modules(model)
+        assert [module.name for module in editor.modules] == default_edit_modules(model, automatic=True)
+        assert editor.modules[0].name == output_projections(model, "attention")[-1]
 
     @pytest.mark.parametrize(
         "layers, expected", [(30, [22, 24, 26, 28]), (32, [23, 25, 27, 29]), (4, [2, 3]), (1, [0])]
@@ -175,8 +176,9 @@ class TestDefaults:
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **sizes))
         assert default_edit_modules(model) == [f"model.layers.{layer}.mlp.down_proj" for layer in expected]
-        every = {30: range(20, 29), 32: range(21, 31), 4: [2], 1: [0]}[layers]
-        assert default_edit_modules(model, every=True) == [f"model.layers.{layer}.mlp.down_proj" for layer in every]
+        late = {30: range(20, 29), 32: range(21, 31), 4: [2], 1: [0]}[layers]
+        attention = [f"model.layers.{layer}.self_attn.o_proj" for layer in late]
+        assert default_edit_modules(model, automatic=True) == attention
 
     @pytest.mark.parametrize(
         "kind, sizes, expected",
@@ -216,9 +218,17 @@ class TestDefaults:
             model = transformers.AutoModelForCausalLM.from_config(config)
         assert output_projections(model, "mlp") == []
         late = r"name them, e\.g\. the outputs of attention \(model\.layers\.\{5\.\.6\}\.self_attn\.o_proj\)"
-        for every in (True, False):
-            with pytest.raises(ValueError, match=late):
-                default_edit_modules(model, every=every)
+        with pytest.raises(ValueError, match=late):
+            default_edit_modules(model)
+        attention = [f"model.layers.{layer}.self_attn.o_proj" for layer in (5, 6)]
+        assert default_edit_modules(model, automatic=True) == attention
+
+    def test_an_mlp_where_there_is_no_attention(self):
+        """Between layers of Mamba, of which every second has an MLP, say."""
+        model = tiny_model("llama")
+        for layer in model.model.layers:
+            layer.self_attn = nn.Identity()
+        assert default_edit_modules(model, automatic=True) == ["model.layers.2.mlp.down_proj"]
 
     @pytest.mark.parametrize(
         "architecture, expected",

@@ -11,7 +11,8 @@ from stableedit_cpp.model.outputs import default_edit_modules, last_third, outpu
 
 __all__ = ["RULE", "candidate_modules"]
 
-RULE = "MLP, last third"  # what is edited where nobody names modules or measures: default_edit_modules(every=True)
+# What is edited where nobody names modules or measures: default_edit_modules(automatic=True).
+RULE = "attention, last third"
 
 
 def candidate_modules(model: nn.Module) -> dict[str, list[str]]:
@@ -38,9 +39,9 @@ def candidate_modules(model: nn.Module) -> dict[str, list[str]]:
 
 def _sets(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
     mlp, attention = output_projections(model, "mlp"), output_projections(model, "attention")
-    yield RULE, last_third(mlp)
+    yield RULE, last_third(attention)
+    yield "MLP, last third", last_third(mlp)
     yield "MLP, four of the last third", default_edit_modules(model) if mlp else []
-    yield "attention, last third", last_third(attention)
     yield "MLP, every second of the upper half", mlp[len(mlp) // 2 : -1 : 2]
     yield "MLP, middle third", mlp[len(mlp) // 3 : 2 * len(mlp) // 3]
 

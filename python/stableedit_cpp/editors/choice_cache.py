@@ -22,7 +22,7 @@ from stableedit_cpp.model.modules import find_modules
 __all__ = ["read_choice", "write_choice"]
 
 _FORMAT, _VERSION = "stableedit-modules", 1
-_RULE = 1  # of candidates and score; another one measures anew
+_RULE = 2  # of candidates and score; another one measures anew
 # Of the model's config, what says nothing about the model.
 _NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 

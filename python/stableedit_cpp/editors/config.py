@@ -28,9 +28,9 @@ class EditorConfig:
 
     Attributes:
         edit_modules: names or patterns (``*``, ``?``, ``[..]``, ``{22,24}``, ``{22..28}``) of the linear maps to edit;
-            None takes the MLP output projections of four layers in the last third of the model; where the step is
-            automatic, and so smaller for each the more there are, of all layers there but the last. ``choose_modules``
-            measures which are best.
+            None takes the attention output projections of all layers in the last third of the model but the last; where
+            the step is a number, the MLP output projections of four layers there. ``choose_modules`` measures which are
+            best.
         step_size: the paper's eta, > 0; or "auto": each pass takes the step that its loss and its gradients ask for
             (``core.PolyakStep``), which suits any model, loss and choice of modules.
         ridge: weight of the norm penalty in the least-squares solution, > 0.

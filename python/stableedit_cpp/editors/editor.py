@@ -98,8 +98,8 @@ class Editor:
     @staticmethod
     def modules_of(model: torch.nn.Module, config: EditorConfig) -> list[EditModule]:
         """Those that an editor with this config edits; raises as the constructor."""
-        every = config.step_size == "auto"
-        return find_modules(model, config.edit_modules or default_edit_modules(model, every=every))
+        automatic = config.step_size == "auto"
+        return find_modules(model, config.edit_modules or default_edit_modules(model, automatic=automatic))
 
     @property
     def config(self) -> EditorConfig:

@@ -18,20 +18,25 @@ Kind = Literal["mlp", "attention"]
 _DEFAULT_DEPTHS = (22 / 30, 24 / 30, 26 / 30, 28 / 30)
 
 
-def default_edit_modules(model: nn.Module, *, every: bool = False) -> list[str]:
-    """Names of the MLP output projections of four layers in the last third of the language model, or of ``every`` layer
-    there but the last.
+def default_edit_modules(model: nn.Module, *, automatic: bool = False) -> list[str]:
+    """Names of the MLP output projections of four layers in the last third of the language model; with an ``automatic``
+    step those of attention in the last third but the last layer (those of MLPs where there are none).
 
-    They are found by their shape, not by their name (see ``_mlp_output``), in the layers of the text decoder alone. In
-    a mixture of experts it is the expert that sees every token, if there is one.
+    Edits of attention outputs reach more paraphrases, in fewer passes, on SmolLM2 and on Gemma 3 alike
+    (docs/closed-loop.md); four MLPs are what a number as a step size is stated for. All are found by their shape, not
+    by their name, in the layers of the text decoder alone. In a mixture of experts it is the expert that sees every
+    token, if there is one.
 
     Raises:
-        ValueError: for an architecture where at most a third of the layers hold such an MLP, or only early ones do, as
-            in a mixture of experts whose first layers are dense (the message says what to name instead).
+        ValueError: for an architecture without these. For MLPs also where at most a third of the layers hold one, or
+            only early ones do, as in a mixture of experts whose first layers are dense (the message says what to name
+            instead).
     """
+    attention = output_projections(model, "attention")
+    if automatic and attention:
+        return last_third(attention)
     names = output_projections(model, "mlp")
     if not names:
-        attention = output_projections(model, "attention")
         hint = ""
         if attention:
             late = as_patterns(last_third(attention))
@@ -40,7 +45,7 @@ def default_edit_modules(model: nn.Module, *, every: bool = False) -> list[str]:
             f"no default edit_modules are known for {type(model).__name__}; name them{hint}. Few layers, or only "
             f"early ones, have an MLP of linear maps. The model has:\n{describe_linear_maps(model)}"
         )
-    if every:
+    if automatic:
         return last_third(names)
     return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
 
