@@ -44,6 +44,7 @@ def start(options: argparse.Namespace) -> torch.device:
     torch.manual_seed(0)
     device = torch.device(options.device)
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # set_device asks for an index
         torch.cuda.set_device(device)
     return device
 

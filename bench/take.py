@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -45,7 +46,13 @@ def main() -> None:
     parser.add_argument(
         "--checkpoints", type=int, nargs="+", default=[], metavar="N", help="score after so many edits, too"
     )
-    parser.add_argument("--edit-modules", nargs="+", metavar="NAME", help="default: the editor's own")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=JSON",
+        help="of the config, e.g. anchors=48 'edit_modules=\"*.o_proj\"'",
+    )
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="in one forward pass (default 2048)")
     parser.add_argument(
         "--perplexity", metavar="FILE", help="texts, relative to --data, e.g. downstream/me_ppl_1k.json"
@@ -64,8 +71,9 @@ def run(name: str, options: Namespace, device: torch.device) -> dict[str, object
     data, changes = ROWS[name]
     requests = read_requests(data_file(options.data, data), options.skip + options.edits)[options.skip :]
     model, tokenizer = load_model(options.model, device=device)
-    settings = {"edit_modules": options.edit_modules, "max_tokens_per_forward": options.tokens}
-    editor = StableEdit(model, tokenizer, StableEditConfig(**changes, **settings))
+    settings = changes | {"max_tokens_per_forward": options.tokens}
+    settings |= {field: json.loads(value) for field, value in (given.split("=", 1) for given in options.set)}
+    editor = StableEdit(model, tokenizer, StableEditConfig(**settings))
     sample = range(0, len(requests), max(1, len(requests) // options.sample))[: options.sample]
     scored = [requests[index] for index in sample]
     trunk, unedited = TrunkCache.where_possible(model, editor.modules), UneditedAnswers(editor.unedited)

@@ -85,6 +85,20 @@ def test_each_step_is_scored_and_is_what_it_is_by_hand(data, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def assert_close(there, here) -> None:
+    """Equal but for the last digits of a divergence: where less is kept, prompts share their batch with others."""
+    if isinstance(there, dict):
+        assert there.keys() == here.keys()
+        for key, value in there.items():
+            assert_close(value, here[key])
+    elif isinstance(there, list):
+        assert len(there) == len(here)
+        for one, other in zip(there, here, strict=True):
+            assert_close(one, other)
+    else:
+        assert here == (pytest.approx(there, rel=1e-4, abs=1e-6) if isinstance(there, float) else there)
+
+
 @pytest.mark.parametrize("at", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_kill_in_a_step_costs_that_step(data, tmp_path, monkeypatch, at):
     settings = {"editors": [{**EDITOR, "after": AFTER}], "sample": 15}
@@ -113,8 +127,9 @@ def test_a_kill_in_a_step_costs_that_step(data, tmp_path, monkeypatch, at):
         patch.setattr(Checkpoints, "take", killed_scoring)
         bench(data, tmp_path / "out", **settings)
     resumed = bench(data, tmp_path / "out", **settings)[0]
+    parts = ("turn", "scores", "ages")
     for there, here in zip(whole["checkpoints"], resumed["checkpoints"], strict=True):
-        assert [there[part] for part in ("turn", "scores", "ages")] == [here[p] for p in ("turn", "scores", "ages")]
+        assert_close({part: there[part] for part in parts}, {part: here[part] for part in parts})
     kinds = [[turn["kind"] for turn in lines(tmp_path / o / whole["name"] / "turns.jsonl")] for o in ("out", "whole")]
     assert kinds[0] == kinds[1]
     assert read_run(tmp_path / "out" / whole["name"])["status"] == "done"

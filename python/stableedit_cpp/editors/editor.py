@@ -349,7 +349,8 @@ class Editor:
     @classmethod
     def load(cls, model: torch.nn.Module, tokenizer, path: str | Path | SavedEditor) -> Editor:
         """The editor that ``save`` wrote, on the model that it began with. It goes on as if there had been no break:
-        bit for bit on the same machine. ``load_editor`` loads that of any class.
+        bit for bit on the same machine, or with anchors up to rounding: those that had been answered before the break
+        share their batches with others after it. ``load_editor`` loads that of any class.
 
         Args:
             model: unedited; it becomes the edited one.

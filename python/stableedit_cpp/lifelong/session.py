@@ -73,7 +73,8 @@ class LifelongSession(SessionView):
             config: of StableEdit (the default) or of another editor.
             detail: "factors" writes down what each turn added and what the statistics saw, about
                 ``4 (k + 2 v)`` bytes for each answer token, pass and edited module; turns are done again from that
-                without running the model. "requests" writes down the requests only, and edits again.
+                without running the model. "requests" writes down the requests only, and edits again; but not of turns
+                that could come to other last digits then, those of an editor with anchors among them.
             snapshot_every: turns between two snapshots of the state, i.e. how many have to be done again at most.
             keep_snapshots: so many of the newest are kept, besides that of the beginning.
             source: name or path the model can be loaded from, for the command line; None takes what the model says.

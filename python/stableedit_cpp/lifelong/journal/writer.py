@@ -98,8 +98,10 @@ class Recorder(Follower):
     def record(self, turn: AppliedTurn) -> None:
         """Write a turn down. If this raises, the turn is taken back."""
         with turn.report.timed("journal"):
-            # What a guard changed, and what a repair found in a trunk cache, cannot be done again from the requests.
-            factors = self.view.manifest["detail"] == "factors" or turn.kind == "repair" or turn.report.back_offs > 0
+            # What a guard changed cannot be done again from the requests, nor to the last digit what depends on which
+            # prompts shared a batch: those that a trunk cache did not hold in a repair, anchors that were new.
+            unsteady = turn.kind == "repair" or turn.report.back_offs > 0 or self.editor.config.anchors > 0
+            factors = unsteady or self.view.manifest["detail"] == "factors"
             content, tensors = encode_turn(turn, factors=factors)
             if turn.kind == "edit":
                 before = {request.id: self.view.history.superseded_by(request) for request in turn.requests}
