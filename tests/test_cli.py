@@ -245,7 +245,8 @@ def test_output_can_be_edited_again(edit, work):
     assert edit() == 0
     arguments = ["--model", "out", "--requests", "requests.json", "--output", "deeper/than/it/was", "--device", "cpu"]
     assert main(["edit", *arguments]) == 0
-    assert not torch.equal(weights_of("deeper/than/it/was")[f"{LAST}.weight"], weights_of("out")[f"{LAST}.weight"])
+    (edited,) = report_of("deeper/than/it/was")["edit_modules"]
+    assert not torch.equal(weights_of("deeper/than/it/was")[f"{edited}.weight"], weights_of("out")[f"{edited}.weight"])
     mode = stat.S_IMODE(os.stat("out").st_mode)
     assert mode == 0o755
     assert not [name for name in os.listdir(work) if name.startswith(".")]
@@ -849,6 +850,7 @@ def test_sigint_to_a_running_command(model_directory, work):
     assert report["interrupted"] == words
     assert f"stableedit: interrupted: {words}; saving the model as it is" in err
     assert f"{done} edits in" in out.decode()
-    changed = weights_of("out")[f"{LAST}.weight"]
+    (edited,) = report_of()["edit_modules"]
+    changed = weights_of("out")[f"{edited}.weight"]
     assert torch.isfinite(changed).all()
-    assert not torch.equal(changed, tiny_model("llama").state_dict()[f"{LAST}.weight"])
+    assert not torch.equal(changed, tiny_model("llama").state_dict()[f"{edited}.weight"])
