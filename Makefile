@@ -52,7 +52,7 @@ build: $(STAMPS)/package
 
 ZSRE := $(DATA)/zsre/zsre
 demo: $(STAMPS)/package $(STAMPS)/model
-	stableedit demo $(if $(wildcard $(ZSRE)_edit_5k.json),--stream $(ZSRE)_edit_5k.json --warm-up $(ZSRE)_train_5k.json)
+	stableedit demo $(if $(wildcard $(ZSRE)_edit_5k.json),--stream $(ZSRE)_edit_5k.json)
 
 # Two layers: what is marked or labelled slow runs in test-all only.
 test: CTEST_LAYER := -LE slow

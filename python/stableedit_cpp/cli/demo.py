@@ -15,7 +15,7 @@ from stableedit_cpp.evaluation import Scores, evaluate, generate
 from stableedit_cpp.files.table import Table, label, score
 from stableedit_cpp.model.load import SMOLLM2
 
-_EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json --warm-up zsre_train.json"
+_EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json"
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_model_options(parser, default=SMOLLM2)
     parser.add_argument("--stream", metavar="FILE", help="also edit a stream of requests (e.g. ZsRE) and score it")
     parser.add_argument("--warm-up", metavar="FILE", help="training stream for the warm-up before it")
-    parser.add_argument("--limit", type=positive, default=500, metavar="N", help="requests of each (default 500)")
+    parser.add_argument("--limit", type=positive, default=100, metavar="N", help="requests of each (default 100)")
     return parser
 
 
