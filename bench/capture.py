@@ -79,7 +79,7 @@ def main() -> None:
         sequences = random_sequences(options.requests, model.config.vocab_size)
         found = compare(model, edited(model, Namespace(edit_modules=None)), sequences, options, device)
         results = {**results, "random_model": found} if results else found
-    finish("capture", options, device, results)
+    finish("capture_chats" if options.chats else "capture", options, device, results)
 
 
 def compare(

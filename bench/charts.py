@@ -31,6 +31,8 @@ def main() -> None:
     found = newest(options.results)
     if not found:
         parser.error(f"there are no results in {options.results}")
+    if "take" in found:
+        found["take"]["rows"] = take_rows(options.results)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, (benchmark, draw) in CHARTS.items():
         if benchmark not in found:
@@ -57,6 +59,14 @@ def newest(directory: Path) -> dict[str, dict]:
         if name not in found or _rank(document) > _rank(found[name]):
             found[name] = document
     return found
+
+
+def take_rows(directory: Path) -> dict[str, dict]:
+    """The rows of all results of bench/take.py, by file and row: each file is of one model or one choice of modules."""
+    documents = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("take*.json"))
+    }
+    return {f"{stem}: {name}": row for stem, one in documents.items() for name, row in one["rows"].items()}
 
 
 def _rank(document: dict) -> tuple[bool, bool, str]:
@@ -131,6 +141,27 @@ def stream(result: dict) -> Figure:
     right.set_ylabel("seconds in all")
     right.set_title(f"ours: mathematics {100 * result['mathematics_share']:.1f} % of a turn")
     right.legend(fontsize=8)
+    return figure
+
+
+def take(result: dict) -> Figure:
+    figure, (axis,) = new_figure(width=9, height=5)
+    shown = {
+        "efficacy_free": "free answer\nis the target",
+        "generalization": "generalization,\nteacher-forced",
+        "generalization_free": "paraphrase,\nfree answer",
+        "specificity": "specificity",
+        "locality_agreement": "agreement with the\nunedited answers",
+    }
+    width = 0.8 / len(result["rows"])
+    for index, (name, row) in enumerate(result["rows"].items()):
+        means, errors = row["edited"]["means"], row["edited"]["standard_errors"]
+        places = [place + width * (index - (len(result["rows"]) - 1) / 2) for place in range(len(shown))]
+        how = {"color": style(index).color, "yerr": [errors[metric] or 0.0 for metric in shown], "label": name}
+        axis.bar(places, [means[metric] for metric in shown], width, error_kw={"linewidth": 0.8}, **how)
+    axis.set_xticks(range(len(shown)), shown.values())
+    axis.set_ylim(0, 1.02)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return figure
 
 
@@ -258,7 +289,7 @@ def bars(axis: Axes, rows: list[tuple[str, float, str]], unit: str, steep: bool 
 # File of the chart -> the benchmark whose result it shows, and how.
 CHARTS: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     draw.__name__: (draw.__name__, draw)
-    for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop, lora_rank)
+    for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop, lora_rank, take)
 } | {"scores": ("closed_loop", scores)}
 
 if __name__ == "__main__":
