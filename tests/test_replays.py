@@ -21,36 +21,62 @@ def sequence(prompt: tuple[int, ...], answer: tuple[int, ...]) -> TokenSequence:
     return TokenSequence(prompt + answer[:-1], answer)
 
 
+def past_of(*requests: list[TokenSequence]) -> PastRequests:
+    past = PastRequests()
+    for sequences in requests:
+        past.add(sequences, [0] * len(sequences))
+    return past
+
+
 class TestPastRequests:
     ONE, TWO, NEW = sequence((1, 2), (3, 4)), sequence((5,), (6,)), sequence((1, 2), (9,))
+    VARIANT = sequence((7, 8), (3, 4))
 
     def test_of_statements_with_one_prompt_the_last_counts(self):
-        past = PastRequests()
-        past.add([self.ONE, self.TWO])
-        past.add([self.NEW])
+        assert list(past_of([self.ONE], [self.TWO], [self.NEW])) == [self.TWO, self.NEW]
+
+    def test_who_asks_a_request_anew_replaces_its_variants_too(self):
+        past = past_of([self.ONE, self.VARIANT], [self.TWO])
+        assert past.beside([self.NEW]) == [self.TWO]
+        past.add([self.NEW], [0])
         assert list(past) == [self.TWO, self.NEW]
 
-    def test_what_is_forgotten_or_asked_now_is_not_replayed(self):
-        past = PastRequests([self.ONE, self.TWO])
-        assert past.beside([self.NEW]) == [self.TWO]
-        past.forget([self.TWO])
-        assert list(past) == [self.ONE]
+    def test_who_asks_a_variant_takes_only_that(self):
+        past = past_of([self.ONE, self.VARIANT])
+        past.add([sequence((7, 8), (9,))], [0])
+        assert list(past) == [self.ONE, sequence((7, 8), (9,))]
+        past.add([self.NEW], [0])  # the other one does not go with it
+        assert list(past) == [sequence((7, 8), (9,)), self.NEW]
 
-    @pytest.mark.parametrize("held", [[], [ONE], [ONE, TWO]])
+    def test_requests_of_a_turn_are_apart(self):
+        past = PastRequests()
+        past.add([self.ONE, self.VARIANT, self.TWO], [0, 0, 1])
+        assert past.beside([self.TWO]) == [self.ONE, self.VARIANT]
+
+    @pytest.mark.parametrize("held", [[], [[ONE, VARIANT]], [[TWO], [ONE, VARIANT]]])
     def test_a_state_gives_them_back(self, held):
-        state = PastRequests(held).state_dict()
+        past = past_of(*held)
+        state = past.state_dict()
+        again = PastRequests.from_state_dict(state)
         assert {tensor.dtype for tensor in state.values()} == {torch.int32}
-        assert list(PastRequests.from_state_dict(state)) == held
+        assert list(again) == list(past) and again.beside([self.NEW]) == past.beside([self.NEW])
+
+    def test_a_state_says_nothing_of_what_is_gone(self):
+        """So that an editor that was saved in between has the same one."""
+        past = past_of([self.TWO], [self.ONE])
+        past.forget([self.TWO])
+        fresh = past_of([self.ONE])
+        assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in past.state_dict().items())
 
     def test_a_state_that_does_not_fit_is_refused(self):
-        state = PastRequests([self.ONE]).state_dict()
+        state = past_of([self.ONE]).state_dict()
         with pytest.raises(ValueError, match="past requests have 3 tokens, not the 4"):
             PastRequests.from_state_dict(state | {"tokens": state["tokens"][1:]})
 
     def test_a_copy_stays_as_it_was(self):
-        past = PastRequests([self.ONE])
+        past = past_of([self.ONE])
         copy = past.copy()
-        past.add([self.TWO])
+        past.add([self.TWO], [0])
         assert list(copy) == [self.ONE]
         past.restore(copy)
         assert list(past) == [self.ONE]
@@ -60,7 +86,7 @@ def test_rows_are_those_of_their_own_capture_and_belong_to_nobody(tokenizer):
     editor = make(tokenizer, **CLOSED)
     now, before = sequences_of(tokenizer)[:2], sequences_of(tokenizer)[2:]
     replays = Replays(editor.model, editor.modules, count=100, micro_batch=10, max_tokens=2048)
-    replays.begin(now, PastRequests(before))
+    replays.begin(now, past_of(before))
     captured = capture(editor.model, editor.modules, now, max_tokens=2048)
     joined = replays.join(captured, now)
     alone = capture(editor.model, editor.modules, before, max_tokens=2048)

@@ -25,7 +25,7 @@ from stableedit_cpp.editors.replays import Replays
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
-from stableedit_cpp.editors.turn import Guard, Work
+from stableedit_cpp.editors.turn import Guard, Work, owners_of
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.form import Form, find_form
@@ -377,7 +377,8 @@ class Editor:
                 self.solver.replay(turn.kind, number, applied.captured, applied.step_size)
                 self.weights.apply(applied.updates)
             sequences = self.tokenize(turn.requests) if self.config.replays > 0 else ()
-            self.solver.remember(turn.kind, turn.passes[0].captured if turn.passes else None, sequences)
+            first = turn.passes[0].captured if turn.passes else None
+            self.solver.remember(turn.kind, first, sequences, owners_of(turn.requests) if sequences else ())
 
         self.weights.change(work, "doing a turn again")
 

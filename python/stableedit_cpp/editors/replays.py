@@ -22,32 +22,46 @@ _EACH = 2
 class PastRequests:
     """The statements that were edited so far and still count, as token sequences: part of an editor's state.
 
-    Of statements with one prompt the last one counts.
+    Of statements with one prompt the last one counts. Whoever asks a request's own prompt anew replaces the request,
+    variants included (``data.superseding``).
     """
 
-    def __init__(self, held: Iterable[TokenSequence] = ()) -> None:
-        self._held = {_prompt(sequence): sequence for sequence in held}
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, ...], tuple[TokenSequence, int]] = {}  # by prompt; with the number of its request
 
     def __len__(self) -> int:
         return len(self._held)
 
     def __iter__(self) -> Iterator[TokenSequence]:
-        return iter(self._held.values())
+        return (sequence for sequence, _ in self._held.values())
 
-    def add(self, sequences: Sequence[TokenSequence]) -> None:
-        """Remember what was edited; what has the prompt of an earlier one takes its place."""
+    def add(self, sequences: Sequence[TokenSequence], owners: Sequence[int]) -> None:
+        """Remember what was edited; it takes the place of what asked the same before.
+
+        Args:
+            owners: number of the request that each of the sequences belongs to, whose own prompt comes first.
+        """
         self.forget(sequences)
-        self._held |= {_prompt(sequence): sequence for sequence in sequences}
+        begin = max((number + 1 for _, number in self._held.values()), default=0)
+        for sequence, owner in zip(sequences, owners, strict=True):
+            self._held[_prompt(sequence)] = (sequence, begin + owner)
 
-    def forget(self, sequences: Sequence[TokenSequence]) -> None:
-        """Leave out what has the prompt of one of these."""
-        for sequence in sequences:
-            self._held.pop(_prompt(sequence), None)
-
-    def beside(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-        """Those that have none of the prompts of these."""
+    def forget(self, sequences: Iterable[TokenSequence]) -> None:
+        """Leave out what has the prompt of one of these, and the variants of requests whose own prompt it is."""
         asked = {_prompt(sequence) for sequence in sequences}
-        return [sequence for prompt, sequence in self._held.items() if prompt not in asked]
+        own: dict[int, tuple[int, ...]] = {}
+        for prompt, (_, number) in self._held.items():
+            own.setdefault(number, prompt)
+        gone = {number for number, prompt in own.items() if prompt in asked}
+        self._held = {
+            prompt: held for prompt, held in self._held.items() if prompt not in asked and held[1] not in gone
+        }
+
+    def beside(self, sequences: Iterable[TokenSequence]) -> list[TokenSequence]:
+        """Those that these leave standing."""
+        left = self.copy()
+        left.forget(sequences)
+        return list(left)
 
     def copy(self) -> PastRequests:
         """Another one that holds the same."""
@@ -60,12 +74,18 @@ class PastRequests:
         self._held = dict(other._held)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Tokens of all, one after the other, int32, with the lengths of each prompt and answer, int32 ``[n]``."""
+        """ "tokens" of all, one after the other, int32; and "parts", int32 ``[n, 3]``: of each the lengths of prompt and
+        answer, and the number of its request, counted from 0."""
         tokens = [token for sequence in self for token in (*_prompt(sequence), *sequence.answer)]
-        lengths = [(len(_prompt(sequence)), len(sequence.answer)) for sequence in self]
+        numbers = {
+            number: rank for rank, number in enumerate(dict.fromkeys(number for _, number in self._held.values()))
+        }
+        parts = [
+            (len(prompt), len(sequence.answer), numbers[number]) for prompt, (sequence, number) in self._held.items()
+        ]
         return {
             "tokens": torch.tensor(tokens, dtype=torch.int32, device="cpu"),
-            "lengths": torch.tensor(lengths, dtype=torch.int32, device="cpu").reshape(-1, 2),
+            "parts": torch.tensor(parts, dtype=torch.int32, device="cpu").reshape(-1, 3),
         }
 
     @classmethod
@@ -74,18 +94,17 @@ class PastRequests:
         Raises:
             ValueError: if the lengths do not fit the tokens.
         """
-        lengths = state["lengths"].tolist()
-        tokens = state["tokens"].tolist()
-        if sum(map(sum, lengths)) != len(tokens):
-            raise ValueError(
-                f"past requests have {len(tokens)} tokens, not the {sum(map(sum, lengths))} of their lengths"
-            )
-        held, place = [], 0
-        for prompt, answer in lengths:
+        tokens, parts = state["tokens"].tolist(), state["parts"].tolist()
+        stated = sum(prompt + answer for prompt, answer, _ in parts)
+        if stated != len(tokens):
+            raise ValueError(f"past requests have {len(tokens)} tokens, not the {stated} of their lengths")
+        past, place = cls(), 0
+        for prompt, answer, number in parts:
             ids = tokens[place : place + prompt + answer]
-            held.append(TokenSequence(tuple(ids[:-1]), tuple(ids[prompt:])))
+            sequence = TokenSequence(tuple(ids[:-1]), tuple(ids[prompt:]))
+            past._held[_prompt(sequence)] = (sequence, number)
             place += prompt + answer
-        return cls(held)
+        return past
 
 
 class Replays:

@@ -224,13 +224,15 @@ class Solver(ABC):
                 self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
         self.accept(step_size)
 
-    def remember(self, kind: str, captured: CapturedTurn | None, sequences: Sequence[TokenSequence]) -> None:
+    def remember(
+        self, kind: str, captured: CapturedTurn | None, sequences: Sequence[TokenSequence], owners: Sequence[int]
+    ) -> None:
         """Add the keys of a turn's first pass, if it has one, to the past keys, and its statements to the past
         requests."""
         if captured is not None and kind != "repair" and self.past_keys:
             self.fold_keys(captured.owned, self.past_keys)
         if kind != "warm_up" and self.past_requests is not None:
-            self.past_requests.add(sequences)
+            self.past_requests.add(sequences, owners)
 
     def fold_keys(self, captured: CapturedTurn, into: Mapping[str, PastKeys]) -> None:
         """Add captured keys to second moments, by module name."""

@@ -27,7 +27,7 @@ from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache, trusted
 
-__all__ = ["Guard", "Turn", "Work"]
+__all__ = ["Guard", "Turn", "Work", "owners_of"]
 
 
 class GuardLook(Protocol):
@@ -35,6 +35,11 @@ class GuardLook(Protocol):
 
     drift: float
     within: bool
+
+
+def owners_of(requests: Sequence[EditRequest]) -> list[int]:
+    """Index of the request that each statement belongs to."""
+    return [index for index, request in enumerate(requests) for _ in request.statements]
 
 
 class Guard(Protocol):
@@ -132,7 +137,7 @@ class Turn:
         self.requests = requests
         self.sequences = sequences
         self.names = names
-        self.owners = [index for index, request in enumerate(requests) for _ in request.statements]
+        self.owners = owners_of(requests)
         self.holds = [False] * len(sequences)
         self.likely = torch.full((len(sequences),), math.log(sys.float_info.min), dtype=torch.float64, device="cpu")
         self.final = False
@@ -223,7 +228,7 @@ class Turn:
                 if allowed == 1:
                     self._look()
                 report.failed = self._failures([index for index, holds in enumerate(self.holds) if not holds])
-        work.solver.remember(self.kind, first, self.sequences)
+        work.solver.remember(self.kind, first, self.sequences, self.owners)
         return passes[: report.passes]
 
     def _note_before(self, captured: CapturedTurn, allowed: int) -> None:
