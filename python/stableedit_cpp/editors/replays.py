@@ -74,8 +74,8 @@ class PastRequests:
         self._held = dict(other._held)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """ "tokens" of all, one after the other, int32; and "parts", int32 ``[n, 3]``: of each the lengths of prompt and
-        answer, and the number of its request, counted from 0."""
+        """The tokens of all, one after the other, int32; and as parts, int32 ``[n, 3]``, of each the lengths of prompt
+        and answer and the number of its request, counted from 0."""
         tokens = [token for sequence in self for token in (*_prompt(sequence), *sequence.answer)]
         numbers = {
             number: rank for rank, number in enumerate(dict.fromkeys(number for _, number in self._held.values()))
