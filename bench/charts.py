@@ -32,7 +32,7 @@ def main() -> None:
     if not found:
         parser.error(f"there are no results in {options.results}")
     if "take" in found:
-        found["take"]["rows"] = take_rows(options.results)
+        found["take"] |= take_rows(options.results)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, (benchmark, draw) in CHARTS.items():
         if benchmark not in found:
@@ -62,11 +62,15 @@ def newest(directory: Path) -> dict[str, dict]:
 
 
 def take_rows(directory: Path) -> dict[str, dict]:
-    """The rows of all results of bench/take.py, by file and row: each file is of one model or one choice of modules."""
+    """The rows of all results of bench/take.py, by file and row: each file is of one model or one choice of modules; and
+    the machine of the latest, with the devices of all."""
     documents = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("take*.json"))
     }
-    return {f"{stem}: {name}": row for stem, one in documents.items() for name, row in one["rows"].items()}
+    rows = {f"{stem}: {name}": row for stem, one in documents.items() for name, row in one["rows"].items()}
+    machines = [one["machine"] for one in documents.values()]
+    devices = ", ".join(dict.fromkeys(machine["device"] for machine in machines))
+    return {"rows": rows, "machine": max(machines, key=lambda machine: machine["date"]) | {"device": devices}}
 
 
 def _rank(document: dict) -> tuple[bool, bool, str]:
