@@ -62,8 +62,8 @@ def newest(directory: Path) -> dict[str, dict]:
 
 
 def take_rows(directory: Path) -> dict[str, dict]:
-    """The rows of all results of bench/take.py, by file and row: each file is of one model or one choice of modules; and
-    the machine of the latest, with the devices of all."""
+    """The rows of all results of bench/take.py, by file and row, since each file is of one model or one choice of
+    modules; and the machine of the latest, with the devices of all."""
     documents = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("take*.json"))
     }
