@@ -85,7 +85,7 @@ def choose_for(
         if found is not None:
             return found, f"{found.why}, measured earlier"
         if len(requests) < ENOUGH:
-            return None, f"the fixed rule; {len(requests)} requests are too few to measure"
+            return None, f"the fixed rule; {ENOUGH} requests or more are needed to measure"
     print(
         "stableedit: measuring which modules take edits best; --no-choose-modules takes a fixed rule", file=sys.stderr
     )
