@@ -52,7 +52,7 @@ def start(options: argparse.Namespace) -> torch.device:
 def finish(name: str, options: argparse.Namespace, device: torch.device, results: dict[str, object]) -> None:
     """Print the results with where they come from, and write them if asked."""
     machine = {"device": device_name(device), "date": now(), **environment()}
-    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    settings = {key: _nameless(value) for key, value in vars(options).items() if key != "json"}
     document = {"benchmark": name, **_rounded(results), "settings": settings, "machine": machine}
     print(json.dumps(document, indent=2))
     if options.json:
@@ -167,6 +167,11 @@ def data_file(directory: str, name: str) -> Path:
     if not path.exists():
         raise SystemExit(f"there is no {path}; say with --data where the data sets are")
     return path
+
+
+def _nameless(value: object) -> object:
+    """Of a path of this machine the last part, which is all that means something elsewhere."""
+    return Path(value).name if isinstance(value, (str, Path)) and Path(value).is_absolute() else value
 
 
 def _rounded(value: object) -> object:

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.editors.anchors import Anchors, unrelated_prompts
+from stableedit_cpp.editors import anchors as anchors_module
+from stableedit_cpp.editors.anchors import HELD_OUT, Anchors, unrelated_prompts
 from stableedit_cpp.evaluation.locality import UneditedAnswers, locality
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.form import RAW
 from stableedit_cpp.model.tokens import tokenize
 from stableedit_cpp.model.top_tokens import top_tokens
 from support.captures import sequences_of
-from support.editors import MODULES, assert_same_bits, make, on_call, state_of, weight_of
+from support.editors import MODULES, assert_same_bits, make, on_call, saved_on_the_way, state_of, weight_of
 from support.tiny import FACTS, tiny_model
 
 CLOSED = {"step_size": "auto", "centred": False, "max_passes": 6, "turn_size": 100, "past_key_weight": 0.02}
@@ -101,26 +102,22 @@ def test_statistics_and_past_keys_do_not_see_them(tokenizer):
     assert held.past_keys[MODULES[0]].count == plain.past_keys[MODULES[0]].count
 
 
-def test_what_is_said_elsewhere_stays_nearer_to_the_unedited_model(tokenizer):
+def test_what_is_said_elsewhere_stays_nearer_to_the_unedited_model(tokenizer, monkeypatch):
     """On prompts that are no anchors, after the same edits have been solved as often."""
+    monkeypatch.setattr(anchors_module, "_EACH", 3)  # thirteen facts would have sixteen
     drift = []
-    for count in (0, 20):
+    for count in (0, 40):
         editor = make(tokenizer, **CLOSED | {"take_probability": 0.99}, anchors=count)
         editor.edit(FACTS, progress=False)
         unedited = UneditedAnswers(editor.unedited)
-        prompts = [tuple(tokenizer(text)["input_ids"]) for text in unrelated_prompts()[-40:]]
+        prompts = [tuple(tokenizer(text)["input_ids"]) for text in unrelated_prompts()[-HELD_OUT:]]
         answers = unedited.to(tokenizer, prompts)
         drift.append(float(locality(editor.model, unedited, answers, max_tokens=2048).kl.mean()))
-    assert drift[1] < 0.8 * drift[0]  # all prompts are alike at a token a byte, so that half of the anchors are, too
+    assert drift[1] < 0.7 * drift[0]
 
 
 def test_the_same_stream_gives_the_same_bits(tokenizer, tmp_path):
-    one, other = (make(tokenizer, **CLOSED, anchors=4) for _ in range(2))
-    one.edit(FACTS[:5], progress=False)
-    one.save(tmp_path / "saved")
-    one.edit(FACTS[5:], progress=False)
-    loaded = se.StableEdit.load(other.model, tokenizer, tmp_path / "saved")
-    loaded.edit(FACTS[5:], progress=False)
+    one, loaded = saved_on_the_way(tokenizer, tmp_path, **CLOSED, anchors=4)
     assert torch.equal(weight_of(one), weight_of(loaded))
 
 
@@ -161,7 +158,7 @@ def test_bad_numbers_are_refused(count):
 def test_the_unedited_model_answers_only_what_is_drawn(tokenizer):
     editor = make(tokenizer, **CLOSED)
     anchors = anchors_of(editor, sequences_of(tokenizer)[:1], count=48)
-    assert 32 == len(anchors._known) < len(anchors.prompts)
+    assert 32 == len(anchors.known) < len(anchors.prompts)
 
 
 def test_the_nearest_are_in_every_pass(tokenizer):
@@ -175,9 +172,9 @@ def test_the_nearest_are_in_every_pass(tokenizer):
     alone = capture(
         editor.model,
         editor.modules,
-        [anchors._known[index][0] for index in anchors._near[:8]],
+        [anchors.known[index][0] for index in anchors._near[:8]],
         max_tokens=2048,
-        reference=[anchors._known[index][1] for index in anchors._near[:8]],
+        reference=[anchors.known[index][1] for index in anchors._near[:8]],
     )
     keys = joined.keys[MODULES[0]]
     assert all((keys - key).abs().sum(1).min() < 1e-4 for key in alone.keys[MODULES[0]])

@@ -60,7 +60,7 @@ def mixture(dense: list[int]) -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def four_prompts(monkeypatch):
     """Unrelated ones; a random model has nothing to say to more."""
-    monkeypatch.setattr(trial_module, "GUARDED", 4)
+    monkeypatch.setattr(trial_module, "HELD_OUT", 4)
 
 
 @pytest.fixture

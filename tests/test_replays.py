@@ -11,7 +11,7 @@ from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.tokens import TokenSequence
 from support.captures import sequences_of
-from support.editors import MODULES, assert_same_bits, make, state_of, weight_of
+from support.editors import MODULES, assert_same_bits, make, saved_on_the_way, state_of, weight_of
 from support.tiny import FACTS, tiny_model
 
 CLOSED = {"step_size": "auto", "centred": False, "max_passes": 6, "retries_feed_statistics": False}
@@ -112,12 +112,7 @@ def test_earlier_requests_hold_longer(tokenizer):
 
 
 def test_the_same_stream_gives_the_same_bits(tokenizer, tmp_path):
-    one, other = (make(tokenizer, **CLOSED, replays=4) for _ in range(2))
-    one.edit(FACTS[:5], progress=False)
-    one.save(tmp_path / "saved")
-    one.edit(FACTS[5:], progress=False)
-    loaded = se.StableEdit.load(other.model, tokenizer, tmp_path / "saved")
-    loaded.edit(FACTS[5:], progress=False)
+    one, loaded = saved_on_the_way(tokenizer, tmp_path, **CLOSED, replays=4)
     assert torch.equal(weight_of(one), weight_of(loaded))
     assert list(one.solver.past_requests) == list(loaded.solver.past_requests)
 

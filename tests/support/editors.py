@@ -6,7 +6,7 @@ import torch
 
 import stableedit_cpp as se
 from stableedit_cpp.editors import turn as turns
-from support.tiny import tiny_model
+from support.tiny import FACTS, tiny_model
 
 MODULES = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
 TURN = 5  # 13 facts: turns of 5, 5 and 3
@@ -18,6 +18,17 @@ def make(tokenizer, model=None, *, editor=se.StableEdit, config=se.StableEditCon
     model = tiny_model("llama") if model is None else model
     settings = {"edit_modules": MODULES, "step_size": 1e-2, "turn_size": TURN} | changes
     return editor(model, tokenizer, config(**settings), guard=guard)
+
+
+def saved_on_the_way(tokenizer, directory, **config) -> tuple[se.StableEdit, se.StableEdit]:
+    """An editor that was saved after five facts and went on, and one that went on from what was saved."""
+    one, other = make(tokenizer, **config), make(tokenizer, **config)
+    one.edit(FACTS[:5], progress=False)
+    one.save(directory / "saved")
+    one.edit(FACTS[5:], progress=False)
+    loaded = se.StableEdit.load(other.model, tokenizer, directory / "saved")
+    loaded.edit(FACTS[5:], progress=False)
+    return one, loaded
 
 
 def state_of(editor) -> dict[str, torch.Tensor]:

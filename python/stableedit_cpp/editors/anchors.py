@@ -22,9 +22,9 @@ from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_id
 from stableedit_cpp.model.top_tokens import TopTokens, top_tokens
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["GUARDED", "Anchors", "unrelated_prompts"]
+__all__ = ["HELD_OUT", "Anchors", "unrelated_prompts"]
 
-GUARDED = 16  # of the unrelated prompts, the last ones, are never anchors: a guard looks at them
+HELD_OUT = 16  # of the unrelated prompts, the last ones, are never anchors: what an edit does elsewhere is seen there
 _EACH = 1  # anchor for each sequence of a pass
 _ANSWER = 12  # tokens of the unedited model's own answer that are held
 _TOP = 128  # tokens of a distribution that are told apart: 18 KB an anchor
@@ -58,6 +58,11 @@ class Anchors:
         unedited: shows the unedited model (``editor.unedited``).
         count: the most anchors a pass may have, one for each of its sequences but no fewer than 16.
         max_tokens: tokens, padding included, in one forward pass.
+
+    Attributes:
+        prompts: token ids of all that may become anchors.
+        known: by index of the prompt, the unedited model's answer and the distributions along it, of those that were
+            needed so far; anchors of one model in one form may share it.
     """
 
     def __init__(
@@ -76,10 +81,10 @@ class Anchors:
         self.count = count
         self.trunk = TrunkCache.where_possible(model, modules)
         limit = context_length(model)
-        every = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[:-GUARDED], form)]
+        every = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[:-HELD_OUT], form)]
         self.prompts = [prompt for prompt in every if prompt and (limit is None or len(prompt) < limit)]
         self._answers = UneditedAnswers(unedited, max_new_tokens=_ANSWER)
-        self._known: dict[int, tuple[TokenSequence, TopTokens]] = {}
+        self.known: dict[int, tuple[TokenSequence, TopTokens]] = {}
         self._topics = Topics(self.prompts)
         self._near: list[int] = []  # those of the turn, the nearest first; and the others
         self._others: list[int] = []
@@ -96,7 +101,7 @@ class Anchors:
         near = self._topics.nearest(sequences, count // 2, free)
         others = sorted(set(free).difference(near))
         self._near, self._others = near, drawn_by(sequences).sample(others, count - len(near))
-        fresh = [index for index in near + self._others if index not in self._known]
+        fresh = [index for index in near + self._others if index not in self.known]
         if not fresh:
             return
         how = {"max_tokens": self._max_tokens}
@@ -105,7 +110,7 @@ class Anchors:
             for batch in batches(shown, answered, trunk=self.trunk, **how):
                 parts = top_tokens(log_probabilities(batch.logits), _TOP).split(batch.sizes)
                 for place, part in zip(batch.indices, parts, strict=True):
-                    self._known[fresh[place]] = (answered[place], part)
+                    self.known[fresh[place]] = (answered[place], part)
 
     def join(self, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> CapturedTurn:
         """The rows of a pass over ``sequences``, and behind them those of anchors of the turn, which belong to none of
@@ -124,9 +129,9 @@ class Anchors:
         rows = capture(
             self._model,
             self._modules,
-            [self._known[index][0] for index in chosen],
+            [self.known[index][0] for index in chosen],
             max_tokens=self._max_tokens,
-            reference=[self._known[index][1] for index in chosen],
+            reference=[self.known[index][1] for index in chosen],
             weight=weight,
             names=[f"unrelated prompt {index}" for index in chosen],
             trunk=self.trunk,

@@ -396,7 +396,7 @@ class Editor:
         """
         self._run(requests, kind, None, False, False, passes)
 
-    def _companions(self) -> list[Anchors | Replays]:
+    def companions(self) -> list[Anchors | Replays]:
         """What adds rows of its own to each pass."""
         if self._beside is None:
             config, self._beside = self.config, []
@@ -432,7 +432,7 @@ class Editor:
             self.weights,
             self.solver,
             self.guard if requests and passes is None else None,  # a turn that is done again was let pass before
-            self._companions() if kind != "warm_up" else (),
+            self.companions() if kind != "warm_up" else (),
             trunk,
             lent,
             outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors.anchors import GUARDED, Anchors, unrelated_prompts
+from stableedit_cpp.editors.anchors import HELD_OUT, Anchors, unrelated_prompts
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.originals import swapped
 from stableedit_cpp.editors.registry import make_editor
 from stableedit_cpp.editors.stream import names_of
 from stableedit_cpp.editors.trial_scores import Shares, Trial
+from stableedit_cpp.editors.turn import owners_of
 from stableedit_cpp.errors import StableEditError
 from stableedit_cpp.evaluation.answers import token_accuracy
 from stableedit_cpp.evaluation.locality import UneditedAnswers, locality
@@ -45,7 +46,7 @@ class Trials:
         self._config = config
         how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
         self._form, self._limit = find_form(model, tokenizer, **how), context_length(model)
-        ids = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[-GUARDED:], self._form)]
+        ids = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[-HELD_OUT:], self._form)]
         ids = [prompt for prompt in ids if prompt and (self._limit is None or len(prompt) < self._limit)]
         self._held: dict = {}  # what all anchors know of their prompts
         self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -87,7 +88,7 @@ class Trials:
         statements, rephrased = self._tokenize(requests)
         how = {"max_tokens": config.max_tokens_per_forward, "trunk": editor.trunk}
         right = (token_accuracy(self._model, statements, **how) == 1.0).double()
-        owners = torch.tensor([i for i, request in enumerate(requests) for _ in request.statements], device="cpu")
+        owners = torch.tensor(owners_of(requests), device="cpu")
         taken = torch.ones(len(requests), dtype=torch.float64, device="cpu").scatter_reduce(0, owners, right, "amin")
         paraphrases = torch.full_like(taken, torch.nan)
         if rephrased:
@@ -99,9 +100,9 @@ class Trials:
 
     def _share_anchors(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
         """Their answers are those of the unedited model, whatever is edited: half of the cost of a trial."""
-        for companion in editor._companions():
+        for companion in editor.companions():
             if isinstance(companion, Anchors):
-                companion._known = self._held
+                companion.known = self._held
                 companion.begin(editor.tokenize(requests))
 
     def _tokenize(self, requests: Sequence[EditRequest]):
