@@ -399,15 +399,16 @@ class Editor:
     def companions(self) -> list[Anchors | Replays]:
         """What adds rows of its own to each pass."""
         if self._beside is None:
-            config, self._beside = self.config, []
+            config, beside = self.config, []
             how = {"max_tokens": config.max_tokens_per_forward}
             if config.anchors > 0:
                 shown = (self.form, self.unedited)
                 anchors = Anchors(self.model, self.tokenizer, self.modules, *shown, count=config.anchors, **how)
-                self._beside.append(anchors)
+                beside.append(anchors)
             if config.replays > 0:
                 how |= {"micro_batch": config.micro_batch}
-                self._beside.append(Replays(self.model, self.modules, count=config.replays, **how))
+                beside.append(Replays(self.model, self.modules, count=config.replays, **how))
+            self._beside = beside  # all of them or none
         return self._beside
 
     def _run(

@@ -22,7 +22,7 @@ from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.tokens import TokenSequence
 
-__all__ = ["NoStep", "Solution", "Solver"]
+__all__ = ["NoStep", "Solution", "Solver", "Statistic"]
 
 
 # Of the loss that a step is to remove to first order. With 1.5, 1,000 requests of ZsRE take in 6 passes of SmolLM2

@@ -7,17 +7,17 @@ from typing import TypeVar
 
 import torch
 
-from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, MasterWeight, PastKeys, PolyakStep
+from stableedit_cpp.core import LowRankUpdate, MasterWeight
 from stableedit_cpp.editors.followers import Follower, Followers
 from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.editors.originals import OriginalWeights
-from stableedit_cpp.editors.replays import PastRequests
+from stableedit_cpp.editors.solver import Statistic
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["Checkpoint", "EditedWeights"]
 
-Statistics = Mapping[str, LifelongNormalizer | PastKeys | PastRequests | PolyakStep]
+Statistics = Mapping[str, Statistic]
 _Result = TypeVar("_Result")
 _TURN = "a turn"
 
