@@ -25,7 +25,7 @@ from stableedit_cpp.editors.replays import Replays
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
-from stableedit_cpp.editors.turn import Guard, Work, owners_of
+from stableedit_cpp.editors.turn import Guard, Turn, Work, owners_of
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.form import Form, find_form
@@ -440,4 +440,8 @@ class Editor:
             answers=bool(outcomes),
             passes=passes,
         )
-        return run_stream(work, kind, requests, sequences, progress)
+        return run_stream(work, kind, requests, sequences, progress, self._make_turn)
+
+    def _make_turn(self, *arguments: object) -> Turn:
+        """A turn of a stream, with the arguments of ``Turn``; what another kind of editor puts its own in place of."""
+        return Turn(*arguments)

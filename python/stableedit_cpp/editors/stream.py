@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -53,11 +53,13 @@ def run_stream(
     requests: Sequence[EditRequest],
     sequences: Sequence[TokenSequence],
     progress: bool | None,
+    make_turn: Callable[..., Turn] = Turn,
 ) -> EditReport:
     """Run the turns of a stream; progress, result and errors as ``Editor.edit``.
 
     Args:
         sequences: tokens of the statements of the requests, in order.
+        make_turn: called like ``Turn``, gives each turn.
     """
     names = names_of(requests)
     begins = list(accumulate((len(request.statements) for request in requests), initial=0))
@@ -75,7 +77,7 @@ def run_stream(
             for whole in turns:
                 start = time.perf_counter()
                 part = slice(begins[whole.start], begins[whole.stop])
-                turn = Turn(work, kind, requests[whole], sequences[part], names[part])
+                turn = make_turn(work, kind, requests[whole], sequences[part], names[part])
                 try:
                     turn.run(guard, bar)
                 finally:
