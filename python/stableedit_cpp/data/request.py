@@ -20,7 +20,7 @@ class EditRequest:
         target: answer it shall give, without the leading space; ``" " + target`` is what the model learns.
         rephrase: the same question in other words (generalization).
         locality_prompt, locality_target: an unrelated prompt and its answer (specificity).
-        subject: what the fact is about; kept for reports.
+        subject: what the fact is about, as the prompt has it; editors that locate facts (MEMIT, AlphaEdit) need it.
         id: name of the request, unique within a call.
         persona: the question as someone with a manner of speaking would put it; the answer is ``target``.
         multi_hop_prompt, multi_hop_target: a question that follows from the edit in several steps, and its answer.
