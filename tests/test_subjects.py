@@ -86,7 +86,7 @@ def test_the_tokens_up_to_the_subject_are_the_first_of_the_prompt_and_end_with_i
             text = tokenizer.decode(prefix, skip_special_tokens=True)
             end = find_subject(prompt, subject)[1]
             assert text.strip() == (context + prompt[:end]).strip()
-            assert len(tokenizer.decode(prefix[:-1], skip_special_tokens=True)) < len(text)
+            assert tokenizer.decode(prefix[:-1], skip_special_tokens=True) != text
         (sequence,) = tokenize(tokenizer, [(prompt, "Canberra")], None, [""])
         assert sequence.ids[: len(found[0])] == found[0]
 
