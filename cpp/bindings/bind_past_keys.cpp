@@ -16,6 +16,14 @@ Directions. `copy()` is an O(1) snapshot and `restore` goes back to one.)")
              return std::make_shared<PastKeys>(dim, rank.value_or(0));
            })),
            py::arg("dim"), py::arg("rank") = py::none())
+      .def_static("seeded", no_gil([](const at::Tensor& moment, double weight, int64_t count) {
+                    return std::make_shared<PastKeys>(PastKeys::seeded(moment, weight, count));
+                  }),
+                  py::arg("moment"), py::arg("weight") = 1.0, py::kw_only(), py::arg("count") = 1,
+                  R"(
+Exact, and begun with C = weight * moment [k, k] (upper triangle), as MEMIT has it.
+
+In the moment's dtype, float32 at least. count: how many keys it stands for.)")
       .def("update", no_gil(&PastKeys::update), py::arg("keys"),
            "Fold in the keys of a turn, [n, k].")
       .def("solve", no_gil(&PastKeys::solve), py::arg("keys"), py::kw_only(), py::arg("weight"),

@@ -14,6 +14,7 @@ namespace stableedit::bindings {
 
 namespace py = pybind11;
 
+void bind_null_space(py::module_& m);
 void bind_past_keys(py::module_& m);
 void bind_statistics(py::module_& m);
 void bind_step(py::module_& m);

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "stableedit/normalizer.hpp"
+#include "stableedit/null_space.hpp"
 #include "stableedit/past_keys.hpp"
 #include "stableedit/serialization.hpp"
 
@@ -72,6 +73,12 @@ inline void use_past_keys(const stableedit::StateDict& state) {
   }
 }
 
+/// The same for a null space.
+inline void use_null_space(const stableedit::StateDict& state) {
+  const auto space = stableedit::NullSpace::from_state_dict(state);
+  if (space.dim() <= 64) space.project(at::ones({2, space.dim()}));
+}
+
 /// The same for the statistics.
 inline void use_normalizer(const stableedit::StateDict& state) {
   auto normalizer = stableedit::LifelongNormalizer::from_state_dict(state);
@@ -116,8 +123,13 @@ inline std::string check_reader(std::string_view bytes) {
   if (!wrong.empty()) return "patch: " + wrong;
 
   wrong = check("", [&] {
-    content.tensors.contains("pieces") ? use_past_keys(content.tensors)
-                                       : use_normalizer(content.tensors);
+    if (content.tensors.contains("pieces")) {
+      use_past_keys(content.tensors);
+    } else if (content.tensors.contains("basis")) {
+      use_null_space(content.tensors);
+    } else {
+      use_normalizer(content.tensors);
+    }
     return "";
   });
   return wrong.empty() ? "" : "state: " + wrong;

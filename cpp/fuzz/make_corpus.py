@@ -62,6 +62,9 @@ def main() -> None:
         unsigned(f"state_{mode}", normalizer(mode).state_dict())
     for name, rank in {"exact": None, "sketched": 2}.items():
         unsigned(f"past_keys_{name}", past_keys(rank).state_dict())
+    moment = torch.diag(torch.tensor([4.0, 1.0, 1e-3, 1e-4, 1e-5]))
+    unsigned("past_keys_seeded", core.PastKeys.seeded(moment, 2.0).state_dict())
+    unsigned("null_space", core.NullSpace(moment, 1e-2).state_dict())
     core.save_state(CORPUS / "state.safetensors", {"normalizer/2 -> 3": normalizer("full").state_dict()}, config="{}")
 
 

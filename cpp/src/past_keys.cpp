@@ -37,6 +37,21 @@ PastKeys::PastKeys(int64_t dim, int64_t rank) : dim_(dim), rank_(rank) {
                     rank);
 }
 
+PastKeys PastKeys::seeded(const at::Tensor& moment, double weight, int64_t count) {
+  check_matrix(moment, "moment");
+  TORCH_CHECK_VALUE(moment.size(0) == moment.size(1),
+                    "moment must be square [k, k], but its shape is ", moment.sizes());
+  TORCH_CHECK_VALUE(std::isfinite(weight) && weight > 0.0,
+                    "weight must be finite and positive, but it is ", weight);
+  TORCH_CHECK_VALUE(count > 0, "count must be at least 1, but it is ", count);
+  check_finite(moment, "moment");
+  PastKeys past(moment.size(0));
+  past.count_ = count;
+  past.moment_ = moment.detach().to(compute_dtype(moment)) * weight;
+  past.rows_ = at::empty({0, past.dim_}, past.moment_.options());
+  return past;
+}
+
 void PastKeys::update(const at::Tensor& keys) {
   check_rows(keys, "keys", dim_);
   if (keys.size(0) == 0) return;

@@ -11,6 +11,7 @@
 
 #include "checks.hpp"
 #include "stableedit/normalizer.hpp"
+#include "stableedit/null_space.hpp"
 #include "stableedit/past_keys.hpp"
 #include "stableedit/step.hpp"
 #include "state_fields.hpp"
@@ -206,6 +207,33 @@ LifelongNormalizer LifelongNormalizer::from_state_dict(const StateDict& state) {
   normalizer.value_tracker_ = std::move(tracker);
   if (whitener) normalizer.keep(*std::move(whitener));
   return normalizer;
+}
+
+StateDict NullSpace::state_dict() const {
+  return {{"basis", basis_},
+          {"complement", integer_field(complement_ ? 1 : 0)},
+          {"threshold", number_field(threshold_)}};
+}
+
+NullSpace NullSpace::from_state_dict(const StateDict& state) {
+  StateReader reader(state, "NullSpace");
+  NullSpace space(reader.tensor("basis", 2), reader.integer("complement", 0, 1) == 1,
+                  reader.number("threshold"));
+  reader.finish();
+  const at::Tensor& basis = space.basis_;
+  TORCH_CHECK_VALUE(space.threshold_ > 0.0,
+                    "'threshold' in the state of a NullSpace must be positive, but it is ",
+                    space.threshold_);
+  TORCH_CHECK_VALUE(2 * basis.size(1) <= basis.size(0) && space.rank() > 0,
+                    "'basis' in the state of a NullSpace must have at most half as many columns as "
+                    "rows, and span "
+                    "the complement where it has none, but its shape is ",
+                    basis.sizes());
+  // All inner products would cost as much as an update; what is damaged shows in the lengths.
+  const at::Tensor squares = basis.square().sum(0);
+  TORCH_CHECK_VALUE((squares - 1.0).abs().lt(1e-3).all().item<bool>(),
+                    "'basis' in the state of a NullSpace must have orthonormal columns");
+  return space;
 }
 
 // What `solve` derives from these is not written: it is a function of them, bit for bit.

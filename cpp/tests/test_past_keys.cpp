@@ -105,6 +105,45 @@ TEST(PastKeys, AFactorisationServesManyTurns) {
   EXPECT_EQ(past.factorisations(), 2);
 }
 
+TEST_P(PastKeysByDtype, ASeedIsAWeightedMomentThatUpdatesAddTo) {
+  const double tolerance = 10.0 * tolerances::of(GetParam()).solves;
+  const Matrix text = oracle::correlated(60, kDim, 1);
+  const at::Tensor moment = to_tensor(text.transpose() * text / 60.0, GetParam());
+  const Matrix seed = 15.0 * to_eigen(moment);
+  const at::Tensor keys = to_tensor(oracle::correlated(7, kDim, 2), GetParam());
+  PastKeys past = PastKeys::seeded(moment, 15.0, 60);
+  EXPECT_EQ(past.count(), 60);
+  EXPECT_EQ(past.rank(), 0);
+  EXPECT_TRUE(close(past.second_moment(), seed, tolerance));
+  EXPECT_TRUE(same_bits(PastKeys::seeded(moment.triu(), 15.0, 60).solve(keys, 1.0, kRidge),
+                        past.solve(keys, 1.0, kRidge)));
+  Matrix system = seed + kRidge * Matrix::Identity(kDim, kDim);
+  for (unsigned turn = 0; turn < 4; ++turn) {  // the last one is folded into the moment
+    const Matrix h = to_eigen(keys);
+    const at::Tensor targets = to_tensor(oracle::normal(7, 5, turn), GetParam());
+    const Matrix expected =
+        (system + h.transpose() * h).fullPivLu().solve(h.transpose() * to_eigen(targets));
+    EXPECT_TRUE(close(ridge_update(keys, targets, kRidge, past, 1.0).dense(), expected.transpose(),
+                      tolerance));
+    EXPECT_EQ(past.factorisations(), turn < 3 ? 1 : 2);
+    PastKeys loaded = PastKeys::from_state_dict(past.state_dict());
+    EXPECT_TRUE(same_bits(loaded.solve(keys, 1.0, kRidge), past.solve(keys, 1.0, kRidge)));
+    const at::Tensor batch = to_tensor(oracle::correlated(4, kDim, 20 + turn), GetParam());
+    past.update(batch);
+    system += to_eigen(batch).transpose() * to_eigen(batch);
+  }
+}
+
+TEST(PastKeys, SeedsThatAreNone) {
+  const at::Tensor moment = at::ones({3, 3});
+  EXPECT_TRUE(refuses<c10::ValueError>([&] { PastKeys::seeded(moment.slice(0, 1)); },
+                                       {"moment", "[2, 3]"}));
+  EXPECT_TRUE(refuses<c10::ValueError>([&] { PastKeys::seeded(moment, 0.0); }, {"weight", "0"}));
+  EXPECT_TRUE(refuses<c10::ValueError>([&] { PastKeys::seeded(moment, 1.0, 0); }, {"count", "0"}));
+  EXPECT_TRUE(
+      refuses<c10::ValueError>([&] { PastKeys::seeded(moment / 0.0); }, {"moment", "infinite"}));
+}
+
 TEST(PastKeys, ManySmallTurnsAreOneLargeOne) {
   const Matrix rows = oracle::correlated(100, kDim, 5);
   PastKeys whole(kDim);

@@ -33,6 +33,17 @@ class STABLEEDIT_API PastKeys {
   /// \param dim dimension k of the keys, at least 1.  \param rank of the sketch; 0 for exact.
   explicit PastKeys(int64_t dim, int64_t rank = 0);
 
+  /// Exact, and begun with C = weight * moment instead of nothing: what MEMIT holds an update off
+  /// (Meng et al. 2023, arXiv 2210.07229, equation 14, with a mean over text for the moment). While
+  /// no key is added to it, one factorisation serves for ever. Everything is computed in the dtype
+  /// of the moment, float32 at least: float64 where the ridge is to be next to nothing.
+  /// \param moment `[k, k]`, of which the upper triangle is read
+  /// \param weight finite, positive
+  /// \param count how many keys the moment stands for, at least 1: where `count()` begins
+  /// \throws ValueError for a moment that is not square or not finite, and for a weight or count
+  ///     out of range.
+  static PastKeys seeded(const at::Tensor& moment, double weight = 1.0, int64_t count = 1);
+
   /// Folds in the keys of a turn, `[n, k]` of any floating dtype; n = 0 changes nothing.
   /// \throws ValueError for a shape that does not fit or values that are not finite; nothing is
   ///     changed then.
@@ -49,7 +60,7 @@ class STABLEEDIT_API PastKeys {
   int64_t dim() const { return dim_; }    ///< k
   int64_t rank() const { return rank_; }  ///< of the sketch; 0 where exact
 
-  /// How many keys were folded in.
+  /// How many keys were folded in, those of a seed included.
   int64_t count() const { return count_; }
 
   /// C, or what the sketch has for it, `[k, k]` float64. For looking at it: the whole matrix.

@@ -27,6 +27,7 @@ namespace stableedit {}
 #include "stableedit/moments.hpp"
 #include "stableedit/niw.hpp"
 #include "stableedit/normalizer.hpp"
+#include "stableedit/null_space.hpp"
 #include "stableedit/past_keys.hpp"
 #include "stableedit/patch.hpp"
 #include "stableedit/ridge.hpp"
