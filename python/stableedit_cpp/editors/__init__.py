@@ -8,6 +8,7 @@ from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.followers import Follower
 from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.interrupt import EditInterrupted
+from stableedit_cpp.editors.malmen import MALMEN, MALMENConfig
 from stableedit_cpp.editors.registry import (
     EDITORS,
     NamedEditor,
@@ -18,12 +19,14 @@ from stableedit_cpp.editors.registry import (
     parse_config,
     register_editor,
 )
+from stableedit_cpp.editors.rledit import RLEdit, RLEditConfig
 from stableedit_cpp.editors.stableedit import StableEdit, StableEditConfig
 from stableedit_cpp.editors.ultraedit import UltraEdit, UltraEditConfig
 from stableedit_cpp.errors import DriftLimitReached
 
 __all__ = [
     "EDITORS",
+    "MALMEN",
     "AppliedPass",
     "AppliedTurn",
     "DriftLimitReached",
@@ -33,8 +36,11 @@ __all__ = [
     "EditorConfig",
     "Follower",
     "LocalityGuard",
+    "MALMENConfig",
     "ModuleChoice",
     "NamedEditor",
+    "RLEdit",
+    "RLEditConfig",
     "StableEdit",
     "StableEditConfig",
     "TurnReport",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,15 +39,18 @@ class AppliedPass:
     past_keys: bool
     step_size: float = math.nan
 
-    def contribution(self, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
+    def contribution(self, owned: torch.Tensor, ridges: Mapping[str, float] | None = None) -> dict[str, LowRankUpdate]:
         """What the rows that ``owned`` marks, ``[n]`` bool, added: subtracting it leaves the pass of the others alone.
 
         By module name; see ``core.contribution``.
+
+        Args:
+            ridges: of each module, where modules have ridges of their own; ``Editor.contribution`` knows.
         """
         return {
             name: contribution(update, owned, keys=self.captured.keys[name])
             if self.past_keys
-            else contribution(update, owned, ridge=self.ridge)
+            else contribution(update, owned, ridge=self.ridge if ridges is None else ridges[name])
             for name, update in self.updates.items()
         }
 

@@ -9,7 +9,7 @@ Neither feeds the running statistics, which keep what they have seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -209,7 +209,7 @@ class _Revert:
                 flags = [*(request.id in share for request in turn.requests), False]
                 owned = torch.tensor(flags, device="cpu")[applied.request]
                 if owned.any():
-                    shares = applied.contribution(owned)
+                    shares = self.editor.contribution(applied, owned)
                     self._add({name: LowRankUpdate(u.left * sign, u.right) for name, u in shares.items()})
 
     def bring_back(self, wanted: Sequence[TokenSequence], progress: bool | None) -> int:
@@ -249,7 +249,7 @@ class _Revert:
             trunk=self._trunk,
         )
 
-    def _module_editors(self, others: CapturedTurn | None) -> dict[str, ModuleEditor]:
+    def _module_editors(self, others: CapturedTurn | None) -> Mapping[str, ModuleEditor]:
         """Editors that hold the outputs for the others' keys in place."""
         protected: dict[str, PastKeys | None] = dict.fromkeys(self.editor.solver.module_editors)
         if others is not None:
@@ -258,14 +258,4 @@ class _Revert:
                 # So many rows, or the whole k x k moment where that is smaller: exact in both cases.
                 protected[name] = PastKeys(dim, (rows + 1) // 2 if rows < dim else None)
             self.editor.solver.fold_keys(others, protected)
-        config = self.editor.config
-        return {
-            name: ModuleEditor(
-                editor.normalizer,
-                step_size=editor.step_size,
-                ridge=config.ridge,
-                past_keys=protected[name],
-                past_key_weight=0.0 if protected[name] is None else 1.0,
-            )
-            for name, editor in self.editor.solver.module_editors.items()
-        }
+        return self.editor.holding(protected)

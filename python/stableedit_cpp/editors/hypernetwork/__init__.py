@@ -1,0 +1,1 @@
+"""What RLEdit and MALMEN share: the hypernetwork, the editor that solves with it, and its training."""

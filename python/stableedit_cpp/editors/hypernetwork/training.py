@@ -1,0 +1,266 @@
+"""Trains the hypernetwork of an editor on a stream of requests, turn by turn."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from stableedit_cpp.core import LowRankUpdate, ridge_update
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
+from stableedit_cpp.editors.hypernetwork.implicit import PassedThrough
+from stableedit_cpp.editors.hypernetwork.losses import answer_distributions, micro_batch_weights, visit_loss
+from stableedit_cpp.editors.hypernetwork.solver import HyperSolver
+from stableedit_cpp.editors.stream import names_of, turns_of
+from stableedit_cpp.editors.weights import Checkpoint
+from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
+from stableedit_cpp.model.trunk import trusted
+
+__all__ = ["Training", "TrainingReport", "TrainingTurn"]
+
+
+@dataclass
+class TrainingReport:
+    """What training did; ``to_dict`` is ready for JSON, ``str`` for people.
+
+    Attributes:
+        requests: of an epoch. steps: of the optimiser.
+        losses: of each turn: mean cross-entropy of its rephrases with its update in the model, in nats an answer token.
+        divergences: of each turn: KL from the model without the update at its unrelated prompts, likewise; 0 for none.
+        update_norms: of each turn: root of the sum of squares over the modules.
+        seconds: wall time.
+    """
+
+    editor: str
+    requests: int = 0
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    update_norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        turns, few = len(self.losses), max(1, min(10, len(self.losses) // 2))
+        said = f"trained on {self.requests} requests in {turns} turns and {self.steps} steps ({self.seconds:.1f} s)"
+        if not turns:
+            return said
+        first, last = sum(self.losses[:few]) / few, sum(self.losses[-few:]) / few
+        return f"{said}; loss of rephrases {first:.2f} nats in the first turns, {last:.2f} in the last"
+
+
+class TrainingTurn(NamedTuple):
+    """Tokens of a turn of the training stream.
+
+    Attributes:
+        edits: what is edited. names: what to call each of these in a message.
+        rephrases: what the edits shall generalise to. unrelated: what they shall leave alone.
+    """
+
+    edits: list[TokenSequence]
+    names: list[str]
+    rephrases: list[TokenSequence]
+    unrelated: list[TokenSequence]
+
+
+class Training:
+    """Turn by turn: the editor's update D of the requests, then the gradient of
+
+        sum over the last ``horizon`` turns i of discount^i (CE(rephrases) + locality_weight KL(without D || with D at
+        unrelated prompts)) + update_penalty sum ||D||^2
+
+    through D alone: the statistics and earlier updates are constants. ``keeps_edits`` leaves D in the model for the
+    turns to come. After ``turns_per_step`` turns, or with None after the stream, Adam makes a step.
+
+    Args:
+        editor: whose networks, statistics and modules these are.
+
+    Raises:
+        ValueError: for a request without what training needs, naming it.
+    """
+
+    def __init__(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
+        self.editor = editor
+        self.config: HypernetworkConfig = editor.config
+        self.solver: HyperSolver = editor.solver
+        self.turns = _turns(editor, requests, self.config.locality_weight > 0)
+        self.report = TrainingReport(self.config.editor, len(requests))
+        self.trunk = editor.make_trunk_cache()
+
+    def run(self, progress: bool | None) -> None:
+        """Train; within a change of the weights. The weights are then as they were, statistics and networks trained."""
+        editor, config = self.editor, self.config
+        start = time.perf_counter()
+        networks = self.solver.networks.values()
+        for network in networks:
+            network.restore(network.trainable())
+        self.parameters = [field for network in networks for field in network.fields.values()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
+        before = Checkpoint(editor.weights)
+        bar = tqdm(
+            total=config.epochs * self.report.requests,
+            desc="Training",
+            unit="edit",
+            disable=None if progress is None else not progress,
+        )
+        with bar, trusted(self.trunk):
+            for _ in range(config.epochs):
+                self._epoch(bar)
+                self._reset(before)
+        for network in networks:
+            network.restore(network.detached())
+        self.report.seconds += time.perf_counter() - start
+
+    def _epoch(self, bar: tqdm) -> None:
+        config = self.config
+        past: deque[TrainingTurn] = deque(maxlen=config.horizon)
+        for number, turn in enumerate(self.turns, 1):
+            past.appendleft(turn)
+            self._turn(past)
+            if config.clip_each_turn:
+                self._clip()
+            if number == len(self.turns) or (config.turns_per_step and number % config.turns_per_step == 0):
+                self._step()
+            report = self.report
+            bar.set_postfix({"loss": f"{report.losses[-1]:.3f}", "KL": f"{report.divergences[-1]:.3g}"})
+            bar.update(len(turn.rephrases))
+
+    def _turn(self, past: Sequence[TrainingTurn]) -> None:
+        """Update, apply, and add the gradient of the loss to what the parameters have."""
+        editor, turn = self.editor, past[0]
+        config, solver, weights = self.config, self.solver, editor.weights
+        captured = capture(
+            editor.model,
+            editor.modules,
+            turn.edits,
+            micro_batch=config.micro_batch,
+            max_tokens=config.max_tokens_per_forward,
+            prompt_rows=config.prompt_rows,
+            names=turn.names,
+            trunk=self.trunk,
+        )
+        solver.observe("warm_up", 0, captured)
+        targets, updates, through = self._solve(captured)
+        unrelated = [sequence for one in past for sequence in one.unrelated]
+        how = {"max_tokens": config.max_tokens_per_forward, "trunk": self.trunk}
+        references = answer_distributions(editor.model, unrelated, **how)
+        before = None if config.keeps_edits else Checkpoint(weights)
+        homes = {module.name: module.weight.device for module in editor.modules}
+        weights.apply({n: LowRankUpdate(u.left.to(homes[n]), u.right.to(homes[n])) for n, u in updates.items()})
+        self._loss(past, references, through)
+        if before is not None:
+            weights.put_back(before)
+        tensors, gradients = [], []
+        for name, one in through.items():
+            one.add_penalty(config.update_penalty)
+            target, log_ridge = one.gradients()
+            tensors += [targets[name], solver.module_editors[name].log_ridge]
+            gradients += [target, tensors[-1].new_tensor(log_ridge)]
+        torch.autograd.backward(tensors, gradients)
+        self.report.update_norms.append(sum(update.norm() ** 2 for update in updates.values()) ** 0.5)
+
+    def _solve(
+        self, captured: CapturedTurn
+    ) -> tuple[dict[str, torch.Tensor], dict[str, LowRankUpdate], dict[str, PassedThrough]]:
+        """Of each module the targets, with the graph of the network behind them, and the update. No past keys."""
+        solver, targets, updates, through = self.solver, {}, {}, {}
+        for modules in solver.groups.values():
+            device = captured.keys[modules[0].name].device  # that of the group's statistics
+            for module in modules:
+                name, one = module.name, solver.module_editors[module.name]
+                keys = captured.keys[name].to(device)
+                with torch.enable_grad():
+                    targets[name] = one.targets(keys, captured.value_gradients[name].to(device))
+                updates[name] = ridge_update(keys, targets[name].detach(), one.ridge)
+                through[name] = PassedThrough(keys, updates[name], one.ridge)
+        return targets, updates, through
+
+    def _loss(
+        self, past: Sequence[TrainingTurn], references: list[torch.Tensor], through: dict[str, PassedThrough]
+    ) -> None:
+        """Run the prompts of the loss with the update in the model."""
+        config, sequences, weights = self.config, [], []
+        for parts, weight in (
+            ([turn.rephrases for turn in past], 1.0),
+            ([turn.unrelated for turn in past], config.locality_weight),
+        ):
+            for age, part in enumerate(parts):
+                sequences += part
+                weights += [
+                    weight * config.discount**age * one for one in micro_batch_weights(part, config.micro_batch)
+                ]
+        losses = visit_loss(
+            self.editor.model,
+            self.editor.modules,
+            sequences,
+            weights,
+            [None] * (len(sequences) - len(references)) + references,
+            lambda name, keys, gradients: through[name].add(keys, gradients),
+            max_tokens=config.max_tokens_per_forward,
+            trunk=self.trunk,
+        )
+        own, begin = past[0], len(sequences) - len(references)
+        self.report.losses.append(_mean(losses, own.rephrases))
+        self.report.divergences.append(_mean(losses[begin:], own.unrelated))
+
+    def _clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+
+    def _step(self) -> None:
+        if not self.config.clip_each_turn:
+            self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.report.steps += 1
+
+    def _reset(self, before: Checkpoint) -> None:
+        """Only the weights."""
+        weights = self.editor.weights
+        statistics = [(part, part.copy()) for part in weights.statistics.values()]
+        weights.put_back(before)
+        for part, now in statistics:
+            part.restore(now)
+
+
+def _mean(losses: Sequence[float], sequences: Sequence[TokenSequence]) -> float:
+    """Over the answer tokens of the first of these; 0 where there are none."""
+    tokens = sum(len(sequence.answer) for sequence in sequences)
+    return sum(losses[: len(sequences)]) / tokens if tokens else 0.0
+
+
+def _turns(editor: Editor, requests: Sequence[EditRequest], locality: bool) -> list[TrainingTurn]:
+    """Raises as ``Training``."""
+    needed = {"rephrase": "the question in other words"}
+    if locality:
+        needed |= dict.fromkeys(("locality_prompt", "locality_target"), "an unrelated prompt and its answer")
+    for index, request in enumerate(requests):
+        for name, what in needed.items():
+            if getattr(request, name) is None:
+                called = f"request {index}" + (f" ({request.id})" if request.id else "")
+                raise ValueError(
+                    f"{called} has no {name}, {what}, which training a hypernetwork needs of every request"
+                )
+    if not requests:
+        raise ValueError("there is nothing to train on: requests is empty")
+
+    def tokens(kind: str, pairs: list[tuple[str, str]]) -> list[TokenSequence]:
+        names = [f"{kind} of request {index}" for index in range(len(pairs))]
+        return tokenize(editor.tokenizer, pairs, context_length(editor.model), names, editor.form)
+
+    rephrases = tokens("rephrase", [(request.rephrase, request.target) for request in requests])
+    unrelated = [(request.locality_prompt, request.locality_target) for request in requests] if locality else []
+    unrelated = tokens("locality_prompt", unrelated)
+    return [
+        TrainingTurn(editor.tokenize(requests[part]), names_of(requests[part]), rephrases[part], unrelated[part])
+        for part in turns_of(requests, editor.config.turn_size)
+    ]
