@@ -73,6 +73,9 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text(json.dumps([{"question": f["prompt"], "answer": f["target"]} for f in FACTS]))
     fever = {"equiv_prompt": ["r"], "unrel_prompt": "l", "unrel_ans": "SUPPORTS"}
     (tmp_path / "fever.json").write_text(json.dumps([{"prompt": f["prompt"], "alt": "x", **fever} for f in FACTS]))
+    (tmp_path / "wiki.txt").write_text(
+        "".join(f"In {year} a town had {3 * year} people.\n" for year in range(1800, 2000))
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

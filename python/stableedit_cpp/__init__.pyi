@@ -44,9 +44,11 @@ from .export.patch_recorder import PatchRecorder
 from .lifelong import LifelongSession
 from .lifelong.audit import audit
 from .lifelong.repair import repair
+from .model.gather import gather_statistics
 from .model.load import load_model
 from .model.modules import find_modules
 from .model.outputs import default_edit_modules
+from .model.text_statistics import TextStatistics, load_statistics
 from .model.trunk import TrunkCache
 
 __version__: str
@@ -79,6 +81,7 @@ __all__ = [
     "StableEdit",
     "StableEditConfig",
     "StableEditError",
+    "TextStatistics",
     "TrunkCache",
     "TurnReport",
     "UltraEdit",
@@ -97,12 +100,14 @@ __all__ = [
     "export",
     "files",
     "find_modules",
+    "gather_statistics",
     "generate",
     "iter_requests",
     "lifelong",
     "load_config",
     "load_editor",
     "load_model",
+    "load_statistics",
     "model",
     "read_requests",
     "register_editor",

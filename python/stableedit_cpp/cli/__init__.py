@@ -23,6 +23,7 @@ _COMMANDS = {
     "choose-modules": "measure which modules of a model take edits best",
     "session": "edit for months: journal, audits, rollback, revert, export",
     "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
+    "statistics": "gather second moments of keys and value gradients over text, for editors that hold updates off it",
     "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter",
     "datasets": "list the known data set formats, or look into a file",
     "bench": "edit streams of requests and measure along them",

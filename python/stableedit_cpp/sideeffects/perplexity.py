@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.data.texts import text_of
 from stableedit_cpp.evaluation.answers import read_answers
 from stableedit_cpp.model.tokens import TokenSequence, prompt_ids
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["perplexity", "read_texts"]
-
-_FIELDS = ("Text", "text")
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -34,10 +33,10 @@ def read_texts(path: str | Path) -> list[str]:
     else:
         texts = []
         for place, record in read_records(path):
-            text = next((record[name] for name in _FIELDS if isinstance(record.get(name), str)), None)
-            if text is None:
-                raise ValueError(f"{path}, {place}: there is no field Text or text; its fields are {', '.join(record)}")
-            texts.append(text)
+            try:
+                texts.append(text_of(record))
+            except ValueError as error:
+                raise ValueError(f"{path}, {place}: {error}") from None
     if not any(text.strip() for text in texts):
         raise ValueError(f"{path} has no text")
     return texts
