@@ -96,14 +96,15 @@ def stranger(tmp_path, monkeypatch):
 
 class TestTheRegistry:
     def test_every_name_is_settings_of_a_known_editor(self):
-        assert {"stableedit", "ultraedit", "rledit", "malmen"} <= set(registry.CLASSES)
+        assert {"stableedit", "ultraedit", "rledit", "malmen", "fine-tune", "lora"} <= set(registry.CLASSES)
         for name, editor in se.EDITORS.items():
             assert editor.name == name and editor.summary
             assert type(editor.config) is registry.CLASSES[editor.config.editor].config_class
         for name, cls in registry.CLASSES.items():
             assert se.EDITORS[name].config == cls.config_class()
+        for name in ("stableedit", "ultraedit", "rledit", "malmen"):
             published = se.EDITORS[f"{name}-published"].config
-            assert published == cls.config_class.published(step_size=published.step_size)
+            assert published == registry.CLASSES[name].config_class.published(step_size=published.step_size)
         assert se.EDITORS["closed-loop"].config == se.StableEditConfig.closed_loop()
 
     def test_an_ablation_differs_from_one_pass_in_one_part(self):

@@ -5,9 +5,11 @@ from stableedit_cpp.editors.choice import ModuleChoice, choose_modules, remember
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport, TurnReport
 from stableedit_cpp.editors.editor import Editor
+from stableedit_cpp.editors.fine_tune import FineTune, FineTuneConfig
 from stableedit_cpp.editors.followers import Follower
 from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.interrupt import EditInterrupted
+from stableedit_cpp.editors.lora import LoRA, LoRAConfig
 from stableedit_cpp.editors.malmen import MALMEN, MALMENConfig
 from stableedit_cpp.editors.registry import (
     EDITORS,
@@ -34,7 +36,11 @@ __all__ = [
     "EditReport",
     "Editor",
     "EditorConfig",
+    "FineTune",
+    "FineTuneConfig",
     "Follower",
+    "LoRA",
+    "LoRAConfig",
     "LocalityGuard",
     "MALMENConfig",
     "ModuleChoice",

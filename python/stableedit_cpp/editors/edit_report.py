@@ -76,8 +76,9 @@ class TurnReport:
         efficacy_after: over a sample of the turn, if a progress bar was shown; else None, as for a broken model.
         failed: the requests that had not taken after the last pass; None where nobody looked.
         update_norms: Frobenius norm of the last pass's update, by module.
-        seconds: wall time by part: "capture", "mathematics", "apply", "guard" if there is one, and "outcomes" for what
-            it took to find out ``failed``.
+        losses: of an editor that trains, the mean loss of each epoch, in nats; None for those that solve.
+        seconds: wall time by part: "capture", "mathematics", "apply", "training" of editors that train, "guard" if
+            there is one, and "outcomes" for what it took to find out ``failed``.
     """
 
     requests: int = 0
@@ -94,6 +95,7 @@ class TurnReport:
     efficacy_after: float | None = None
     failed: list[Failure] | None = None
     update_norms: dict[str, float] = field(default_factory=dict)
+    losses: list[float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -54,6 +54,9 @@ class Editor:
             ``LocalityGuard``, None for none, or "default" for one with its defaults, which is made at the first edit
             and runs the unedited model once for it. It is no part of what ``save`` and sessions keep.
 
+    A subclass says what is its own: ``config_class``, ``solver_class``, and with ``owns_rows`` whether each row of an
+    update belongs to one request, which can then be taken out alone.
+
     Attributes:
         modules: the modules that are edited.
         form: of prompts and answers, raw or chat, with an end or without.
@@ -67,6 +70,7 @@ class Editor:
 
     config_class: ClassVar[type[EditorConfig]]
     solver_class: ClassVar[type[Solver]]
+    owns_rows: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -376,7 +380,7 @@ class Editor:
             for number, applied in enumerate(turn.passes):
                 self.solver.replay(turn.kind, number, applied.captured, applied.step_size)
                 self.weights.apply(applied.updates)
-            sequences = self.tokenize(turn.requests) if self.config.replays > 0 else ()
+            sequences = self.tokenize(turn.requests) if self.solver.past_requests is not None else ()
             first = turn.passes[0].captured if turn.passes else None
             self.solver.remember(turn.kind, first, sequences, owners_of(turn.requests) if sequences else ())
 

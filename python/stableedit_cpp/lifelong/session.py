@@ -319,7 +319,8 @@ class LifelongSession(SessionView):
             bring_back: False only takes out what the requests added.
 
         Raises:
-            ValueError: for an id that is not in the model, or was reverted before.
+            ValueError: for an id that is not in the model, or was reverted before; or of an editor whose updates have
+                no rows that belong to one request: only a rollback takes those back.
             SessionWriteError: if the disk does not take the record. In all cases nothing has changed.
         """
         self._check_open()
@@ -333,6 +334,14 @@ class LifelongSession(SessionView):
                 raise ValueError(f"request {id!r} is {what}")
         if not ids:
             raise ValueError("request_ids is empty; name at least one request to revert")
+        if not self.editor.owns_rows:
+            turn = min(self.history.entries[id].turn for id in ids)
+            whose = type(self.editor).__name__
+            raise ValueError(
+                f"request {ids[0]!r} cannot be reverted alone: a turn of {whose} changes the weights as one whole, of "
+                f"which no part belongs to one request; rollback({turn - 1}) takes back turn {turn} and all that came "
+                "after it"
+            )
         check_whole("others", others, 0, none=True)
         rest = [request for request in self.current_requests() if request.id not in ids]
         if others is not None and others < len(rest):
