@@ -499,9 +499,9 @@ BAD = {
         ["line 2: target is empty"],
     ),
     "not text": (
-        write("bad.jsonl", '{"prompt": "p", "target": 3}'),
+        write("bad.jsonl", '{"prompt": "p", "target": true}'),
         ["--requests", "bad.jsonl"],
-        ["must be text, not int"],
+        ["must be text, not bool"],
     ),
     "half a character": (
         write("bad.jsonl", '{"prompt": "p", "target": "\\ud800"}'),

@@ -68,8 +68,8 @@ def test_no_paraphrases():
 
 
 def test_paraphrases_must_be_text():
-    with pytest.raises(ValueError, match="rephrase must be text, not int"):
-        EditRequest.from_record(fever(0) | {"equiv_prompt": [4]})
+    with pytest.raises(ValueError, match="rephrase must be text, not bool"):
+        EditRequest.from_record(fever(0) | {"equiv_prompt": [True]})
 
 
 # --- the format is that of the first record, or the given one ---

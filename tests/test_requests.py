@@ -27,6 +27,89 @@ FULL = {
 # One record of each format, with the fields of method.md, and the request that it stands for.
 PUBLISHED = {
     "stableedit": (FULL, FULL),
+    "counterfact-rome": (
+        {
+            "case_id": 7,
+            "pararel_idx": 1,
+            "requested_rewrite": {
+                "prompt": "The capital of {} is",
+                "target_new": {"str": "new", "id": "Q1"},
+                "target_true": {"str": "old", "id": "Q2"},
+                "subject": "s",
+            },
+            "paraphrase_prompts": ["r"],
+            "neighborhood_prompts": ["l"],
+        },
+        {
+            "prompt": "The capital of s is",
+            "target": "new",
+            "rephrase": "r",
+            "locality_prompt": "l",
+            "locality_target": "old",
+            "subject": "s",
+            "id": "7",
+        },
+    ),
+    "mquake": (
+        {
+            "case_id": 7,
+            "requested_rewrite": [
+                {"prompt": "{} is led by", "target_new": {"str": "new"}, "subject": "s", "question": "Who leads s?"}
+            ],
+            "questions": ["first", "second"],
+            "answer": "x",
+            "new_answer": "y",
+        },
+        {
+            "prompt": "s is led by",
+            "target": "new",
+            "rephrase": "Who leads s?",
+            "subject": "s",
+            "id": "7",
+            "multi_hop_prompt": "first",
+            "multi_hop_target": "y",
+        },
+    ),
+    "rippleedits": (
+        {
+            "example_type": "recent",
+            "edit": {"prompt": "The name of the mother of s is Anna B.", "relation": "MOTHER", "target_id": "Q1"},
+            "Relation_Specificity": [{"test_queries": [{"prompt": "l", "answers": [{"value": "la", "aliases": []}]}]}],
+            "Compositionality_I": [
+                {"test_queries": [{"prompt": "empty", "answers": []}]},
+                {"test_queries": [{"prompt": "p1", "answers": [{"value": "a1", "aliases": ["a2"]}]}]},
+            ],
+        },
+        {
+            "prompt": "The name of the mother of s is",
+            "target": "Anna B",
+            "locality_prompt": "l",
+            "locality_target": "la",
+            "portability_prompt": "p1",
+            "portability_target": "a1",
+        },
+    ),
+    "hallueditbench": (
+        {
+            "subject": "s",
+            "relation": "month",
+            "object": "October",
+            "question": "p?",
+            "paraphrased_question": "r?",
+            "locality_question": "l",
+            "question_2hop": "h?",
+            "answer_2hop": "ha",
+        },
+        {
+            "prompt": "p?",
+            "target": "October",
+            "rephrase": "r?",
+            "locality_prompt": "l",
+            "subject": "s",
+            "multi_hop_prompt": "h?",
+            "multi_hop_target": "ha",
+        },
+    ),
     "zsre": (
         {"src": "p?", "rephrase": "r?", "ans": "true", "alt": "false", "loc": "nq question: l", "loc_ans": "la"},
         {
@@ -134,7 +217,13 @@ def test_knowedit():
 
 def test_fields_and_defaults():
     request = EditRequest("p", "t")
-    assert dataclasses.asdict(request) == {**dict.fromkeys(FULL), "prompt": "p", "target": "t", "variants": ()}
+    assert dataclasses.asdict(request) == {
+        **dict.fromkeys(FULL),
+        "prompt": "p",
+        "target": "t",
+        "variants": (),
+        "aliases": (),
+    }
     assert request.to_dict() == {"prompt": "p", "target": "t"}
     assert EditRequest(**FULL).to_dict() == FULL
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -187,7 +276,7 @@ def test_published_format_without_what_is_optional(name):
 
 def test_only_zsre_appends_a_question_mark():
     for record, fields in PUBLISHED.values():
-        assert ("src" in record and "ans" in record) == fields["locality_prompt"].endswith("?")
+        assert ("src" in record and "ans" in record) == fields.get("locality_prompt", "").endswith("?")
 
 
 def test_unknown_record_lists_its_fields():

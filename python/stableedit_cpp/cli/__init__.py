@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from stableedit_cpp._build_info import version
 from stableedit_cpp.cli.process import settle
-from stableedit_cpp.cli.sentence import sentence
+from stableedit_cpp.cli.sentence import plain_warnings, sentence
 
 __all__ = ["main"]
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options = _parser(argv).parse_args(argv)
-        status = options.run(options)
+        with plain_warnings():
+            status = options.run(options)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return status
     except KeyboardInterrupt as error:

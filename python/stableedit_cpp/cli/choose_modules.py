@@ -11,12 +11,12 @@ from torch import nn
 
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
+    FILES,
     add_editor_options,
     add_model_options,
     editor_config,
     load,
     new_parser,
-    plain_warnings,
     positive,
 )
 from stableedit_cpp.data import read_requests
@@ -38,7 +38,7 @@ _EXAMPLE = """\
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = new_parser(commands, "choose-modules", "measure which modules of a model take edits best", _EXAMPLE)
     add_model_options(parser)
-    parser.add_argument("--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also with .gz")
+    parser.add_argument("--requests", required=True, metavar="FILE", help=FILES)
     parser.add_argument("--limit", type=positive, metavar="N", help="look only at the first N requests")
     add_format_options(parser)
     add_editor_options(parser)
@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
     config = editor_config(options)
     requests = read_requests(options.requests, options.limit, **reading_settings(options))
     model, tokenizer = load(options)
-    with plain_warnings():
-        choice = choose_modules(model, tokenizer, requests, config, cached=False)
+    choice = choose_modules(model, tokenizer, requests, config, cached=False)
     document = {"model": options.model, "requests": options.requests, **choice.to_dict()}
     print(json.dumps(document, indent=2, ensure_ascii=False) if options.json else choice)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from stableedit_cpp.cli.options import new_parser, positive
+from stableedit_cpp.cli.options import FILES, new_parser, positive
 from stableedit_cpp.data import FORMATS, Format, describe, parse_fields
 from stableedit_cpp.data.variants import MOVABLE
 
@@ -24,7 +24,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     listing = new_parser(actions, "ls", "list the known formats with their fields", "  stableedit datasets ls --json")
     listing.add_argument("--json", action="store_true", help="as JSON")
     show = new_parser(actions, "show", "format, number of records, missing fields and first requests", _SHOW_EXAMPLE)
-    show.add_argument("source", metavar="FILE", help=".json, .jsonl or .csv, also with .gz; or hub:OWNER/NAME[:SPLIT]")
+    show.add_argument("source", metavar="FILE", help=FILES)
     show.add_argument("--first", type=positive, default=3, metavar="N", help="requests to show (default 3)")
     show.add_argument("--count", action="store_true", help="read to the end, also a file of more than 64 MB")
     add_format_options(show)
@@ -46,8 +46,9 @@ def _text(format_: Format) -> str:
     # A subject and an id are taken where there are any; they tell nothing of the format.
     shown = {name: own for name, own in format_.fields.items() if own not in ("subject", "id")}
     lines = [f"  {name:<18}{own}" for name, own in shown.items()]
-    suffix = [f"  {'':<18}({format_.fields['locality_prompt']} gets a {format_.locality_suffix!r} appended)"]
-    return "\n".join([format_.name, *lines, *(suffix if format_.locality_suffix else [])])
+    if format_.locality_suffix:
+        lines.append(f"  {'':<18}({format_.fields['locality_prompt']} gets a {format_.locality_suffix!r} appended)")
+    return "\n".join([format_.name, *lines])
 
 
 def add_format_options(parser: argparse.ArgumentParser) -> None:

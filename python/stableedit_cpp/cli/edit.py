@@ -11,13 +11,13 @@ from pathlib import Path
 from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
+    FILES,
     add_editor_options,
     add_guard_options,
     add_model_options,
     editor_config,
     load,
     new_parser,
-    plain_warnings,
     positive,
     set_guard,
 )
@@ -58,7 +58,7 @@ _WHERE = {
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = new_parser(commands, "edit", "edit a model with a file of requests and save the result", _EXAMPLE)
     add_model_options(parser)
-    parser.add_argument("--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also with .gz")
+    parser.add_argument("--requests", required=True, metavar="FILE", help=FILES)
     parser.add_argument("--output", metavar="DIR", help="new directory for model, config and report")
     parser.add_argument(
         "--patch", metavar="FILE", help="safetensors file for what was added, to patch a C++ server with"
@@ -89,8 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
     model, tokenizer = load(options)
     sample = warm_up if len(requests) < ENOUGH <= len(warm_up) else requests
-    with plain_warnings():
-        choice, why = choose_for(options, model, tokenizer, sample, config)
+    choice, why = choose_for(options, model, tokenizer, sample, config)
     config = choice.config if choice else config
     editor = make_editor(model, tokenizer, config)
     config = dataclasses.replace(config, chat_template=editor.form.chat)  # it was decided
@@ -112,8 +111,7 @@ def run(options: argparse.Namespace) -> int:
     if options.warm_up:
         report |= {"warm_up_requests": options.warm_up, "warm_up_digest": _digest(options.warm_up)}
 
-    with plain_warnings():
-        stop, said = _work(editor, requests, warm_up, options, report)
+    stop, said = _work(editor, requests, warm_up, options, report)
     said.insert(0, f"Edited in {as_patterns(report['edit_modules'])} ({why}).")
     if recorder is not None:
         Path(options.patch).absolute().parent.mkdir(parents=True, exist_ok=True)

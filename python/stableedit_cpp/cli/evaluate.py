@@ -6,6 +6,7 @@ import argparse
 
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
+    FILES,
     OWN_TEMPLATE,
     add_form_options,
     add_metrics_option,
@@ -31,9 +32,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     summary = "score efficacy, generalization, specificity, free answers and locality, with standard errors"
     parser = new_parser(commands, "evaluate", summary, _EXAMPLE)
     add_model_options(parser)
-    parser.add_argument(
-        "--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also .gz; or hub:OWNER/NAME[:SPLIT]"
-    )
+    parser.add_argument("--requests", required=True, metavar="FILE", help=FILES)
     add_format_options(parser)
     add_metrics_option(parser, "whether the unedited model's own answers stay; comes with --reference", DEFAULT_METRICS)
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +16,7 @@ from stableedit_cpp.model.load import SMOLLM2, load_model
 
 __all__ = [
     "DTYPES",
+    "FILES",
     "OWN_TEMPLATE",
     "add_editor_options",
     "add_form_options",
@@ -31,12 +29,12 @@ __all__ = [
     "load",
     "new_parser",
     "number",
-    "plain_warnings",
     "positive",
     "set_guard",
     "step_size",
 ]
 
+FILES = ".json, .jsonl, .csv as spreadsheets write it, .xlsx or .parquet, also with .gz; or hub:OWNER/NAME[:SPLIT]"
 # When the default editor edits chats.
 OWN_TEMPLATE = "where the template is the model's own, as that of an instruct model is"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -197,18 +195,6 @@ def number(text: str) -> float:
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
     return value
-
-
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Warnings are sentences for people, without the line of our code that they come from."""
-
-    def show(message, *_arguments, **_names) -> None:
-        print(f"stableedit: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 def positive(text: str) -> int:

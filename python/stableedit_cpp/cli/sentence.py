@@ -1,16 +1,31 @@
-"""What a person reads where a command fails, and the exit status."""
+"""What a person reads where a command warns or fails, and the exit status."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from stableedit_cpp.errors import DriftLimitReached, StableEditError
 
-__all__ = ["sentence"]
+__all__ = ["plain_warnings", "sentence"]
 
 _GUARD = "--turn-size, --step-size auto, --edit-modules (stableedit choose-modules measures); --guard-limit, --no-guard"
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings are sentences for people, without the line of our code that they come from."""
+
+    def show(message, *_arguments, **_names) -> None:
+        print(f"stableedit: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def sentence(error: Exception) -> tuple[str, int]:

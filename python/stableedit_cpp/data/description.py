@@ -10,8 +10,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.formats import Format, choose_format, detect
+from stableedit_cpp.data.nested import expand
 from stableedit_cpp.data.reading import source_records
-from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.request import EditRequest, requests_of
 from stableedit_cpp.data.variants import check_movable
 
 __all__ = ["Description", "describe"]
@@ -92,16 +93,17 @@ def describe(
                 complete = False
                 break
             try:
-                chosen = chosen or detect(record)
-                request = EditRequest.from_record(record, chosen, seed, variants)
+                chosen = chosen or detect(expand(record)[0])
+                found = requests_of(record, chosen, seed, variants)
             except ValueError as error:
                 raise ValueError(f"{source}, {place}: {error}") from None
             if records == 0:
-                unused = [name for name in record if not chosen.uses(name)]
-            if records < first:
-                kept.append(request)
-            filled.update(name for name, value in request.to_dict().items() if value)
-            records += 1
+                unused = chosen.unused(record)
+            for request in found:
+                if records < first:
+                    kept.append(request)
+                filled.update(name for name, value in request.to_dict().items() if value)
+                records += 1
             bar.update()
     if records == 0 or chosen is None:
         raise ValueError(f"{source} holds no edit requests")

@@ -1,36 +1,41 @@
-"""Reads the records of JSON, JSON Lines and CSV files, gzipped or not, one by one: memory does not grow with a file."""
+"""Reads the records of files one by one: memory does not grow with a file."""
 
 from __future__ import annotations
 
-import csv
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
-import ijson
+from stableedit_cpp.data.contents import encoding_of, first_bytes, kind_of
+from stableedit_cpp.data.frames import read_parquet, read_workbook
+from stableedit_cpp.data.json_files import parse_json, parse_json_lines
+from stableedit_cpp.data.notes import Notes
+from stableedit_cpp.data.tables import parse_table
 
 __all__ = ["SUFFIXES", "read_records"]
 
-SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
-_CHUNK = 1 << 16  # characters of a JSON list that are parsed at a time
+SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".tab": "csv"}
+SUFFIXES |= {".xlsx": "workbook", ".xlsm": "workbook", ".parquet": "parquet", ".pq": "parquet"}
+_EXPECTED = "expected .json, .jsonl, .csv, .tsv, .xlsx or .parquet"
+_SAVE = "save it in Excel as 'CSV UTF-8 (Comma delimited)', or in an editor as UTF-8"
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+def read_records(path: str | Path, notes: Notes | None = None) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield ``(place, record)`` for each record of a file, where place says "record 3" or "line 3".
 
     Records before a damaged place are yielded before the error is raised.
 
     Args:
-        path: ``.json`` (a list of objects), ``.jsonl`` or ``.ndjson`` (one object a line) or ``.csv`` (with a header
-            line), each also with ``.gz``.
+        path: ``.json`` (a list of objects), ``.jsonl`` or ``.ndjson`` (one object a line), ``.csv`` or ``.tsv`` (with a
+            header line, as spreadsheets write it), each also with ``.gz``; ``.xlsx`` (the first sheet) or ``.parquet``.
+            A workbook, Parquet file or packed file is one under any of these names, too.
+        notes: is told of rows that were passed over; None warns of them at the end.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: as the operating system says, with the path.
-        ValueError: for a file that is empty, not UTF-8, malformed (at which line and column) or a damaged gzip file
-            (after which record).
+        ValueError: for a file that is empty, in an encoding that cannot be told, malformed (at which line and column),
+            something else than its name says, or a damaged gzip file (after which record).
     """
     path = Path(path)
     if path.is_dir():
@@ -40,119 +45,42 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     gzipped = bool(suffixes) and suffixes[-1] == ".gz"
     suffix = ["", *suffixes][-2 if gzipped else -1]
-    if suffix not in SUFFIXES:
-        raise ValueError(
-            f"{path}: cannot tell the format from the name; expected .json, .jsonl or .csv, or these + .gz"
-        )
-    parse = {"json": _parse_json, "jsonl": _parse_json_lines, "csv": _parse_csv}[SUFFIXES[suffix]]
-    opened = gzip.open if gzipped else open
+    first = first_bytes(path)
+    content = kind_of(first)
+    if suffix not in SUFFIXES and content not in ("workbook", "parquet"):
+        if content is not None:
+            raise ValueError(f"{path} is {content}")
+        raise ValueError(f"{path}: cannot tell the format from the name; {_EXPECTED}, or these + .gz")
+    kind = content or SUFFIXES[suffix]
+    own = notes or Notes(path)
+    if kind == "workbook":
+        yield from read_workbook(path, own)
+    elif kind == "parquet":
+        yield from read_parquet(path)
+    elif kind in ("json", "jsonl", "csv"):
+        yield from _read_text(path, kind, gzipped, first, own)
+    else:
+        raise ValueError(f"{path} is {kind}")
+    if notes is None:
+        own.say()
+
+
+def _read_text(
+    path: Path, kind: str, gzipped: bool, first: bytes, notes: Notes
+) -> Iterator[tuple[str, dict[str, object]]]:
+    with path.open("rb") as file:
+        gzipped = gzipped or file.read(2) == b"\x1f\x8b"
+    encoding = encoding_of(first)
+    if encoding == "cp1252":  # to guess right is not certain, and a wrong letter would be learned
+        raise ValueError(f"{path} is not UTF-8 text but, it seems, Windows-1252 (Western European); {_SAVE}")
+    parse = {"json": parse_json, "jsonl": parse_json_lines}.get(kind)
     last = "the beginning"
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            for place, record in parse(path, file):
+        with (gzip.open if gzipped else open)(path, "rt", encoding=encoding or "utf-8", newline="") as file:
+            for place, record in parse_table(path, file, notes) if parse is None else parse(path, file):
                 last = place
                 yield place, record
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}, some way after {last}") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}, some way after {last}; {_SAVE}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file: {error}; readable up to {last}") from None
-
-
-def _parse_json(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, object]]]:
-    found = ijson.sendable_list()
-    parser = ijson.items_coro(found, "item", use_float=True)
-    chunks, count, empty = 0, 0, True
-    while text := file.read(_CHUNK):
-        if empty and text.strip():
-            _check_list(path, text.lstrip()[0])
-            empty = False
-        broken = False
-        try:
-            parser.send(text.encode())
-        except ijson.JSONError as error:
-            broken, reason = True, _reason(error)
-        for record in found:
-            yield f"record {count}", _check_object(path, f"record {count}", record)
-            count += 1
-        if broken:
-            line, column = _where_broken(file, chunks)
-            raise ValueError(f"{path}, line {line}, column {column}: not valid JSON: {reason}")
-        found.clear()
-        chunks += 1
-    if empty:
-        raise ValueError(f"{path} is empty; expected a list of edit requests")
-    try:
-        parser.close()
-    except ijson.JSONError as error:
-        line, column = _where_broken(file, chunks)
-        raise ValueError(f"{path}, line {line}, column {column}: not valid JSON: {_reason(error)}") from None
-
-
-def _check_list(path: Path, first: str) -> None:
-    """The parser would find no records in anything else."""
-    if first != "[":
-        kinds = {"{": "an object", '"': "text", "n": "null", "t": "true", "f": "false"}
-        found = kinds.get(first, "a number" if first in "-0123456789" else f"no JSON (it begins with {first!r})")
-        raise ValueError(f"{path} holds {found}; expected a list of objects, or the suffix .jsonl for one a line")
-
-
-def _reason(error: ijson.JSONError) -> str:
-    """The parser's message is followed by an excerpt with an arrow."""
-    return str(error).splitlines()[0].partition("error: ")[2]
-
-
-def _where_broken(file: TextIO, chunks: int) -> tuple[int, int]:
-    """Line and column, from 1, where a file stops being JSON. The parser does not say it, so the file is read again:
-    the good chunks whole, the next one character by character."""
-    file.seek(0)
-    events = ijson.sendable_list()
-    parser = ijson.basic_parse_coro(events)
-    line, column = 1, 1
-
-    def pieces() -> Iterator[str]:
-        for _ in range(chunks):
-            yield file.read(_CHUNK)
-        yield from file.read(_CHUNK)
-
-    for piece in pieces():
-        try:
-            parser.send(piece.encode())
-        except ijson.JSONError:
-            break
-        events.clear()
-        newlines = piece.count("\n")
-        line, column = line + newlines, len(piece) - piece.rfind("\n") if newlines else column + len(piece)
-    return line, column
-
-
-def _parse_json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, object]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}") from None
-        yield f"line {number}", _check_object(path, f"line {number}", record)
-
-
-def _parse_csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, object]]]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        for row in reader:
-            place = f"line {reader.line_num}"
-            if None in row:
-                raise ValueError(f"{path}, {place}: more cells than the header has columns")
-            if None in row.values():
-                raise ValueError(f"{path}, {place}: fewer cells than the header has columns")
-            yield place, {name: cell or None for name, cell in row.items()}
-    except csv.Error as error:
-        # The DictReader's own line number is still that of the last good row.
-        row = f"the row begins after line {reader.line_num}"
-        raise ValueError(f"{path}, line {reader.reader.line_num}: not valid CSV: {error} ({row})") from None
-
-
-def _check_object(path: Path, place: str, record: object) -> dict[str, object]:
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, {place}: expected an object with named fields, found {type(record).__name__}")
-    return record

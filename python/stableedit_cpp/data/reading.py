@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 
 from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.data.formats import Format, choose_format, detect
+from stableedit_cpp.data.frames import rows_of
 from stableedit_cpp.data.hub import HUB_PREFIX, read_hub_records
-from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.nested import expand
+from stableedit_cpp.data.notes import Notes
+from stableedit_cpp.data.request import EditRequest, requests_of
 from stableedit_cpp.data.variants import check_movable
 
-__all__ = ["iter_requests", "read_requests", "source_records"]
+__all__ = ["iter_requests", "name_of", "read_requests", "source_records"]
 
 
-def source_records(source: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """``(place, record)`` for each record of a file or of a hub data set."""
-    return read_hub_records(source) if str(source).startswith(HUB_PREFIX) else read_records(source)
+def source_records(source: object, notes: Notes | None = None) -> Iterator[tuple[str, dict[str, object]]]:
+    """``(place, record)`` for each record of a file, of a hub data set, or of a table in memory."""
+    if not isinstance(source, (str, PathLike)):
+        rows = rows_of(source)
+        if rows is source:
+            raise ValueError(f"a data set is a file, hub:NAME or a DataFrame, not {type(source).__name__}")
+        return ((f"row {index}", row) for index, row in enumerate(rows))
+    return read_hub_records(source) if str(source).startswith(HUB_PREFIX) else read_records(source, notes)
 
 
 def iter_requests(
@@ -33,8 +42,8 @@ def iter_requests(
     Nothing is kept of what was yielded, so ids are not compared with each other; ``read_requests`` does that.
 
     Args:
-        source: a file (see ``read_records``) or a hub name (see ``read_hub_records``).
-        limit: read at most this many.
+        source: a file (see ``read_records``), a hub name (see ``read_hub_records``) or a DataFrame.
+        limit: read at most this many records.
         format: name of a published format, or a mapping from the fields of EditRequest to those of the records; None
             tells the format from the first record.
         seed: for formats with several rephrased prompts, of which one is drawn.
@@ -68,7 +77,9 @@ def read_requests(
     for place, request in _placed_requests(source, limit, choose_format(format), seed, check_movable(variants)):
         if request.id is not None:
             if request.id in seen:
-                raise ValueError(f"{source}, {place}: the id {request.id!r} was used before, in {seen[request.id]}")
+                raise ValueError(
+                    f"{name_of(source)}, {place}: the id {request.id!r} was used before, in {seen[request.id]}"
+                )
             seen[request.id] = place
         requests.append(request)
     return requests
@@ -77,15 +88,22 @@ def read_requests(
 def _placed_requests(
     source: str | Path, limit: int | None, format_: Format | None, seed: int, variants: Sequence[str]
 ) -> Iterator[tuple[str, EditRequest]]:
-    nothing = True
-    for place, record in islice(source_records(source), limit):
+    nothing, notes = True, Notes(whose := name_of(source))
+    for place, record in islice(source_records(source, notes), limit):
         try:
             # One format for the whole file: a ZsRE record without its answer would else pass for one of WikiFactDiff.
-            format_ = format_ or detect(record)
-            request = EditRequest.from_record(record, format_, seed, variants)
+            format_ = format_ or detect(expand(record)[0])
+            found = requests_of(record, format_, seed, variants, notes)
         except ValueError as error:
-            raise ValueError(f"{source}, {place}: {error}") from None
+            raise ValueError(f"{whose}, {place}: {error}") from None
         nothing = False
-        yield place, request
+        for request in found:
+            yield place, request
+    notes.say()
     if nothing:
-        raise ValueError(f"{source} holds no edit requests")
+        raise ValueError(f"{whose} holds no edit requests")
+
+
+def name_of(source: object) -> str:
+    """What messages call a data set."""
+    return str(source) if isinstance(source, (str, PathLike)) else f"the {type(source).__name__}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 
 from stableedit_cpp.data.formats import Format, detect
+from stableedit_cpp.data.frames import rows_of
+from stableedit_cpp.data.nested import expand
+from stableedit_cpp.data.notes import Notes
 from stableedit_cpp.data.variants import as_variants, clean_text
 
-__all__ = ["EditRequest", "as_requests"]
+__all__ = ["EditRequest", "as_requests", "requests_of"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,11 @@ class EditRequest:
             is a paraphrase, with the request's own target.
         portability_prompt, portability_target: a question whose answer follows from the edit, in one step or more, or
             that names the subject otherwise (portability); taken before those of ``multi_hop``.
+        aliases: other spellings of ``target`` that are right where free answers are scored; they are not edited.
 
-    Blanks around a text are dropped: one at the end of a prompt, or before a target, would make two in what the model
-    learns, and the edit would hold with that slip only. Line ends of a prompt stay, which a chat template needs.
+    Blanks and line ends around a text are dropped, with a warning where they are of a prompt or target: one at the end
+    of a prompt, or before a target, would make two in what the model learns, and the edit would hold with that slip
+    only. After a prompt of several lines, a rendered chat, say, the line end stays.
 
     Raises:
         ValueError: for an empty prompt or target, a field that is not text, a variant without a target, or two answers
@@ -51,16 +58,27 @@ class EditRequest:
     variants: Sequence[str | tuple[str, str] | Mapping[str, str]] | None = None
     portability_prompt: str | None = None
     portability_target: str | None = None
+    aliases: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.id, int) and not isinstance(self.id, bool):
-            object.__setattr__(self, "id", str(self.id))
+        if isinstance(self.id, Integral) and not isinstance(self.id, bool):
+            object.__setattr__(self, "id", str(int(self.id)))
         for field in fields(self):
-            if field.name != "variants":
+            if field.name not in ("variants", "aliases"):
                 required, value = field.name in ("prompt", "target"), getattr(self, field.name)
                 text = clean_text(field.name, value, required=required)
                 object.__setattr__(self, field.name, value if field.name == "id" else text)
+                if required and text != value:
+                    warnings.warn(f"blanks around the {field.name} {value!r:.60} are dropped", stacklevel=3)
         object.__setattr__(self, "variants", as_variants(self.variants, self.prompt, self.target))
+        object.__setattr__(self, "aliases", self._as_aliases(self.aliases))
+
+    def _as_aliases(self, value: object) -> tuple[str, ...]:
+        if value is not None and not isinstance(value, (str, list, tuple)):
+            raise ValueError(f"aliases must be a list of texts, not {value!r:.60}")
+        items = [value] if isinstance(value, str) else value or ()
+        found = [clean_text(f"aliases[{index}]", item, required=True) for index, item in enumerate(items)]
+        return tuple(dict.fromkeys(text for text in found if text != self.target))
 
     @classmethod
     def from_record(
@@ -77,10 +95,13 @@ class EditRequest:
             seed, variants: see ``Format.values``.
 
         Raises:
-            ValueError: if the record fits no known format (the message lists its fields and the formats), or has a
-                value that a request cannot have.
+            ValueError: if the record fits no known format (the message lists its fields and the formats), has a value
+                that a request cannot have, or holds several requests (MQuAKE; ``read_requests`` reads these).
         """
-        return cls(**(format or detect(record)).values(record, seed, variants))
+        found = requests_of(record, format, seed, variants)
+        if len(found) != 1:
+            raise ValueError(f"the record holds {len(found)} requests; read_requests reads such a data set")
+        return found[0]
 
     @property
     def question(self) -> str:
@@ -100,12 +121,32 @@ class EditRequest:
     def to_dict(self) -> dict[str, object]:
         """The fields that are set, for JSON."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        variants = [list(pair) for pair in values.pop("variants")]
-        return values | ({"variants": variants} if variants else {})
+        lists = {"variants": [list(pair) for pair in values.pop("variants")], "aliases": list(values.pop("aliases"))}
+        return values | {name: value for name, value in lists.items() if value}
+
+
+def requests_of(
+    record: Mapping[str, object],
+    format: Format | None = None,
+    seed: int = 0,
+    variants: Sequence[str] = (),
+    notes: Notes | None = None,
+) -> list[EditRequest]:
+    """All requests of a record: one, or in MQuAKE several. Arguments and errors as ``EditRequest.from_record``; notes
+    are told what was changed on the way."""
+    own = notes or Notes()
+    found = []
+    for one in expand(record):
+        values = (format or detect(one)).values(one, seed, variants, own)
+        missing = next((name for name in ("prompt", "target") if values[name] is None), None)
+        if missing is not None:
+            raise ValueError(f"{missing} is empty; an edit request needs a prompt and a target answer")
+        found.append(EditRequest(**values))
+    return found
 
 
 def as_requests(items: Iterable[EditRequest | Mapping[str, object]]) -> list[EditRequest]:
-    """Check a list of requests or records as a whole.
+    """Check a list of requests or records, or the rows of a pandas DataFrame, as a whole.
 
     Raises:
         ValueError: naming the item that is wrong, or the id that occurs twice.
@@ -114,19 +155,22 @@ def as_requests(items: Iterable[EditRequest | Mapping[str, object]]) -> list[Edi
         raise ValueError(f"requests must be a list of EditRequest or dict, not a single {type(items).__name__}")
     requests: list[EditRequest] = []
     seen: dict[str, int] = {}
-    for index, item in enumerate(items):
+    notes = Notes()
+    for index, item in enumerate(rows_of(items)):
         if isinstance(item, EditRequest):
-            request = item
+            found = [item]
         elif isinstance(item, Mapping):
             try:
-                request = EditRequest.from_record(item)
+                found = requests_of(item, notes=notes)
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}") from None
         else:
             raise ValueError(f"request {index} must be an EditRequest or a dict, not {type(item).__name__}")
-        if request.id is not None:
-            if request.id in seen:
-                raise ValueError(f"requests {seen[request.id]} and {index} have the same id {request.id!r}")
-            seen[request.id] = index
-        requests.append(request)
+        for request in found:
+            if request.id is not None:
+                if request.id in seen:
+                    raise ValueError(f"requests {seen[request.id]} and {index} have the same id {request.id!r}")
+                seen[request.id] = index
+            requests.append(request)
+    notes.say(("blanks", "answers", "lists"), stacklevel=4)
     return requests

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from stableedit_cpp.data.values import absent
 from stableedit_cpp.files.words import with_nearest
 
 __all__ = ["MOVABLE", "as_variants", "check_movable", "clean_text", "is_variant_column", "numbered_variants"]
 
-_BLANKS = " \t\u00a0"
+_BLANKS_AT_THE_END = re.compile(r"[^\S\r\n]+\Z")
 _COLUMN = re.compile(r"variant(?:_(\d+))?(_target)?")
 
 # Questions of a data set that can be edited instead of scored: name -> fields of prompt and answer in EditRequest.
@@ -22,7 +23,9 @@ MOVABLE = {
 
 
 def clean_text(name: str, value: object, *, required: bool) -> str | None:
-    """A text of a request without the blanks around it; line ends stay, which a chat template needs.
+    """A text of a request without the blanks and line ends around it.
+
+    After a prompt of several lines its line end stays: it may be a rendered chat, which needs it.
 
     Raises:
         ValueError: for what is not text, or is empty though it is required; with the name of the field.
@@ -37,7 +40,10 @@ def clean_text(name: str, value: object, *, required: bool) -> str | None:
         raise ValueError(f"{name} is not valid Unicode text ({value!r:.60})") from None
     if required and not value.strip():
         raise ValueError(f"{name} is empty; an edit request needs a prompt and a target answer")
-    return value.strip(_BLANKS)
+    text = value.strip()
+    if "\n" in text and not name.endswith("target"):
+        return _BLANKS_AT_THE_END.sub("", value.lstrip())
+    return text
 
 
 def as_variants(value: object, prompt: str, target: str) -> tuple[tuple[str, str], ...]:
@@ -112,7 +118,7 @@ def numbered_variants(record: Mapping[str, object]) -> list[object]:
     targets: dict[int, tuple[str, object]] = {}
     for column, cell in record.items():
         match = _COLUMN.fullmatch(str(column))
-        if match and cell not in (None, ""):
+        if match and not absent(cell):
             (targets if match[2] else prompts)[int(match[1] or 0)] = (str(column), cell)
     for number, (column, _) in sorted(targets.items()):
         if number not in prompts:

@@ -153,6 +153,11 @@ class _Question(NamedTuple):
     name: str
     prompt: str
     answer: str
+    others: tuple[str, ...] = ()  # other spellings of the answer
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        return (self.answer, *self.others)
 
     def put(self, records: Sequence[dict[str, object]], name: str, value: object) -> None:
         """Write a value into the record of the request, or add it to those of the other variants."""
@@ -250,11 +255,11 @@ def evaluate(
             written = free_answers(model, tokenizer, expected, [read[i] for i in free], **how)
             mark_broken([i for i, text in zip(free, written, strict=True) if text.broken], len(free))
             for i, continuation in zip(free, written, strict=True):
-                probe, answer = questions[i].probe, questions[i].answer
-                contains, stops = judge(continuation, answer)
-                questions[i].put(records, f"{probe}_free", float(is_answer(continuation, answer)))
-                questions[i].put(records, f"{probe}_contains", float(contains))
-                questions[i].put(records, f"{probe}_contains_and_stops", float(stops))
+                probe, right = questions[i].probe, questions[i].right
+                found = [judge(continuation, answer) for answer in right]
+                questions[i].put(records, f"{probe}_free", float(any(is_answer(continuation, a) for a in right)))
+                questions[i].put(records, f"{probe}_contains", float(any(contains for contains, _ in found)))
+                questions[i].put(records, f"{probe}_contains_and_stops", float(any(stops for _, stops in found)))
                 questions[i].put(records, f"{probe}_text", continuation.text)
         if unrelated:
             unedited = reference if isinstance(reference, UneditedAnswers) else UneditedAnswers(reference)
@@ -284,7 +289,8 @@ def _questions(index: int, request: EditRequest) -> list[_Question]:
         if probe == "portability" and not (prompt and answer):
             prompt, answer = request.multi_hop_prompt, request.multi_hop_target
         if prompt and answer:
-            found.append(_Question(index, probe, f"{whose}, {probe}", prompt, answer))
+            others = request.aliases if answer == request.target else ()
+            found.append(_Question(index, probe, f"{whose}, {probe}", prompt, answer, others))
     for number, (prompt, answer) in enumerate(request.variants):
         found.append(_Question(index, "variants", f"{whose}, variant {number}", prompt, answer))
     return found

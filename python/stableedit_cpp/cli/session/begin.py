@@ -9,12 +9,12 @@ from pathlib import Path
 from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
 from stableedit_cpp.cli.options import (
+    FILES,
     add_editor_options,
     add_guard_options,
     add_model_options,
     editor_config,
     load,
-    plain_warnings,
     positive,
     set_guard,
 )
@@ -56,9 +56,7 @@ def add_parsers(actions) -> None:
     add_guard_options(parser)
 
     parser = new_action(actions, "edit", "edit a file of requests, or what is left of it", _EDIT, edit)
-    parser.add_argument(
-        "--requests", required=True, metavar="FILE", help=".json, .jsonl or .csv, also .gz; or hub:OWNER/NAME[:SPLIT]"
-    )
+    parser.add_argument("--requests", required=True, metavar="FILE", help=FILES)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N requests of the file")
     _add_warm_up(parser)
     add_guard_options(parser)
@@ -77,8 +75,7 @@ def create(options: argparse.Namespace) -> int:
     check_writable_file(Path(options.directory) / "journal", "the journal")
     warm_up = _read_warm_up(options)
     model, tokenizer = load(options)
-    with plain_warnings():
-        choice, why = choose_for(options, model, tokenizer, warm_up, config)
+    choice, why = choose_for(options, model, tokenizer, warm_up, config)
     config = choice.config if choice else config
     settings = {name: getattr(options, name) for name in ("detail", "snapshot_every", "keep_snapshots")}
     with LifelongSession.create(

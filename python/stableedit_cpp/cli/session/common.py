@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stableedit_cpp.cli.options import default_device, new_parser, plain_warnings
+from stableedit_cpp.cli.options import default_device, new_parser
 from stableedit_cpp.lifelong import LifelongSession, SessionView
 from stableedit_cpp.model.load import load_model
 
@@ -44,11 +44,10 @@ def opened(options: argparse.Namespace) -> Iterator[LifelongSession]:
     options.model = options.model or found["source"]
     if options.model is None:
         raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
-    with plain_warnings():
-        dtype = getattr(torch, found["dtype"])
-        model, tokenizer = load_model(options.model, device=default_device(options), dtype=dtype)
-        with LifelongSession.open(options.directory, model, tokenizer, exact=not options.inexact) as session:
-            yield session
+    dtype = getattr(torch, found["dtype"])
+    model, tokenizer = load_model(options.model, device=default_device(options), dtype=dtype)
+    with LifelongSession.open(options.directory, model, tokenizer, exact=not options.inexact) as session:
+        yield session
 
 
 def print_json(document: object) -> None:

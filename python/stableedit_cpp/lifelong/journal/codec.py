@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -51,9 +52,11 @@ def decode_requests(content: dict) -> list[EditRequest]:
 
     A request drops blanks around its texts today; with those that an earlier version kept, other tokens were learned.
     """
-    requests = [EditRequest(**fields) for fields in content["requests"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of blanks, which are put back
+        requests = [EditRequest(**fields) for fields in content["requests"]]
     for request, fields in zip(requests, content["requests"], strict=True):
-        vars(request).update({name: text for name, text in fields.items() if name != "variants"})
+        vars(request).update({name: text for name, text in fields.items() if name not in ("variants", "aliases")})
     return requests
 
 
