@@ -244,6 +244,14 @@ class TestTraining:
         assert after["count 24 -> 16"] == len(MODULES) * sum(len(one.answer) for one in sequences_of(tokenizer))
         torch.testing.assert_close(after["key mean 24 -> 16"], plain.moments[0].mean)
 
+    def test_every_part_of_an_untrained_network_learns(self, tokenizer):
+        editor = make_hyper(tokenizer, epochs=2)
+        editor.checkpoint()
+        before = fields_of(editor)
+        editor.train(TRAINING, progress=False)
+        after = fields_of(editor)
+        assert not [name for name in before if torch.equal(before[name], after[name])]
+
     def test_as_published_every_step_moves_by_the_learning_rate_once(self, tokenizer):
         config = se.RLEditConfig.published
         editor = make_hyper(tokenizer, config=config, step_size=1e-6, learning_rate=1e-5, turn_size=5)

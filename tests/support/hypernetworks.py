@@ -44,7 +44,7 @@ def plain_network(fields, x: torch.Tensor, module: int) -> torch.Tensor:
     y = x
     for block in range(len(fields["down"])):
         inner = y @ fields["down"][block] @ fields["up"][block] + fields["bias"][block]
-        y = y + fields["scale"][block][module] * torch.relu(inner) + fields["shift"][block][module]
+        y = y + fields["scale"][block][module] * inner.clamp(0) + fields["shift"][block][module]
     return y
 
 

@@ -78,7 +78,8 @@ class HyperNetwork:
         for block in range(self.blocks):
             inner = torch.addmm(own["bias"][block], normalised @ own["down"][block], own["up"][block])
             scale, shift = own["scale"][block, module], own["shift"][block, module]
-            normalised = torch.addcmul(normalised, scale, inner.relu()) + shift
+            # With the slope 1 at 0, as the released code has it: by ``relu`` the untrained network would never learn.
+            normalised = torch.addcmul(normalised, scale, inner.clamp_min(0)) + shift
         return normalised
 
     def targets(self, keys: torch.Tensor, normalised: torch.Tensor, module: int) -> torch.Tensor:
