@@ -31,6 +31,7 @@ COMMANDS = [
     "demo",
     "edit",
     "choose-modules",
+    "train-hypernetwork",
     "evaluate",
     "export",
     "datasets",

@@ -21,6 +21,7 @@ _COMMANDS = {
     "demo": "teach a small language model what happened after its training, then a stream of facts",
     "edit": "edit a model with a file of requests and save the result",
     "choose-modules": "measure which modules of a model take edits best",
+    "train-hypernetwork": "train the hypernetwork of RLEdit or MALMEN",
     "session": "edit for months: journal, audits, rollback, revert, export",
     "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
     "statistics": "gather second moments of keys and value gradients over text, for editors that hold updates off it",

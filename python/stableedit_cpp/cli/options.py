@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from stableedit_cpp.editors import EDITORS, Editor, EditorConfig, LocalityGuard, load_config
-from stableedit_cpp.editors.registry import CLASSES, load_plugins
+from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
+from stableedit_cpp.editors.registry import CLASSES, load_plugins, parse_config
+from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.model.load import SMOLLM2, load_model
 
@@ -115,10 +117,15 @@ def default_device(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def add_editor_options(parser: argparse.ArgumentParser) -> None:
+def add_editor_options(parser: argparse.ArgumentParser, *, default: str = "stableedit") -> None:
+    """
+    Args:
+        default: name of the settings that are taken where none are named.
+    """
+    parser.set_defaults(default_editor=default)
     load_plugins()
     presets = [editor for editor in EDITORS.values() if not editor.ablation]
-    parser.add_argument("--editor", choices=list(CLASSES), help="default: stableedit, or what --config says")
+    parser.add_argument("--editor", choices=list(CLASSES), help=f"default: {default}, or what the settings say")
     settings = parser.add_mutually_exclusive_group()
     settings.add_argument("--config", metavar="FILE", help="JSON config; the options below override it")
     settings.add_argument(
@@ -135,6 +142,12 @@ def add_editor_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--step-size", type=step_size, metavar="X", help="a number, or auto (default: the preset's, auto without one)"
+    )
+    parser.add_argument(
+        "--hypernetwork",
+        metavar="FILE",
+        help="of stableedit train-hypernetwork: what rledit and malmen begin with, in place of an untrained network; "
+        "without --config or --preset the settings are those that it was trained with",
     )
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
     form = {"chat": f"as the preset says, without one {OWN_TEMPLATE}", "end": "as the preset says, without one yes"}
@@ -167,8 +180,16 @@ def editor_config(options: argparse.Namespace) -> EditorConfig:
     if options.config:
         config, whose = load_config(options.config), f"{options.config} is a config"
     else:
-        name = options.preset or options.editor or "stableedit"
+        name = options.preset or options.editor or options.default_editor
         config, whose = EDITORS[name].config, f"--preset {name} is one"
+    if options.hypernetwork:
+        if not options.config and not options.preset:
+            config, whose = parse_config(SavedEditor.read(options.hypernetwork).config), f"{options.hypernetwork} is"
+        if not isinstance(config, HypernetworkConfig):
+            raise ValueError(f"--hypernetwork is for --editor rledit and malmen; {config.editor} has none")
+        if options.step_size is not None:
+            raise ValueError("--step-size is of no use with --hypernetwork, which has learnt a step for each module")
+        config = dataclasses.replace(config, hypernetwork=options.hypernetwork)
     if options.editor not in (None, config.editor):
         raise ValueError(f"--editor {options.editor}, but {whose} of {config.editor}")
     names = ("edit_modules", "step_size", "turn_size")

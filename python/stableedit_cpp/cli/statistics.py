@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.options import add_model_options, load, new_parser, plain_warnings, positive
+from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
+from stableedit_cpp.cli.sentence import plain_warnings
 from stableedit_cpp.model.gather import gather_statistics
 
 __all__ = ["add_parser", "run"]

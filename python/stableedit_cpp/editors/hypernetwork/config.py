@@ -18,10 +18,10 @@ class HypernetworkConfig(EditorConfig):
 
     Attributes:
         step_size, ridge: of every module before training, which learns one of each for each module. Numbers.
-        hypernetwork: file of ``save_hypernetwork``: the network and the running statistics that the editor begins with,
-            with the ``rank`` and ``blocks`` of the file, and its modules where ``edit_modules`` names none. It is read
-            when the editor is made and belongs to the editor's state from then on; the config of the editor has None.
-            None begins with the identity.
+        hypernetwork: file of ``save_hypernetwork``: the network and the running statistics that the editor begins with.
+            What ``edit_modules`` names must be the modules that it was trained for; step, ridge, sizes, statistics and
+            micro-batches are those of the file. It is read when the editor is made and belongs to the editor's state
+            from then on; the editor's own config has None. None begins with the identity.
         rank, blocks: of the network: per block two matrices of ``(k + v) * rank`` numbers, for each shape of module.
         unbiased_batches: see ``UltraEditConfig``.
         learning_rate: of Adam, which trains the network.

@@ -92,7 +92,7 @@ class HypernetworkEditor(Editor):
     def _as_trained(
         self, config: HypernetworkConfig, trained: SavedEditor, model: torch.nn.Module
     ) -> HypernetworkConfig:
-        """The config with the sizes and modules of what was trained.
+        """The config, with what belongs to the network in the file as it was trained.
 
         Raises:
             ValueError: if that was for another editor, or other modules.
@@ -108,5 +108,6 @@ class HypernetworkEditor(Editor):
                     f"the hypernetwork {path} was trained for {', '.join(theirs.edit_modules)}, not for edit_modules "
                     f"{', '.join(own)}; leave edit_modules to it, or train another"
                 )
-        same = ("edit_modules", "rank", "blocks", "statistics", "unbiased_batches")
+        same = ("edit_modules", "step_size", "ridge", "rank", "blocks")
+        same += ("statistics", "unbiased_batches", "micro_batch", "prompt_rows")  # what was normalised
         return dataclasses.replace(config, **{name: getattr(theirs, name) for name in same})
