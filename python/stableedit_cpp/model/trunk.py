@@ -22,7 +22,7 @@ from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
 from stableedit_cpp.model.untouched import input_device, untouched
 
-__all__ = ["TrunkCache", "pack_apart", "trusted"]
+__all__ = ["TrunkCache", "layers_of", "pack_apart", "trusted"]
 
 _PROOF_TOKENS = 8
 
@@ -289,22 +289,31 @@ def pack_apart(
     ]
 
 
-def _trunk(model: nn.Module, modules: Sequence[EditModule]) -> tuple[nn.ModuleList, int]:
-    """The list of layers and how many of them lie below the first edited module."""
-    found: set[tuple[str, int]] = set()
+def layers_of(model: nn.Module, modules: Sequence[EditModule]) -> tuple[str, list[int]]:
+    """Name of the list of layers that modules lie in, and the number of each one's layer.
+
+    Raises:
+        ValueError: if they lie in no such list, or in several.
+    """
+    found: list[tuple[str, int]] = []
     for module in modules:
         parts = module.name.split(".")
         for end, part in enumerate(parts):
             parent = ".".join(parts[:end])
             if part.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
-                found.add((parent, int(part)))
+                found.append((parent, int(part)))
                 break
         else:
             raise ValueError(f"{module.name} lies in no list of layers, so there is no frozen trunk to keep")
     if len({parent for parent, _ in found}) != 1:
         raise ValueError("the edited modules lie in several lists of layers, so there is no one frozen trunk to keep")
-    parent = next(iter(found))[0]
-    depth = min(index for _, index in found)
+    return found[0][0], [index for _, index in found]
+
+
+def _trunk(model: nn.Module, modules: Sequence[EditModule]) -> tuple[nn.ModuleList, int]:
+    """The list of layers and how many of them lie below the first edited module."""
+    parent, indices = layers_of(model, modules)
+    depth = min(indices)
     if depth == 0:
         raise ValueError("the first layer is edited, so there is no frozen trunk to keep")
     return model.get_submodule(parent), depth

@@ -1,0 +1,118 @@
+"""The targets z: all of a turn at once give what a plain loop over single requests gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stableedit_cpp.editors.targets import LocatedFact, find_targets
+from stableedit_cpp.errors import ModelBroken
+from stableedit_cpp.model.subjects import subject_prefixes
+from stableedit_cpp.model.tokens import TokenSequence, tokenize
+from stableedit_cpp.model.trunk import TrunkCache
+from support.captures import flags_of
+from support.located import CONTEXTS, FACTS, layer_module, options, plain_target
+from support.tiny import tiny_model, tiny_tokenizer
+
+LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
+NAMES = [f"request {number}" for number in range(len(FACTS))]
+
+
+def located(tokenizer) -> list[LocatedFact]:
+    facts = []
+    for fact in FACTS:
+        contexts = ["", *CONTEXTS]
+        (prefixes,) = subject_prefixes(tokenizer, [fact["prompt"]], [fact["subject"]], [""], contexts=contexts)
+        pairs = [(context + fact["prompt"], fact["target"]) for context in contexts]
+        texts = tokenize(tokenizer, pairs, 64, [""] * len(pairs))
+        ((about,),) = subject_prefixes(tokenizer, [f"{fact['subject']} is a"], [fact["subject"]], [""])
+        facts.append(LocatedFact(tuple(texts), tuple(len(p) - 1 for p in prefixes), TokenSequence(about, (0,))))
+    return facts
+
+
+def found(model, architecture, facts, how, *, max_tokens=200, cached=True):
+    name = LAYERS[architecture]
+    trunk = TrunkCache(model, [layer_module(model, f"{name}.2")]) if cached else None
+    layer = model.get_submodule(f"{name}.2")
+    targets = find_targets(model, layer, facts, how, names=NAMES, max_tokens=max_tokens, trunk=trunk)
+    assert not cached or trunk.in_use
+    return targets
+
+
+# The first steps of Adam are of one length whatever the gradient, so that rounding counts for more than it is.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_they_are_those_of_a_plain_loop_over_single_requests(architecture, bos, dtype, tolerance):
+    model, tokenizer, how = tiny_model(architecture, dtype), tiny_tokenizer(bos=bos), options()
+    facts = located(tokenizer)
+    targets = found(model, architecture, facts, how)
+    below = model.get_submodule(f"{LAYERS[architecture]}.1")
+    for number, fact in enumerate(facts):
+        z, steps, loss = plain_target(model, below, fact, how)
+        assert (targets.z[number] - z).norm() <= tolerance * z.norm()
+        assert int(targets.steps[number]) == steps
+        assert float(targets.losses[number]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_request_that_is_done_stays_as_it_is_while_others_go_on():
+    model, tokenizer = tiny_model("gpt2", torch.float64), tiny_tokenizer()
+    facts, how = located(tokenizer), options(target_loss=5.7, target_clamp=10, target_decay=0.0, target_kl=0.0)
+    targets = found(model, "gpt2", facts, how)
+    assert len(set(targets.steps.tolist())) > 1
+    assert (targets.losses < 5.7).any()
+    below = model.get_submodule("transformer.h.1")
+    for number, fact in enumerate(facts):
+        z, steps, _ = plain_target(model, below, fact, how)
+        assert int(targets.steps[number]) == steps
+        assert (targets.z[number] - z).norm() <= 1e-9 * z.norm()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 4000])
+def test_neither_the_company_nor_the_trunk_cache_matters(max_tokens):
+    model, how = tiny_model("llama", torch.float64), options()
+    facts = located(tiny_tokenizer())
+    exact = found(model, "llama", facts, how)
+    other = found(model, "llama", facts, how, max_tokens=max_tokens, cached=max_tokens == 60)
+    alone = found(model, "llama", facts[2:3], how)
+    assert torch.allclose(other.z, exact.z, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(alone.z, exact.z[2:3], rtol=1e-6, atol=1e-7)
+
+
+def test_delta_is_held_within_its_bound():
+    model, how = tiny_model("gpt2"), options(target_clamp=0.1)
+    targets = found(model, "gpt2", located(tiny_tokenizer()), how)
+    lengths, bound = (targets.z - targets.z0).norm(dim=1), 0.1 * targets.z0.norm(dim=1)
+    assert (lengths <= bound * 1.0001).all()
+    assert (lengths > 0.5 * bound).all()
+
+
+def test_one_step_is_a_look_only():
+    model = tiny_model("gpt2")
+    targets = found(model, "gpt2", located(tiny_tokenizer()), options(target_steps=1))
+    assert torch.equal(targets.z, targets.z0)
+    assert targets.steps.sum() == 0
+    assert torch.isfinite(targets.losses).all()
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = tiny_model("llama").train()
+    before = flags_of(model)
+    found(model, "llama", located(tiny_tokenizer()), options(target_steps=3))
+    assert flags_of(model) == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_half_precision_is_searched_in_float32():
+    model = tiny_model("llama", torch.bfloat16)
+    targets = found(model, "llama", located(tiny_tokenizer()), options(target_steps=3))
+    assert targets.z.dtype == torch.float32
+    assert torch.isfinite(targets.z).all()
+
+
+def test_a_broken_model_is_refused_by_name():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(ModelBroken, match="request 0: the loss of its target"):
+        found(model, "llama", located(tiny_tokenizer()), options(), cached=False)
