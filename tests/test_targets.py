@@ -5,29 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stableedit_cpp.editors.targets import LocatedFact, find_targets
+from stableedit_cpp.editors.targets import find_targets
 from stableedit_cpp.errors import ModelBroken
-from stableedit_cpp.model.subjects import subject_prefixes
-from stableedit_cpp.model.tokens import TokenSequence, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 from support.captures import flags_of
-from support.located import CONTEXTS, FACTS, layer_module, options, plain_target
+from support.located import FACTS, layer_module, located, options, plain_target
 from support.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
 NAMES = [f"request {number}" for number in range(len(FACTS))]
-
-
-def located(tokenizer) -> list[LocatedFact]:
-    facts = []
-    for fact in FACTS:
-        contexts = ["", *CONTEXTS]
-        (prefixes,) = subject_prefixes(tokenizer, [fact["prompt"]], [fact["subject"]], [""], contexts=contexts)
-        pairs = [(context + fact["prompt"], fact["target"]) for context in contexts]
-        texts = tokenize(tokenizer, pairs, 64, [""] * len(pairs))
-        ((about,),) = subject_prefixes(tokenizer, [f"{fact['subject']} is a"], [fact["subject"]], [""])
-        facts.append(LocatedFact(tuple(texts), tuple(len(p) - 1 for p in prefixes), TokenSequence(about, (0,))))
-    return facts
 
 
 def found(model, architecture, facts, how, *, max_tokens=200, cached=True):
@@ -57,7 +43,10 @@ def test_they_are_those_of_a_plain_loop_over_single_requests(architecture, bos, 
 
 def test_a_request_that_is_done_stays_as_it_is_while_others_go_on():
     model, tokenizer = tiny_model("gpt2", torch.float64), tiny_tokenizer()
-    facts, how = located(tokenizer), options(target_loss=5.7, target_clamp=10, target_decay=0.0, target_kl=0.0)
+    facts, how = (
+        located(tokenizer),
+        options(target_loss=5.7, target_steps=12, target_clamp=10, target_decay=0.0, target_kl=0.0),
+    )
     targets = found(model, "gpt2", facts, how)
     assert len(set(targets.steps.tolist())) > 1
     assert (targets.losses < 5.7).any()

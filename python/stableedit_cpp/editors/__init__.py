@@ -1,5 +1,6 @@
 """Editors: one file each, on one base class with the turn loop."""
 
+from stableedit_cpp.editors.alphaedit import AlphaEdit, AlphaEditConfig
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
 from stableedit_cpp.editors.choice import ModuleChoice, choose_modules, remembered_choice
 from stableedit_cpp.editors.config import EditorConfig
@@ -11,6 +12,7 @@ from stableedit_cpp.editors.guard import LocalityGuard
 from stableedit_cpp.editors.interrupt import EditInterrupted
 from stableedit_cpp.editors.lora import LoRA, LoRAConfig
 from stableedit_cpp.editors.malmen import MALMEN, MALMENConfig
+from stableedit_cpp.editors.memit import MEMIT, MEMITConfig
 from stableedit_cpp.editors.registry import (
     EDITORS,
     NamedEditor,
@@ -29,6 +31,9 @@ from stableedit_cpp.errors import DriftLimitReached
 __all__ = [
     "EDITORS",
     "MALMEN",
+    "MEMIT",
+    "AlphaEdit",
+    "AlphaEditConfig",
     "AppliedPass",
     "AppliedTurn",
     "DriftLimitReached",
@@ -43,6 +48,7 @@ __all__ = [
     "LoRAConfig",
     "LocalityGuard",
     "MALMENConfig",
+    "MEMITConfig",
     "ModuleChoice",
     "NamedEditor",
     "RLEdit",

@@ -87,8 +87,8 @@ def find_targets(
         + target_kl KL(changed || unchanged) of what follows the bare subject + target_decay |delta| / |z0|^2
 
     and Adam takes at most ``target_steps - 1`` steps from delta = 0, the last loss being only looked at; after each,
-    |delta| <= target_clamp |z0|. A fact whose loss is below ``target_loss`` is done and takes part no more. The facts do not see
-    each other, so that each gets what a search for it alone would give, up to rounding.
+    |delta| <= target_clamp |z0|. A fact whose loss is below ``target_loss`` is done and takes part no more. The facts
+    do not see each other, so that each gets what a search for it alone would give, up to rounding.
 
     Args:
         layer: the one above the layer whose output is changed.
