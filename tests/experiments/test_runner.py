@@ -13,7 +13,7 @@ from stableedit_cpp.experiments.scorer import Scorer, age_bins, sample_positions
 from support.streams import MODULES, OPTIONS, bench, lines, load, matrix, write_data
 from support.tiny import tiny_model, tiny_tokenizer
 
-TIMES = ("from_run", "seconds", "resident_bytes")
+TIMES = ("from_run", "seconds", "resident_bytes", "extra_bytes")
 
 
 def figures(document: dict) -> list[dict]:

@@ -25,6 +25,7 @@ class Cost:
         self._parts: dict[str, float] = {}
         self._apart = {"scoring": 0.0, "side_effects": 0.0, "cumulative": 0.0, "after": 0.0}
         self._peak = resident_bytes()
+        self._extra: int | None = None
 
     def add_turn(self, line: Mapping[str, object]) -> None:
         """A line of ``turns.jsonl``: a turn of the stream or its warm-up, or a step after it."""
@@ -36,6 +37,8 @@ class Cost:
             self.steps += 1
             self._apart["after"] += sum(line["seconds"].values())
         self._peak = max(self._peak, line["resident_bytes"])
+        if line.get("extra_bytes") is not None:
+            self._extra = max(self._extra or 0, line["extra_bytes"])
 
     def add_checkpoint(self, entry: Mapping[str, object]) -> None:
         """An entry of ``checkpoints``."""
@@ -54,4 +57,5 @@ class Cost:
             **{f"{part}_seconds": seconds for part, seconds in self._apart.items()},
             "peak_resident_bytes": self._peak,
             "peak_device_bytes": reserved_peak_bytes(self._device),
+            "turn_extra_bytes": self._extra,
         }

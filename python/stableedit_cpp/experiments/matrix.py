@@ -12,6 +12,7 @@ from stableedit_cpp import sideeffects
 from stableedit_cpp.editors import NamedEditor, named_editor
 from stableedit_cpp.evaluation import DEFAULT_METRICS
 from stableedit_cpp.experiments.after_stream import Step
+from stableedit_cpp.experiments.search_settings import SearchSettings
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import Source, find_source
 from stableedit_cpp.files.words import check_whole, with_nearest
@@ -24,7 +25,8 @@ class Matrix:
     """What to run; every combination is one run.
 
     Attributes:
-        editors: names of ``EDITORS``, config files, or mappings with "name", "editor", "after" and fields of a config.
+        editors: names of ``EDITORS``, config files, or mappings with "name", "editor", "after", "search" (fields of the
+            config, each with a list of values to try before the stream) and fields of a config.
         datasets: names, files or hub names, or mappings with "name", "edits", "warm_up", "format" or "fields".
         data: directory of data sets, for their names. warm_up_data: training stream for all of them.
         models, dtype: as for ``load_model``.
@@ -35,6 +37,7 @@ class Matrix:
         editor_options: fields of the config of every editor, e.g. turn_size.
         format, shuffle, variants: as for ``find_source``.
         after: steps after the stream, as for ``Step.parse``, of every editor that has none of its own.
+        search: "edits" and "score" of all searches (``SearchSettings``).
 
     All other fields are those of ``RunSettings``.
 
@@ -65,6 +68,7 @@ class Matrix:
     cumulative: int = 0
     convergence: bool = False
     after: list = field(default_factory=list)
+    search: Mapping[str, object] = field(default_factory=dict)
     editor_options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,10 +110,10 @@ class Matrix:
             for seed in self.seeds:
                 source = self._source(item, seed)
                 total = self._length(source, progress)
-                if warm_up and source.warm_up is not None and any(editor.warm_up for editor, _ in editors):
+                if warm_up and source.warm_up is not None and any(editor.warm_up for editor, _, _ in editors):
                     _check_warm_up(source, warm_up)
                 for model in self.models:
-                    found += [self._run(editor, source, model, total, warm_up, after) for editor, after in editors]
+                    found += [self._run(source, model, total, warm_up, *editor) for editor in editors]
         names = [run.name for run in found]
         for name in names:
             if names.count(name) > 1:
@@ -117,7 +121,14 @@ class Matrix:
         return found
 
     def _run(
-        self, editor: NamedEditor, source: Source, model: str, total: int, warm_up: WarmUp, after: tuple[Step, ...]
+        self,
+        source: Source,
+        model: str,
+        total: int,
+        warm_up: WarmUp,
+        editor: NamedEditor,
+        after: tuple[Step, ...],
+        search: SearchSettings | None,
     ) -> RunSettings:
         return RunSettings(
             editor=editor,
@@ -135,6 +146,7 @@ class Matrix:
             cumulative=self.cumulative,
             convergence=self.convergence,
             after=after,
+            search=search,
         )
 
     def _checkpoints(self, total: int, turn_size: int) -> tuple[int, ...]:
@@ -143,17 +155,23 @@ class Matrix:
         ends = {min(-(-edits // turn_size) * turn_size, total) for edits in wanted if edits > 0}
         return tuple(sorted(ends | {total}))
 
-    def _editor(self, item: str | Mapping[str, object]) -> tuple[NamedEditor, tuple[Step, ...]]:
-        """The editor, and what it does after its stream."""
+    def _editor(self, item: str | Mapping[str, object]) -> tuple[NamedEditor, tuple[Step, ...], SearchSettings | None]:
+        """The editor, what it does after its stream, and what is searched for before."""
         if isinstance(item, str):
-            return named_editor(item, self.editor_options), _steps(self.after)
+            return named_editor(item, self.editor_options), _steps(self.after), None
         own = _mapping("editors", item, None)
-        after = _steps(own.pop("after", self.after))
+        after, values = _steps(own.pop("after", self.after)), own.pop("search", None)
+        search = None if values is None else SearchSettings(values=values, **self._search_options)
         name, base = own.pop("name", None), own.pop("editor", None)
         if base is None and name is None:
             raise ValueError(f"an editor needs an 'editor:' or a 'name:', not only {', '.join(own)}")
-        found = named_editor(str(base or name), {**self.editor_options, **own})
-        return NamedEditor(str(name or base), found.config, found.warm_up, found.summary), after
+        for tried in reversed([*search.grid()] if search else [{}]):  # all can be tried; the first is the config's
+            found = named_editor(str(base or name), {**self.editor_options, **own, **tried})
+        return NamedEditor(str(name or base), found.config, found.warm_up, found.summary), after, search
+
+    @property
+    def _search_options(self) -> dict[str, object]:
+        return _mapping("search", self.search, ("edits", "score"))
 
     def _source(self, item: str | Mapping[str, object], seed: int) -> Source:
         how = {"data": self.data, "seed": seed, "shuffle": self.shuffle, "variants": self.variants}
@@ -168,13 +186,16 @@ class Matrix:
         return Source(**{**vars(source), "name": str(own.get("name") or source.name)})
 
     def _length(self, source: Source, progress: bool | None) -> int:
-        wanted = None if self.edits is None else self.edits + self.cumulative
+        searches = [search.edits for _, _, search in map(self._editor, self.editors) if search is not None]
+        more = {"for the cumulative effect": self.cumulative, "for the search": max(searches, default=0)}
+        beyond = sum(more.values())
+        wanted = None if self.edits is None else self.edits + beyond
         there = source.count(wanted, progress=progress)
-        total = there - self.cumulative if self.edits is None else min(self.edits, there)
-        if total < 1 or there < total + self.cumulative:
+        total = there - beyond if self.edits is None else min(self.edits, there)
+        if total < 1 or there < total + beyond:
+            what = " and ".join(f"{count} more {why}" for why, count in more.items() if count)
             raise ValueError(
-                f"{source.edits} holds {there} requests, too few for a stream of {total} and {self.cumulative} more "
-                "for the cumulative effect; give fewer --edits"
+                f"{source.edits} holds {there} requests, too few for a stream of {total} and {what}; give fewer --edits"
             )
         return total
 

@@ -14,6 +14,7 @@ from stableedit_cpp.experiments.groups import grouped
 from stableedit_cpp.experiments.results import Run, write_theory
 from stableedit_cpp.experiments.run_directory import RunDirectory
 from stableedit_cpp.experiments.run_tables import comparison, cost, run_page
+from stableedit_cpp.experiments.search import SearchFile, search
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.experiments.stream_run import StreamRun
 from stableedit_cpp.experiments.theory import cumulative_tables, theory_of, theory_table
@@ -45,7 +46,8 @@ def run_matrix(
         how: ``snapshot_seconds``, ``keep_state`` and ``progress``, as for ``StreamRun``.
 
     Returns:
-        The content of each ``run.json``. ``output/table.md`` compares them; ``theory.json`` and ``theory.md`` sum up
+        The content of each ``run.json``. A run with a ``search`` has its trials in ``output/search/NAME.json`` and goes
+        on with what was found. ``output/table.md`` compares all; ``theory.json`` and ``theory.md`` sum up
         what those say of the theory that have ``convergence`` or ``cumulative``.
 
     Raises:
@@ -53,18 +55,25 @@ def run_matrix(
             works on it. KeyboardInterrupt: after Ctrl-C; the same call goes on.
     """
     output = Path(output)
-    directories = [RunDirectory(output / run.name, run.name, run.to_dict()) for run in runs]
+    runs = [_as_found(run, output) for run in runs]
+    paths = [output / run.name for run in runs]
+    done = [_done(run, path) for run, path in zip(runs, paths, strict=True)]
     for model_name in dict.fromkeys(run.model for run in runs):
-        todo = [(r, d) for r, d in zip(runs, directories, strict=True) if r.model == model_name and not d.done]
+        todo = [index for index, run in enumerate(runs) if run.model == model_name and not done[index]]
         if not todo:
             continue
         model, tokenizer = load(model_name)
         trunks, answers = _Trunks(model, trunk_bytes), {}  # of the unedited model, whatever edits it
-        for run, directory in todo:
-            others = [(r, d) for r, d in zip(runs, directories, strict=True) if r is not run and r.source == run.source]
+        for index in todo:
+            run, path = runs[index], paths[index]
+            others = [place for place, r in enumerate(runs) if place != index and r.source == run.source]
             modules = Editor.modules_of(model, run.editor.config)
-            with _locked(directory.path):
-                current = RunDirectory(directory.path, run.name, directory.settings)
+            with _locked(path):
+                if run.search is not None and run.search.found is None:
+                    known = {"trunk": trunks.of(modules, "scoring"), "answers": answers}
+                    file = SearchFile(output, run)
+                    run = runs[index] = search(file, model, tokenizer, **known, progress=how.get("progress"))
+                current = RunDirectory(path, run.name, run.to_dict())
                 stream = StreamRun(
                     run,
                     current,
@@ -73,7 +82,7 @@ def run_matrix(
                     trunk=trunks.of(modules, "scoring"),
                     editing_trunk=trunks.of(modules, "editing", run.turns) if others else None,
                     answers=answers,
-                    siblings=[other.path for _, other in others],
+                    siblings=[paths[place] for place in others],
                     **how,
                 )
                 try:
@@ -82,13 +91,25 @@ def run_matrix(
                     if current.document["checkpoints"]:
                         write_text(current.path / "table.md", run_page(Run(current.path, current.document)))
         del model
-    done = [Run.read(directory.path) for directory in directories]
-    _write_tables(output / "table.md", [comparison(grouped(done)), cost(done)])
-    theories = [theory_of(d.path) for r, d in zip(runs, directories, strict=True) if r.convergence or r.cumulative]
+    found = [Run.read(path) for path in paths]
+    _write_tables(output / "table.md", [comparison(grouped(found)), cost(found)])
+    theories = [theory_of(p) for r, p in zip(runs, paths, strict=True) if r.convergence or r.cumulative]
     if theories:
         write_theory(output, theories)
         _write_tables(output / "theory.md", [theory_table(theories), *cumulative_tables(theories)])
-    return [run.document for run in done]
+    return [run.document for run in found]
+
+
+def _as_found(run: RunSettings, output: Path) -> RunSettings:
+    """The run with what an earlier call has found for it, if that is known."""
+    return run if run.search is None else SearchFile(output, run).settled or run
+
+
+def _done(run: RunSettings, path: Path) -> bool:
+    """Whether the run's directory is; refuses one of another configuration, as far as that is known before a search."""
+    if run.search is not None and run.search.found is None:
+        return False
+    return RunDirectory(path, run.name, run.to_dict()).done
 
 
 def _write_tables(path: Path, tables: Sequence[Table]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from stableedit_cpp.data.hub import HUB_PREFIX
@@ -12,6 +12,7 @@ from stableedit_cpp.editors import EditorConfig, NamedEditor
 from stableedit_cpp.editors.config import LATER_FIELDS
 from stableedit_cpp.evaluation.scores import DEFAULT_METRICS, check_metrics
 from stableedit_cpp.experiments.after_stream import Step
+from stableedit_cpp.experiments.search_settings import SearchSettings
 from stableedit_cpp.experiments.sources import Source
 from stableedit_cpp.files.digest import file_digest
 from stableedit_cpp.files.words import check_whole, with_nearest
@@ -60,6 +61,7 @@ class RunSettings:
             to see whether a model with prior edits takes new ones better; 0 does not.
         convergence: keep running covariances along the stream and compare them with the last in the end.
         after: what is done to the model at the end of the stream; it is scored after each step.
+        search: which fields of the editor's config are searched for before the stream; None searches for none.
     """
 
     editor: NamedEditor
@@ -77,6 +79,7 @@ class RunSettings:
     cumulative: int = 0
     convergence: bool = False
     after: tuple[Step, ...] = ()
+    search: SearchSettings | None = None
 
     def __post_init__(self) -> None:
         for step in self.after:
@@ -94,6 +97,11 @@ class RunSettings:
     def name(self) -> str:
         model = self.model.rstrip("/").rsplit("/", 1)[-1]
         return f"{self.editor.name}-{self.source.name}-{model}-seed{self.source.seed}"
+
+    def with_found(self, found: Mapping[str, object]) -> RunSettings:
+        """The run with what its search has found."""
+        editor = replace(self.editor, config=replace(self.editor.config, **found))
+        return replace(self, editor=editor, search=replace(self.search, found=dict(found)))
 
     @property
     def warm_up_place(self) -> int:
@@ -144,6 +152,7 @@ class RunSettings:
             "cumulative": self.cumulative,
             "convergence": self.convergence,
             "after": [step.to_dict() for step in self.after] or None,
+            "search": self.search.to_dict() if self.search else None,
         }
 
 

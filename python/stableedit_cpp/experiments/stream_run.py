@@ -21,7 +21,7 @@ from stableedit_cpp.experiments.geometry import Geometry
 from stableedit_cpp.experiments.run_directory import RunDirectory
 from stableedit_cpp.experiments.settings import RunSettings
 from stableedit_cpp.files.digest import model_digest
-from stableedit_cpp.files.environment import resident_bytes
+from stableedit_cpp.files.environment import PeakMemory, resident_bytes
 from stableedit_cpp.model.capture import NotFiniteError
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -182,14 +182,16 @@ class StreamRun:
         """Edit one turn and write its line, or several where the editor cuts at a prompt that comes twice; the last
         line, and whether Ctrl-C was pressed meanwhile."""
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
-        interrupted, cost = False, self._cost
+        interrupted, cost, memory = False, self._cost, PeakMemory()
         try:
-            report = call(requests, trunk=self._editing_trunk, outcomes=False, progress=False)
+            with memory:
+                report = call(requests, trunk=self._editing_trunk, outcomes=False, progress=False)
         except EditInterrupted as interrupt:
             report, interrupted = interrupt.report, True
         begin = 0
         for turn in report.turns:
             line = self._line(kind, requests[begin : begin + turn.requests], turn, report.seconds / len(report.turns))
+            line["extra_bytes"] = memory.extra_bytes
             if turn is not report.turns[-1]:
                 line["geometry"] = None  # only the last is known
             begin += turn.requests

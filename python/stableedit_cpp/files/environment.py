@@ -15,7 +15,7 @@ import torch
 from stableedit_cpp import _build_info, _core
 from stableedit_cpp.files.words import now
 
-__all__ = ["cmake_prefix", "environment", "provenance", "reserved_peak_bytes", "resident_bytes"]
+__all__ = ["PeakMemory", "cmake_prefix", "environment", "provenance", "reserved_peak_bytes", "resident_bytes"]
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "tqdm", "gguf", "peft")
 
@@ -66,6 +66,30 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+class PeakMemory:
+    """Measures how much memory this process takes within a ``with`` block beyond what is resident when it begins.
+
+    Attributes:
+        extra_bytes: after the block; None where the system does not say (only Linux does).
+    """
+
+    extra_bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+            self._before = resident_bytes()
+        except OSError:
+            self._before = None
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._before is not None:
+            lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+            peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+            self.extra_bytes = None if peak is None else max(0, peak - self._before)
 
 
 def reserved_peak_bytes(device: torch.device) -> int | None:
