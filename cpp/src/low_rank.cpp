@@ -9,6 +9,19 @@
 #include "checks.hpp"
 
 namespace stableedit {
+namespace {
+
+// Whether the matrices themselves cost less than products of the ranks: factors of a turn with more
+// rows than the weight has columns.
+bool prefers_dense(const LowRankUpdate& one, const LowRankUpdate& other) {
+  const double sides = static_cast<double>(one.out_features() + one.in_features());
+  const double area =
+      static_cast<double>(one.out_features()) * static_cast<double>(one.in_features());
+  const double ranks = static_cast<double>(one.rank()) * static_cast<double>(other.rank());
+  return ranks * sides > static_cast<double>(one.rank() + other.rank()) * area;
+}
+
+}  // namespace
 
 LowRankUpdate::LowRankUpdate(at::Tensor left, at::Tensor right, std::optional<double> norm)
     : left_(std::move(left)), right_(std::move(right)), norm_(norm) {
@@ -73,6 +86,9 @@ double LowRankUpdate::inner(const LowRankUpdate& other) const {
   TORCH_CHECK_TYPE(other.left_.scalar_type() == left_.scalar_type(),
                    "the inner product needs two updates of one dtype, but they are ",
                    left_.scalar_type(), " and ", other.left_.scalar_type());
+  if (prefers_dense(*this, other)) {
+    return dense().to(at::kDouble).mul_(other.dense()).sum().item<double>();
+  }
   // <L1 R1, L2 R2> = sum((L1^T L2) * (R1 R2^T))
   const at::Tensor lefts = at::mm(left_.t(), other.left_).to(at::kDouble);
   const at::Tensor rights = at::mm(right_, other.right_.t()).to(at::kDouble);

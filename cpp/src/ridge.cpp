@@ -1,8 +1,10 @@
 #include "stableedit/ridge.hpp"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/linalg_solve.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -58,8 +60,26 @@ Problem check_problem(const at::Tensor& keys, const at::Tensor& targets, double 
   return {keys.to(compute_dtype(keys)), targets.to(compute_dtype(targets))};
 }
 
+// A system of the rows costs n^2 k + n^3 / 3 + 2 n^2 v, half of it in float64; one of the key's
+// dimensions 2 n k (k + 2 v) in float64. They are equal at about twice as many rows as dimensions.
+bool many_rows(const Problem& problem) { return problem.keys.size(0) > 2 * problem.keys.size(1); }
+
+// (I_n + Y H^T)^(-1) V = V - Y (I_k + H^T Y)^(-1) H^T V in float64, [n, v], by a k x k system. What
+// is left of V is small beside it, so nothing here is in float32.
+at::Tensor push_through(const at::Tensor& y, const Problem& problem) {
+  const at::Tensor h = problem.keys.to(at::kDouble);
+  const at::Tensor v = problem.targets.to(at::kDouble);
+  at::Tensor system = at::mm(h.t(), y.to(at::kDouble));
+  check_finite(system, "keys");
+  system.diagonal().add_(1.0);
+  return at::addmm(v, y.to(at::kDouble), at::linalg_solve(system, at::mm(h.t(), v)), 1.0, -1.0);
+}
+
 // X = (H H^T + ridge I_n)^(-1) V in float64, [n, v]
 at::Tensor dual_coefficients(const Problem& problem, double ridge) {
+  if (ridge > 0.0 && many_rows(problem)) {
+    return push_through(problem.keys.to(at::kDouble) / ridge, problem) / ridge;
+  }
   return solve_gram(at::mm(problem.keys, problem.keys.t()), problem.targets, ridge);
 }
 
@@ -93,7 +113,9 @@ LowRankUpdate ridge_update(const at::Tensor& keys, const at::Tensor& targets, do
   if (weight == 0.0 || past.count() == 0) return ridge_update(keys, targets, ridge);
   const Problem problem = check_problem(keys, targets, ridge);
   const at::Tensor right = past.solve(problem.keys, weight, ridge);
-  const at::Tensor x = solve_gram(at::mm(right, problem.keys.t()), problem.targets, 1.0);
+  const at::Tensor x = many_rows(problem)
+                           ? push_through(right, problem)
+                           : solve_gram(at::mm(right, problem.keys.t()), problem.targets, 1.0);
   TORCH_CHECK_LINALG(at::isfinite(x).all().item<bool>(),
                      "the ridge system has no finite solution; check keys and targets");
   return LowRankUpdate(x.to(right.scalar_type()).t().contiguous(), right);

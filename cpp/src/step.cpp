@@ -1,7 +1,6 @@
 #include "stableedit/step.hpp"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,10 +18,8 @@ double first_order_decrease(const LowRankUpdate& update, const at::Tensor& keys,
                     " but the update is on ", update.left().device());
   const at::NoGradGuard no_grad;
   const at::ScalarType dtype = update.left().scalar_type();
-  // sum_i <g_i, L R h_i> = sum((R H^T) * (L^T G^T)), [r, n] each.
-  const at::Tensor inputs = at::mm(update.right(), keys.to(dtype).t());
-  const at::Tensor outputs = at::mm(update.left().t(), value_gradients.to(dtype).t());
-  return -inputs.to(at::kDouble).mul_(outputs).sum().item<double>();
+  // sum_i <g_i, L R h_i> = <G^T H, L R>, the inner product with the gradient of the weight.
+  return -LowRankUpdate(value_gradients.to(dtype).t(), keys.to(dtype)).inner(update);
 }
 
 PolyakStep::PolyakStep(StepOptions options) : options_(options) {

@@ -47,6 +47,9 @@ TEST_P(LowRankUpdateByDtype, DenseNormAndInner) {
   const double scale = product(a).norm() * product(b).norm();
   EXPECT_NEAR(a.inner(b), inner(product(a), product(b)), tolerance * scale);
   EXPECT_NEAR(b.inner(a), a.inner(b), tolerance * scale);
+  const LowRankUpdate c = update(GetParam(), 9, 4 * kIn);  // of more rows than the weight has
+  EXPECT_NEAR(c.norm(), product(c).norm(), tolerance * product(c).norm());
+  EXPECT_NEAR(c.inner(a), inner(product(c), product(a)), tolerance * product(c).norm() * scale);
   EXPECT_EQ(a.rank(), kRank);
   EXPECT_EQ(a.out_features(), kOut);
   EXPECT_EQ(a.in_features(), kIn);

@@ -73,18 +73,20 @@ TEST_P(PastKeysByDtype, UpdateOfTheRidgeIsTheOracles) {
   const at::Tensor earlier = to_tensor(oracle::correlated(30, kDim, 1), GetParam());
   past.update(earlier);
   past.update(earlier.slice(0, 0, 4));
-  const at::Tensor keys = to_tensor(oracle::correlated(9, kDim, 2), GetParam());
-  const at::Tensor targets = to_tensor(oracle::normal(9, 5, 3), GetParam());
-  const Matrix h = to_eigen(keys);
   const Matrix p = oracle::concatenate({to_eigen(earlier), to_eigen(earlier).topRows(4)});
-  const Matrix system =
-      h.transpose() * h + kWeight * p.transpose() * p + kRidge * Matrix::Identity(kDim, kDim);
-  const Matrix expected = system.fullPivLu().solve(h.transpose() * to_eigen(targets));
-  const LowRankUpdate update = ridge_update(keys, targets, kRidge, past, kWeight);
-  EXPECT_TRUE(close(update.dense(), expected.transpose(), tolerance));
-  EXPECT_NEAR(update.norm(), expected.norm(), tolerance * expected.norm());
-  EXPECT_EQ(update.rank(), 9);  // every answer token owns a row
-  EXPECT_TRUE(close(solve_ridge(keys, targets, kRidge, past, kWeight), expected, tolerance));
+  for (const int64_t rows : {int64_t{9}, 3 * kDim}) {  // by a system of the rows, and of the keys
+    const at::Tensor keys = to_tensor(oracle::correlated(rows, kDim, 2), GetParam());
+    const at::Tensor targets = to_tensor(oracle::normal(rows, 5, 3), GetParam());
+    const Matrix h = to_eigen(keys);
+    const Matrix system =
+        h.transpose() * h + kWeight * p.transpose() * p + kRidge * Matrix::Identity(kDim, kDim);
+    const Matrix expected = system.fullPivLu().solve(h.transpose() * to_eigen(targets));
+    const LowRankUpdate update = ridge_update(keys, targets, kRidge, past, kWeight);
+    EXPECT_TRUE(close(update.dense(), expected.transpose(), tolerance));
+    EXPECT_NEAR(update.norm(), expected.norm(), tolerance * expected.norm());
+    EXPECT_EQ(update.rank(), rows);  // every answer token owns a row
+    EXPECT_TRUE(close(solve_ridge(keys, targets, kRidge, past, kWeight), expected, tolerance));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(, PastKeysByDtype, testing::Values(at::kDouble, at::kFloat, at::kHalf),

@@ -45,10 +45,11 @@ class STABLEEDIT_API LowRankUpdate {
   /// Subtracts from a weight in place; otherwise as `add_to`.
   void subtract_from(const at::Tensor& weight, WeightLayout layout = WeightLayout::kLinear) const;
 
-  /// Frobenius norm, from r x r products only.
+  /// Frobenius norm, from r x r products, or from the matrix where that is less work.
   double norm() const;
 
-  /// Frobenius inner product, from products of the two ranks only.
+  /// Frobenius inner product, from products of the two ranks, or from the matrices where that is
+  /// less work.
   /// \throws ValueError for an update of another shape, TypeError for one of another dtype.
   double inner(const LowRankUpdate& other) const;
 

@@ -37,8 +37,9 @@ STABLEEDIT_API at::Tensor solve_ridge(const at::Tensor& keys, const at::Tensor& 
                                       double ridge, RidgeForm form = RidgeForm::kAuto);
 
 /// The same solution as a change of a `[v, k]` weight, D^T = X^T H with
-/// X = (H H^T + ridge I_n)^(-1) V, without ever forming it: left = X^T, right = H. Always dual,
-/// so that every answer token owns a row.
+/// X = (H H^T + ridge I_n)^(-1) V, without ever forming it: left = X^T, right = H, so that every
+/// answer token owns a row. With n > 2 k rows X comes from a k x k system, by the push-through
+/// identity X = (V - H (H^T H + ridge I_k)^(-1) H^T V) / ridge in float64.
 /// \throws ValueError as `solve_ridge`, LinAlgError where the solution is not finite.
 STABLEEDIT_API LowRankUpdate ridge_update(const at::Tensor& keys, const at::Tensor& targets,
                                           double ridge);
