@@ -89,6 +89,10 @@ RUNS = {
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
     "reading": ("json", ["--records", 1000]),
     "refresh": ("longest_over_median", [*TINY, "--edits", 20, "--warm-up", 10]),
+    "rivals_math": (
+        "hypernetwork_gradient_speedup",
+        ["--key-dim", 64, "--value-dim", 16, "--edits", 4, "--rows", 6, "--loss-rows", 9, "--sketch-rank", 4],
+    ),
     "scaling": ("decompositions", ["--turns", 20, "--key-dim", 16, "--value-dim", 8, "--rows", 8]),
     "session_damage": ("detected", ["--count", 4]),
     "session_kills": ("bits_equal", ["--kills", 2, "--turns", 8, "--warm-up", 2]),
