@@ -13,6 +13,7 @@ import pytest
 
 from stableedit_cpp import StableEdit, StableEditConfig, load_model, read_requests
 from support.exports import TAKES
+from support.results import write_run
 from support.streams import MODULES, record
 from support.tiny import save_tiny
 
@@ -108,7 +109,7 @@ RUNS = {
 
 
 def test_all_run_but_those_that_need_more():
-    assert set(SCRIPTS) - set(RUNS) == {"charts", "server", "ultraeditbench"}
+    assert set(SCRIPTS) - set(RUNS) == {"charts", "rivals", "server", "ultraeditbench"}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -122,6 +123,26 @@ def test_a_tiny_run(scripts, place, tmp_path, monkeypatch, name):
     assert document["benchmark"] == name
     assert document["machine"]["torch"]
     assert document[key] not in (None, False, {}, [])
+
+
+def test_rivals_of_made_up_runs_fill_a_page(scripts, tmp_path, monkeypatch, capsys):
+    script = scripts("rivals")
+    for editor, level in (("stableedit", 0.8), ("memit", 0.4)):
+        write_run(tmp_path / "runs" / editor, editor, level=level)
+    page, kept = tmp_path / "page.md", tmp_path / "rivals.json"
+    page.write_text(f"before\n\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\n\nafter\n")
+    call(script, monkeypatch, "--runs", tmp_path / "runs", "--json", kept, "--page", page)
+    document = json.loads(kept.read_text())
+    (rows,) = document["streams"].values()
+    assert list(rows) == ["unedited model", "memit", "stableedit"]
+    filled = page.read_text()
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
+    assert f"★ {rows['stableedit']['scores']['efficacy']['mean']:.3f}" in filled and "| memit |" in filled
+    page.write_text(f"{script.MARKS[0]}\n{script.MARKS[1]}\n")
+    call(script, monkeypatch, "--kept", kept, "--page", page)
+    assert page.read_text().count("|") == filled.count("|")  # figures are kept with four digits
+    with pytest.raises(ValueError, match="has no lines"):
+        script.fill(kept, "")
 
 
 def test_charts_of_the_kept_results(scripts, tmp_path, monkeypatch, capsys):

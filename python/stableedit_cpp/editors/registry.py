@@ -20,6 +20,7 @@ from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.files.words import with_nearest
+from stableedit_cpp.model.modules import EditModule
 
 __all__ = [
     "CLASSES",
@@ -29,6 +30,7 @@ __all__ = [
     "load_editor",
     "load_plugins",
     "make_editor",
+    "modules_of",
     "named_editor",
     "parse_config",
     "register_editor",
@@ -97,6 +99,11 @@ def load_plugins() -> None:
 def make_editor(model: torch.nn.Module, tokenizer, config: EditorConfig) -> Editor:
     """The editor that ``config`` belongs to."""
     return _class(config.editor)(model, tokenizer, config)
+
+
+def modules_of(model: torch.nn.Module, config: EditorConfig) -> list[EditModule]:
+    """The modules that the editor of this config edits; see ``Editor.modules_of``."""
+    return _class(config.editor).modules_of(model, config)
 
 
 def load_editor(model: torch.nn.Module, tokenizer, path: str | Path) -> Editor:

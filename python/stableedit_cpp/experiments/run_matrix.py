@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from stableedit_cpp.editors import Editor
+from stableedit_cpp.editors.registry import modules_of
 from stableedit_cpp.errors import SessionBusy
 from stableedit_cpp.experiments.groups import grouped
 from stableedit_cpp.experiments.results import Run, write_theory
@@ -67,7 +67,7 @@ def run_matrix(
         for index in todo:
             run, path = runs[index], paths[index]
             others = [place for place, r in enumerate(runs) if place != index and r.source == run.source]
-            modules = Editor.modules_of(model, run.editor.config)
+            modules = modules_of(model, run.editor.config)
             with _locked(path):
                 if run.search is not None and run.search.found is None:
                     known = {"trunk": trunks.of(modules, "scoring"), "answers": answers}
