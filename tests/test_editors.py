@@ -456,7 +456,7 @@ BAD_REQUESTS = {
     "blank target": ({"prompt": "x", "target": "  "}, "request 12: target is empty"),
     "empty prompt": ({"prompt": "", "target": "x"}, "request 12: prompt is empty"),
     "no target": ({"prompt": "x"}, "request 12: the record lacks a prompt or a target field; its fields are: prompt"),
-    "target is a number": ({"prompt": "x", "target": 4}, "request 12: target must be text, not int"),
+    "target is no text": ({"prompt": "x", "target": True}, "request 12: target must be text, not bool"),
     "too long": (
         {"prompt": "p" * 60, "target": "t" * 10, "id": "long"},
         r"request 12 \(long\): prompt and target have 70 tokens, more than the model's context of 64",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from stableedit_cpp._build_info import version
+from stableedit_cpp.cli.outputs import check_outputs
 from stableedit_cpp.cli.process import settle
 from stableedit_cpp.cli.sentence import plain_warnings, sentence
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options = _parser(argv).parse_args(argv)
+        check_outputs(options)
         with plain_warnings():
             status = options.run(options)
         sys.stdout.flush()  # here, where a closed pipe is caught

@@ -10,8 +10,9 @@ from stableedit_cpp.cli.datasets import add_variants_option, variants_of
 from stableedit_cpp.cli.options import (
     DTYPES,
     add_form_options,
-    default_device,
+    add_trust_option,
     form_settings,
+    load_any,
     new_parser,
     positive,
     step_size,
@@ -20,7 +21,6 @@ from stableedit_cpp.data import parse_fields
 from stableedit_cpp.editors.registry import load_plugins
 from stableedit_cpp.evaluation import METRICS
 from stableedit_cpp.experiments import EDITORS, Matrix, read_yaml, run_matrix
-from stableedit_cpp.model.load import load_model
 
 __all__ = ["add_parser", "run"]
 
@@ -97,6 +97,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     how.add_argument("--dtype", choices=list(DTYPES), help="load the weights as (default: as saved)")
     how.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    add_trust_option(how)
     measured = parser.add_argument_group("what is measured")
     points = measured.add_mutually_exclusive_group()
     points.add_argument("--checkpoints", type=positive, metavar="N", help="evenly spaced (default 5)")
@@ -133,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     run_matrix(
         matrix.runs(),
         options.output,
-        lambda name: load_model(name, device=default_device(options), dtype=DTYPES[matrix.dtype]),
+        lambda name: load_any(name, options, dtype=DTYPES[matrix.dtype]),
         trunk_bytes=int(options.trunk_cache * 2**30),
         snapshot_seconds=options.snapshot_every,
         keep_state=options.keep_state,

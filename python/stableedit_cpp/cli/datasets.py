@@ -7,9 +7,19 @@ import json
 
 from stableedit_cpp.cli.options import FILES, new_parser, positive
 from stableedit_cpp.data import FORMATS, Format, describe, parse_fields
+from stableedit_cpp.data.reading import format_of_training
 from stableedit_cpp.data.variants import MOVABLE
 
-__all__ = ["add_format_options", "add_parser", "add_variants_option", "reading_settings", "run", "variants_of"]
+__all__ = [
+    "add_format_options",
+    "add_parser",
+    "add_variants_option",
+    "add_warm_up_format_options",
+    "reading_settings",
+    "run",
+    "variants_of",
+    "warm_up_settings",
+]
 
 _EXAMPLE = """\
   stableedit datasets ls
@@ -73,6 +83,22 @@ def add_variants_option(parser) -> None:
 def variants_of(options: argparse.Namespace) -> list[str]:
     """What ``add_variants_option`` was given."""
     return [name.strip() for name in options.variants.split(",")] if options.variants else []
+
+
+def add_warm_up_format_options(parser: argparse.ArgumentParser) -> None:
+    """How the training stream is to be read, where that is otherwise than the requests."""
+    format_ = parser.add_mutually_exclusive_group()
+    told = "told from its first record where the requests' format does not fit"
+    format_.add_argument("--warm-up-format", metavar="NAME", help=f"format of the warm-up file (default: {told})")
+    format_.add_argument("--warm-up-fields", metavar="MAP", help="fields of the warm-up file, as for --fields")
+
+
+def warm_up_settings(options: argparse.Namespace) -> dict[str, object]:
+    """What ``add_warm_up_format_options`` was given, or else ``add_format_options``, for the warm-up file."""
+    how = reading_settings(options)
+    if options.warm_up_fields is not None:
+        return {**how, "format": parse_fields(options.warm_up_fields)}
+    return {**how, "format": options.warm_up_format or format_of_training(options.warm_up, how["format"])}
 
 
 def reading_settings(options: argparse.Namespace) -> dict[str, object]:

@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
-from stableedit_cpp.cli.datasets import add_format_options, reading_settings
+from stableedit_cpp.cli.datasets import (
+    add_format_options,
+    add_warm_up_format_options,
+    reading_settings,
+    warm_up_settings,
+)
 from stableedit_cpp.cli.options import (
     FILES,
     add_editor_options,
@@ -65,6 +70,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--warm-up", metavar="FILE", help="training stream that is edited first and stays in the model")
     add_format_options(parser)
+    add_warm_up_format_options(parser)
     add_editor_options(parser)
     add_choice_option(parser)
     add_guard_options(parser)
@@ -83,9 +89,10 @@ def run(options: argparse.Namespace) -> int:
     # Everything that can be wrong is looked at before the model is loaded.
     config = editor_config(options)
     _check(options)
-    how = reading_settings(options)
-    requests = read_requests(options.requests, options.limit, **how)
-    warm_up = read_requests(options.warm_up, options.warm_up_limit, **how) if options.warm_up else []
+    requests = read_requests(options.requests, options.limit, **reading_settings(options))
+    warm_up = []
+    if options.warm_up:
+        warm_up = read_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options))
 
     model, tokenizer = load(options)
     sample = warm_up if len(requests) < ENOUGH <= len(warm_up) else requests
@@ -97,9 +104,11 @@ def run(options: argparse.Namespace) -> int:
     set_guard(editor, options)
     base_digest = model_digest(model)
     recorder = PatchRecorder(editor, options.model, base_digest) if options.patch else None
+    before = read_provenance(options.model)
     report: dict[str, object] = {
         "model": options.model,
         "base_digest": base_digest,
+        "edited_before": before.as_earlier() if before.edits is not None else [],
         "requests": options.requests,
         "requests_digest": _digest(options.requests),
         "edit_modules": [module.name for module in editor.modules],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
+from stableedit_cpp.cli.models import config_of
 from stableedit_cpp.cli.options import (
+    DTYPES,
     FILES,
     OWN_TEMPLATE,
     add_form_options,
@@ -13,12 +15,12 @@ from stableedit_cpp.cli.options import (
     add_model_options,
     form_settings,
     load,
+    load_any,
     new_parser,
     positive,
 )
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
-from stableedit_cpp.export.provenance import read_provenance
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.model.form import RAW, find_form
@@ -51,9 +53,9 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
     reference = None
     if options.reference:
-        reference, _ = load(argparse.Namespace(**{**vars(options), "model": options.reference}))
+        reference, _ = load_any(options.reference, options, dtype=DTYPES[options.dtype])
     metrics = [metric.replace("-", "_") for metric in options.metrics]
-    edited = read_provenance(options.model).config
+    edited = config_of(options.model)
     how = {"chat_template": None if edited is None else edited.chat_template, **form_settings(options)}
     scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, **how, progress=True)
     form = find_form(model, tokenizer, **how)

@@ -9,9 +9,17 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp import core
-from stableedit_cpp.cli.options import DTYPES, OWN_TEMPLATE, add_form_options, default_device, new_parser, positive
+from stableedit_cpp.cli.options import (
+    DTYPES,
+    OWN_TEMPLATE,
+    add_form_options,
+    add_trust_option,
+    load_any,
+    new_parser,
+    positive,
+)
 from stableedit_cpp.core import WeightChange
-from stableedit_cpp.data import read_requests
+from stableedit_cpp.data import parse_fields, read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.evaluation import Scores, evaluate
 from stableedit_cpp.export import (
@@ -30,10 +38,10 @@ from stableedit_cpp.export import (
     read_provenance,
 )
 from stableedit_cpp.export.delta import DELTA_FILE
+from stableedit_cpp.export.lora import SERVED_RANKS, rounded_rank
 from stableedit_cpp.export.patch import PATCH_FILE
-from stableedit_cpp.export.truncation import truncate
+from stableedit_cpp.export.truncation import choose_rank, truncate
 from stableedit_cpp.files.atomic import check_new_directory
-from stableedit_cpp.model.load import load_model
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -57,7 +65,13 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="what stableedit edit wrote; or a delta or patch exported before",
     )
     parser.add_argument("--base", required=True, metavar="MODEL", help="the model that was edited, as for edit --model")
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="export the difference to --base also where that is not known to be the model that was edited",
+    )
     parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    add_trust_option(parser)
     add_export_options(parser)
     return parser
 
@@ -74,6 +88,11 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
     parser.add_argument("--rank", type=positive, metavar="N", help="of every module of an adapter or patch")
     parser.add_argument(
+        "--round-rank",
+        action="store_true",
+        help=f"round the rank of an adapter up to one for which vLLM reserves memory: {str(SERVED_RANKS)[1:-1]}",
+    )
+    parser.add_argument(
         "--keep",
         type=float,
         metavar="X",
@@ -84,6 +103,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of an adapter (default: the model's)")
     parser.add_argument("--requests", metavar="FILE", help="score base, edited and exported model on these edits")
+    parser.add_argument("--fields", metavar="MAP", help="their fields, e.g. prompt=question,target=answer")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
     add_form_options(parser, chat=f"as it was edited, where that is known, or else {OWN_TEMPLATE}", end=None)
 
@@ -108,6 +128,8 @@ def check_export_options(options: argparse.Namespace) -> None:
         raise ValueError(f"{flags[0]} is for --format patch and lora; a {options.format} keeps everything")
     if options.keep_efficacy is not None and not options.requests:
         raise ValueError("--keep-efficacy needs the edits to measure it on: add --requests FILE")
+    if options.round_rank and options.format != "lora":
+        raise ValueError(f"--round-rank is for --format lora; servers load no {options.format} beside a model")
     if options.dtype != "auto" and options.format != "lora":
         raise ValueError(f"--dtype is for --format lora; a {options.format} has the dtype of the edited model")
     check_new_directory(options.output, overwrite=options.overwrite)
@@ -125,7 +147,8 @@ def export(
     Args:
         model: the base model; a whole-model export, or scoring, leaves it edited.
     """
-    requests = read_requests(options.requests, options.limit) if options.requests else []
+    fields = None if options.fields is None else parse_fields(options.fields)
+    requests = read_requests(options.requests, options.limit, format=fields) if options.requests else []
     dtype = getattr(torch, change.dtype) if options.dtype == "auto" else DTYPES[options.dtype]
     rank, keep = options.rank, options.keep
     edited = provenance.config.chat_template if provenance.config is not None else None
@@ -134,6 +157,8 @@ def export(
         rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, **how)
     elif options.format == "lora" and rank is None and keep is None:
         keep = _KEEP
+    if options.round_rank:
+        rank, keep = rounded_rank(change.spectra, choose_rank(change.spectra, rank, keep)), None
     scores: dict[str, Scores] = {}
     if requests:
         truncated = None if rank is None and keep is None else truncate(change.spectra, rank, keep, dtype)[0]
@@ -175,22 +200,23 @@ def _scores(
 
 def _load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, object, ModelChange, Provenance]:
     """Base model, its tokenizer, and what was changed in it."""
-    device = default_device(options)
     if _is_model(path):
-        edited, _ = load_model(path, device=device)
-        base, tokenizer = load_model(options.base, device=device, dtype=edited.dtype)
+        edited, _ = load_any(str(path), options)
+        base, tokenizer = load_any(options.base, options, dtype=edited.dtype)
         provenance = read_provenance(path)
         change = change_between(base, edited)
-        if provenance.base_digest not in (None, change.base_digest):
+        since = provenance.since(change.base_digest)
+        if since is None and not options.any_base:
             raise ValueError(
                 f"--base {options.base} is not the model that {path} was made from: its digest is "
                 f"{change.base_digest[:16]}..., and {path} was edited from {provenance.base_model} with "
-                f"{provenance.base_digest[:16]}..."
+                f"{provenance.base_digest[:16]}...; --any-base exports the difference all the same"
             )
+        provenance = since or provenance
         return base, tokenizer, change, replace(provenance, base_model=options.base, base_digest=change.base_digest)
     file, kind = _file(path)
     dtype = next(iter(core.load_safetensors(file)[0].values())).dtype if kind == "delta" else "auto"
-    base, tokenizer = load_model(options.base, device=device, dtype=dtype)
+    base, tokenizer = load_any(options.base, options, dtype=dtype)
     change = change_from_delta(base, file) if kind == "delta" else change_from_patch(base, core.load_patch(file))
     return base, tokenizer, change, Provenance(base_model=options.base, base_digest=change.base_digest)
 

@@ -7,14 +7,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import torch
-
+from stableedit_cpp.cli.models import DTYPES, add_model_options, add_trust_option, default_device, load, load_any
 from stableedit_cpp.editors import EDITORS, Editor, EditorConfig, LocalityGuard, load_config
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.editors.registry import CLASSES, load_plugins, parse_config
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.evaluation import METRICS
-from stableedit_cpp.model.load import SMOLLM2, load_model
 
 __all__ = [
     "DTYPES",
@@ -25,10 +23,12 @@ __all__ = [
     "add_guard_options",
     "add_metrics_option",
     "add_model_options",
+    "add_trust_option",
     "default_device",
     "editor_config",
     "form_settings",
     "load",
+    "load_any",
     "new_parser",
     "number",
     "positive",
@@ -39,7 +39,6 @@ __all__ = [
 FILES = ".json, .jsonl, .csv as spreadsheets write it, .xlsx or .parquet, also with .gz; or hub:OWNER/NAME[:SPLIT]"
 # When the default editor edits chats.
 OWN_TEMPLATE = "where the template is the model's own, as that of an instruct model is"
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def new_parser(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -51,17 +50,6 @@ def new_parser(commands, name: str, summary: str, example: str) -> argparse.Argu
         epilog=f"example:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    parser.add_argument(
-        "--model",
-        required=default is None,
-        default=default,
-        help=f"directory of a saved model, hub name, or {SMOLLM2}" + (f" (default {default})" if default else ""),
-    )
-    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="load the weights as (default: as saved)")
 
 
 def add_metrics_option(parser: argparse.ArgumentParser, locality: str, default: Sequence[str]) -> None:
@@ -105,16 +93,6 @@ def form_settings(options: argparse.Namespace) -> dict[str, bool]:
     """What ``add_form_options`` was given, by the names that ``EditorConfig`` and ``evaluate`` have for it."""
     given = {name: getattr(options, name, None) for name in ("chat_template", "end_of_answer")}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def load(options: argparse.Namespace):
-    """(model, tokenizer) as the options say."""
-    return load_model(options.model, device=default_device(options), dtype=DTYPES[options.dtype])
-
-
-def default_device(options: argparse.Namespace) -> str:
-    """``--device``, or what it says without one."""
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def add_editor_options(parser: argparse.ArgumentParser, *, default: str = "stableedit") -> None:

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from stableedit_cpp.cli.options import add_model_options, load, new_parser
+from stableedit_cpp.cli.options import DTYPES, add_model_options, load, load_any, new_parser
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.files.table import Cell, Table, label, number
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     before = None
     with tempfile.TemporaryDirectory() as states:
         if options.reference:
-            model, tokenizer = load(argparse.Namespace(**{**vars(options), "model": options.reference}))
+            model, tokenizer = load_any(options.reference, options, dtype=DTYPES[options.dtype])
             before = measure(model, tokenizer, chosen, directory=states, edits=0, progress=True)
             del model  # the two need not be in memory together
         model, tokenizer = load(options)

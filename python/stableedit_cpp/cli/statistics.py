@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
-from stableedit_cpp.cli.sentence import plain_warnings
 from stableedit_cpp.model.gather import gather_statistics
 
 __all__ = ["add_parser", "run"]
@@ -54,19 +53,18 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
-    with plain_warnings():
-        found = gather_statistics(
-            model,
-            tokenizer,
-            options.text,
-            options.output,
-            edit_modules=options.edit_modules,
-            tokens=options.tokens,
-            window=options.window,
-            value_gradients=not options.keys_only,
-            field=options.field,
-            overwrite=options.overwrite,
-        )
+    found = gather_statistics(
+        model,
+        tokenizer,
+        options.text,
+        options.output,
+        edit_modules=options.edit_modules,
+        tokens=options.tokens,
+        window=options.window,
+        value_gradients=not options.keys_only,
+        field=options.field,
+        overwrite=options.overwrite,
+    )
     names = ", ".join(f"{name} ({past.dim})" for name, past in found.keys.items())
     print(f"{options.output}: {found.tokens:,} tokens at {names}")
     return 0

@@ -57,7 +57,7 @@ class Format:
 
     def unused(self, record: Mapping[str, object]) -> list[str]:
         """Fields of a record that make up no part of a request, as the record calls them."""
-        return [str(own) for own in record if not any(map(self.uses, with_known_names({own: None}, self._known())))]
+        return [str(own) for own in record if not any(map(self.uses, with_known_names({own: None}, self.names)))]
 
     def values(
         self, record: Mapping[str, object], seed: int = 0, variants: Sequence[str] = (), notes: Notes | None = None
@@ -80,7 +80,7 @@ class Format:
             ValueError: for a field that is missing (the message lists those that are there), a template without its
                 subject, or a question for ``variants`` that the format does not have.
         """
-        record = with_known_names(record, self._known())
+        record = with_known_names(record, self.names)
         needed = self.fields if self.strict else _REQUIRED
         missing = [f"{self.fields[name]!r} ({name})" for name in needed if not self._has(record, self.fields[name])]
         if missing:
@@ -114,7 +114,9 @@ class Format:
     def _has(self, record: Mapping[str, object], own: str) -> bool:
         return own in record or ("." in own and look_up(record, own) is not None)
 
-    def _known(self) -> frozenset[str]:
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the fields of a record that it knows."""
         return frozenset(own.partition(".")[0] for own in self.fields.values()) | frozenset(self.fields.values())
 
     def _as_texts(self, values: Mapping[str, object], seed: int, notes: Notes) -> dict[str, object]:

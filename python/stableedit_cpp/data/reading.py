@@ -11,12 +11,13 @@ from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.data.formats import Format, choose_format, detect
 from stableedit_cpp.data.frames import rows_of
 from stableedit_cpp.data.hub import HUB_PREFIX, read_hub_records
+from stableedit_cpp.data.names import with_known_names
 from stableedit_cpp.data.nested import expand
 from stableedit_cpp.data.notes import Notes
 from stableedit_cpp.data.request import EditRequest, requests_of
 from stableedit_cpp.data.variants import check_movable
 
-__all__ = ["iter_requests", "name_of", "read_requests", "source_records"]
+__all__ = ["format_of_training", "iter_requests", "name_of", "read_requests", "source_records"]
 
 
 def source_records(source: object, notes: Notes | None = None) -> Iterator[tuple[str, dict[str, object]]]:
@@ -102,6 +103,21 @@ def _placed_requests(
     notes.say()
     if nothing:
         raise ValueError(f"{whose} holds no edit requests")
+
+
+def format_of_training(
+    source: str | Path, format: str | Format | Mapping[str, str] | None
+) -> str | Format | Mapping[str, str] | None:
+    """The format of a training stream that goes with a stream of the given format: the same where its first record has
+    the fields for it, else None, which tells it from that record.
+
+    Raises: as ``iter_requests``.
+    """
+    chosen = choose_format(format)
+    _, record = next(source_records(source, Notes()), ("", None))
+    if chosen is None or record is None or chosen.fits(with_known_names(expand(record)[0], chosen.names)):
+        return format
+    return None
 
 
 def name_of(source: object) -> str:

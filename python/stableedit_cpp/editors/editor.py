@@ -29,6 +29,7 @@ from stableedit_cpp.editors.turn import Guard, Turn, Work, owners_of
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.form import Form, find_form
+from stableedit_cpp.model.kind import check_editable, check_tokenizer
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
@@ -64,7 +65,8 @@ class Editor:
         solver: the mathematics, with the running statistics.
 
     Raises:
-        ValueError: for another editor's config, if a module of ``config.edit_modules`` cannot be found or edited, or a
+        ValueError: for what is no causal language model, or one that is wrapped or carries adapters of peft; another
+            editor's config; if a module of ``config.edit_modules`` cannot be found or edited, or a
             chat template or end of answers that is asked for is not there or of no use.
     """
 
@@ -80,6 +82,8 @@ class Editor:
         *,
         guard: Guard | Literal["default"] | None = "default",
     ) -> None:
+        check_editable(model)
+        check_tokenizer(tokenizer)
         config = self.config_class() if config is None else config
         if not isinstance(config, self.config_class):
             raise ValueError(

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
 from stableedit_cpp.evaluation.continuing import continued, generation_prefix
 from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
+from stableedit_cpp.model.kind import check_tokenizer, language_model
 from stableedit_cpp.model.tokens import TokenSequence, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import untouched
 
@@ -71,10 +72,12 @@ def generate(
             of an instruct model does (see ``EditorConfig``).
 
     Raises:
-        ValueError: for a prompt without tokens, or one that leaves no room for the new tokens in the model's context; a
-            chat template that is not there, or of no use.
+        ValueError: for what is no causal language model; a prompt without tokens, or one that leaves no room for the
+            new tokens in the model's context; a chat template that is not there, or of no use.
         ModelBroken: if the model answers NaN.
     """
+    model = language_model(model)
+    check_tokenizer(tokenizer)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     form = find_form(model, tokenizer, chat_template=chat_template)
     found = generate_continuations(model, tokenizer, prompts, [max_new_tokens] * len(prompts), form=form)

@@ -17,6 +17,7 @@ from stableedit_cpp.evaluation.free_answers import free_answers, is_answer, judg
 from stableedit_cpp.evaluation.locality import Reference, UneditedAnswers, locality
 from stableedit_cpp.files.words import with_nearest
 from stableedit_cpp.model.form import Form, find_form
+from stableedit_cpp.model.kind import check_tokenizer, language_model
 from stableedit_cpp.model.tokens import context_length, prompt_ids, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -209,14 +210,16 @@ def evaluate(
         progress: show a bar; None shows it on a terminal.
 
     Raises:
-        ValueError: for a bad request, or a prompt and answer longer than the model's context; a trunk cache whose
-            layers have changed; an unknown metric; locality without a reference, or one with another vocabulary; a
-            chat template that is not there or of no use.
+        ValueError: for what is no causal language model; a bad request, or a prompt and answer longer than the model's
+            context; a trunk cache whose layers have changed; an unknown metric; locality without a reference, or one
+            with another vocabulary; a chat template that is not there or of no use.
         ModelBroken: if the model or the reference answers NaN, unless ``allow_broken``.
 
     The variants of a request have one score together: the mean of their token accuracy, and yes where the answer is yes
     for all of them (``variants_exact_match``, ``variants_free`` and so on).
     """
+    model = language_model(model)
+    check_tokenizer(tokenizer)
     check_metrics(metrics, reference)
     requests = as_requests(requests)
     questions = [question for index, request in enumerate(requests) for question in _questions(index, request)]

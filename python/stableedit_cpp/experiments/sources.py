@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from stableedit_cpp.data import iter_requests
 from stableedit_cpp.data.file_types import SUFFIXES
 from stableedit_cpp.data.hub import HUB_PREFIX
+from stableedit_cpp.data.reading import format_of_training
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.data.variants import check_movable
 from stableedit_cpp.files.words import with_nearest
@@ -30,7 +31,7 @@ class Source:
     Attributes:
         name: what tables call it.
         edits, warm_up: file or hub name; there need not be a training stream.
-        format: as for ``iter_requests``.
+        format: as for ``iter_requests``; of the training stream only where it fits.
         seed: of the choice among paraphrases, and of the shuffle.
         shuffle: records in the shuffle's buffer; 0 keeps the order of the file.
         variants: questions that are edited with their requests, as for ``iter_requests``; those of the warm-up, too.
@@ -51,7 +52,8 @@ class Source:
             yield replace(request, id=str(index))  # ids of a data set need not be unique
 
     def warm_up_requests(self, begin: int = 0, end: int | None = None) -> Iterator[EditRequest]:
-        stream = iter_requests(self.warm_up, **self._reading)
+        how = {**self._reading, "format": format_of_training(self.warm_up, self.format)}
+        stream = iter_requests(self.warm_up, **how)
         for index, request in enumerate(islice(stream, begin, end), begin):
             yield replace(request, id=f"warm-up {index}")
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from stableedit_cpp.editors import EditorConfig
-from stableedit_cpp.export.provenance import Provenance
+from stableedit_cpp.export.provenance import EXPORT_FILE, Provenance
 from stableedit_cpp.files.atomic import write_json
 from stableedit_cpp.files.table import Table, label, number, score
 from stableedit_cpp.model.load import SMOLLM2
 
 __all__ = ["Card", "loading_the_base", "write_card"]
 
-_EXPORT_FILE = "stableedit_export.json"
 _FORMAT_VERSION = 1
 _VERSIONS = ("stableedit_cpp", "torch", "transformers", "peft", "python")
 
@@ -44,7 +43,7 @@ def write_card(directory: Path, card: Card, provenance: Provenance) -> None:
     """Write README.md and stableedit_export.json into an export's directory."""
     origin = provenance.to_dict()
     document = {"format": "stableedit-export", "version": _FORMAT_VERSION, "kind": card.kind, **card.facts}
-    write_json(directory / _EXPORT_FILE, {**document, "provenance": origin})
+    write_json(directory / EXPORT_FILE, {**document, "provenance": origin})
     data = ModelCardData(
         base_model=provenance.base_model, library_name=card.library, tags=["model-editing", "stableedit"]
     )
@@ -90,8 +89,9 @@ def _origin_rows(provenance: Provenance, origin: Mapping[str, object]) -> dict[s
         "editor": provenance.config.editor if provenance.config else None,
         "prompts": _prompts(provenance.config) if provenance.config else None,
         "edited modules": ", ".join(provenance.edit_modules or []) or None,
-        "edits": provenance.edits,
+        "edits": _edits(provenance),
         "requests": _file(provenance.requests, provenance.requests_digest),
+        "edited before": "; ".join(map(_earlier, provenance.earlier)) or None,
         "warm-up edits": provenance.warm_up_edits,
         "share of the change that was kept": provenance.share_kept,
         "warm-up requests": _file(provenance.warm_up, provenance.warm_up_digest),
@@ -100,6 +100,19 @@ def _origin_rows(provenance: Provenance, origin: Mapping[str, object]) -> dict[s
         "exported": origin["exported"],
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _edits(provenance: Provenance) -> object:
+    """How many there are in all."""
+    known = [one.get("edits") for one in provenance.earlier]
+    if not known or provenance.edits is None:
+        return provenance.edits
+    return f"{provenance.edits + sum(edits or 0 for edits in known)}, of which {provenance.edits} were the last"
+
+
+def _earlier(one: Mapping[str, object]) -> str:
+    file = _file(one.get("requests"), one.get("requests_digest")) or "requests that are not known"
+    return f"{one.get('edits') or 0} edits of {file}"
 
 
 def _prompts(config: EditorConfig) -> str:

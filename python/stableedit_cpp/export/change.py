@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -31,12 +32,14 @@ class ModelChange:
         modules: what was added to the weight of each linear map that changed, by module name: float32 (float64 for a
             float64 model), before any rounding to half precision where that is known.
         others: names of changed tensors that are not the weight of a linear map.
+        skeleton: makes the model without its weights, on the meta device; None where it is not known.
     """
 
     base_digest: str
     tensors: dict[str, torch.Tensor]
     modules: dict[str, WeightChange]
     others: list[str]
+    skeleton: Callable[[], nn.Module] | None = field(default=None, compare=False, repr=False)
 
     @property
     def dtype(self) -> str:
@@ -84,7 +87,7 @@ def change_of(editor: Editor) -> ModelChange:
     with editor.unedited() as base:
         digest = model_digest(base)
     modules = {module.name: weight_change(module, differences[module.name]) for module in changed}
-    return ModelChange(digest, tensors, modules, [])
+    return ModelChange(digest, tensors, modules, [], skeleton_of(editor.model))
 
 
 def change_between(base: nn.Module, edited: nn.Module) -> ModelChange:
@@ -130,7 +133,7 @@ def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChan
         else:
             others.append(name)
     kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    return ModelChange(model_digest(base), kept, modules, others)
+    return ModelChange(model_digest(base), kept, modules, others, skeleton_of(base))
 
 
 def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
@@ -153,7 +156,20 @@ def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
         weight = base.get_submodule(name).weight.detach().to("cpu", copy=True)
         change.to(torch.device("cpu")).add_to(weight)
         tensors[f"{name}.weight"] = weight
-    return ModelChange(digest, tensors, dict(patch.modules), [])
+    return ModelChange(digest, tensors, dict(patch.modules), [], skeleton_of(base))
+
+
+def skeleton_of(model: nn.Module) -> Callable[[], nn.Module] | None:
+    """What makes a model of this class and config again, without weights."""
+    kind, config = type(model), copy.deepcopy(getattr(model, "config", None))
+    if config is None:
+        return None
+
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            return kind(config)
+
+    return make
 
 
 def weight_change(module: EditModule, difference: torch.Tensor) -> WeightChange:

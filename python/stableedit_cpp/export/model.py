@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from stableedit_cpp.export.beside import copy_what_lies_beside
 from stableedit_cpp.export.card import Card, write_card
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
@@ -29,7 +30,8 @@ def export_model(
     provenance: Provenance | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save model and tokenizer with a model card; also a model that was read from a GGUF file.
+    """Save model and tokenizer with a model card, and what lay beside the model's weights where it was loaded
+    (licence, SentencePiece model, processor, code); also a model that was read from a GGUF file.
 
     Raises:
         ValueError: if the directory has content and ``overwrite`` is off.
@@ -44,5 +46,6 @@ def write_model(model: torch.nn.Module, tokenizer, directory: Path, provenance: 
     drop_gguf_marks(model)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    copy_what_lies_beside(model, directory)
     facts = {"edited_digest": model_digest(model)}
     write_card(directory, Card("model", "The whole edited model.", _LOAD, "transformers", facts), provenance)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stableedit_cpp.editors import EditorConfig, load_config
+from stableedit_cpp.editors.registry import parse_config
 from stableedit_cpp.files.environment import provenance
 
-__all__ = ["CONFIG_FILE", "REPORT_FILE", "Provenance", "read_provenance"]
+__all__ = ["CONFIG_FILE", "EXPORT_FILE", "REPORT_FILE", "Provenance", "read_provenance"]
 
 CONFIG_FILE = "stableedit_config.json"
 REPORT_FILE = "stableedit_report.json"
+EXPORT_FILE = "stableedit_export.json"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Provenance:
         share_kept: of the whole change, if it was shrunk (``Editor.shrink``).
         requests, warm_up: files of requests, and ``file_digest`` of each.
         scores: by model ("unedited", "edited", "exported"), then by metric.
+        earlier: what was edited into the model before, the first edits first: for each ``model``, ``base_digest``,
+            ``edits``, ``warm_up_edits``, ``requests`` and ``requests_digest``.
         edited: when, ISO 8601.
         environment: versions and hardware of the machine that edited.
     """
@@ -45,8 +49,22 @@ class Provenance:
     warm_up: str | None = None
     warm_up_digest: str | None = None
     scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    earlier: Sequence[Mapping[str, object]] = ()
     edited: str | None = None
     environment: Mapping[str, object] | None = None
+
+    def since(self, base_digest: str) -> Provenance | None:
+        """What was edited since the model was this one; None where it never was, as far as it is known."""
+        digests = [*(one.get("base_digest") for one in self.earlier), self.base_digest]
+        if base_digest in digests:
+            return replace(self, earlier=list(self.earlier)[digests.index(base_digest) :])
+        return self if digests[-1] is None else None
+
+    def as_earlier(self) -> list[dict[str, object]]:
+        """The ``earlier`` of what is edited next."""
+        names = ("base_digest", "edits", "warm_up_edits", "requests", "requests_digest")
+        own = {"model": self.base_model, **{name: getattr(self, name) for name in names}}
+        return [*map(dict, self.earlier), own]
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON, with the time and the environment of this moment as those of the export."""
@@ -65,7 +83,7 @@ def read_provenance(directory: str | Path) -> Provenance:
     config = load_config(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else None
     path = directory / REPORT_FILE
     if not path.exists():
-        return Provenance(config=config)
+        return Provenance(config=config or _config_of_export(directory))
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         scores = {"edited": _means(report["scores"])} if "scores" in report else {}
@@ -82,11 +100,24 @@ def read_provenance(directory: str | Path) -> Provenance:
             warm_up=report.get("warm_up_requests"),
             warm_up_digest=report.get("warm_up_digest"),
             scores=scores,
+            earlier=report.get("edited_before", ()),
             edited=report["started"],
             environment=report["environment"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no report of `stableedit edit`: {error!r}") from None
+
+
+def _config_of_export(directory: Path) -> EditorConfig | None:
+    """The config in the facts that every export has for programs."""
+    path = directory / EXPORT_FILE
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["provenance"]["config"]
+        return None if config is None else parse_config(json.dumps(config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say how the model was edited: {error!r}") from None
 
 
 def _means(scores: Mapping[str, object]) -> dict[str, float | None]:

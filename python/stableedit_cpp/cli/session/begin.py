@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stableedit_cpp.cli.choose_modules import add_choice_option, choose_for
-from stableedit_cpp.cli.datasets import add_format_options, reading_settings
+from stableedit_cpp.cli.datasets import (
+    add_format_options,
+    add_warm_up_format_options,
+    reading_settings,
+    warm_up_settings,
+)
 from stableedit_cpp.cli.options import (
     FILES,
     add_editor_options,
@@ -67,6 +72,7 @@ def _add_warm_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", metavar="FILE", help="training stream that is edited first and stays in the model")
     parser.add_argument("--warm-up-limit", type=positive, metavar="N", help="only its first N requests")
     add_format_options(parser)
+    add_warm_up_format_options(parser)
 
 
 def create(options: argparse.Namespace) -> int:
@@ -107,7 +113,7 @@ def edit(options: argparse.Namespace) -> int:
 def _read_warm_up(options: argparse.Namespace) -> list[EditRequest]:
     if not options.warm_up:
         return []
-    return read_requests(options.warm_up, options.warm_up_limit, **reading_settings(options))
+    return read_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options))
 
 
 def _warm_up(session: LifelongSession, requests: list[EditRequest]) -> None:

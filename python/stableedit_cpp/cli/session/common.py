@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from stableedit_cpp.cli.options import default_device, new_parser
+from stableedit_cpp.cli.options import add_trust_option, load_any, new_parser
 from stableedit_cpp.lifelong import LifelongSession, SessionView
-from stableedit_cpp.model.load import load_model
 
 __all__ = ["add_opening_options", "new_action", "opened", "print_json"]
 
@@ -30,6 +29,7 @@ def new_action(
 def add_opening_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="where the session's model is now (default: where it was created from)")
     parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    add_trust_option(parser)
     parser.add_argument(
         "--inexact",
         action="store_true",
@@ -45,7 +45,10 @@ def opened(options: argparse.Namespace) -> Iterator[LifelongSession]:
     if options.model is None:
         raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
     dtype = getattr(torch, found["dtype"])
-    model, tokenizer = load_model(options.model, device=default_device(options), dtype=dtype)
+    try:
+        model, tokenizer = load_any(options.model, options, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{error}; --model says where the session's model is now") from error
     with LifelongSession.open(options.directory, model, tokenizer, exact=not options.inexact) as session:
         yield session
 

@@ -34,6 +34,8 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
     """
     state = editor.state_dict()
     source = source or getattr(editor.model.config, "_name_or_path", "") or None
+    if source is not None and Path(source).is_dir():
+        source = str(Path(source).absolute())  # the session is opened from other directories, too
     manifest = {
         "kind": "created",
         **FORMAT,

@@ -1,0 +1,92 @@
+"""What ``--model`` may name: a saved model, and all that this program makes of one: exports and sessions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from stableedit_cpp.editors import EditorConfig
+from stableedit_cpp.editors.registry import parse_config
+from stableedit_cpp.export.loading import export_kind, load_export
+from stableedit_cpp.export.provenance import read_provenance
+from stableedit_cpp.lifelong import LifelongSession, SessionView
+from stableedit_cpp.model.load import SMOLLM2, load_model
+
+__all__ = ["DTYPES", "add_model_options", "add_trust_option", "config_of", "default_device", "load", "load_any"]
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    parser.add_argument(
+        "--model",
+        required=default is None,
+        default=default,
+        help=f"directory of a saved model, hub name, .gguf file or {SMOLLM2}; an exported adapter, delta or patch, "
+        "or a session" + (f" (default {default})" if default else ""),
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="base model of an adapter, delta, patch or session, if it is not where that says",
+    )
+    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="load the weights as (default: as saved)")
+    add_trust_option(parser)
+
+
+def add_trust_option(parser) -> None:
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that comes with a model, if its author is trusted",
+    )
+
+
+def default_device(options: argparse.Namespace) -> str:
+    """``--device``, or what it says without one."""
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
+    """(model, tokenizer) as the options of ``add_model_options`` say."""
+    return load_any(options.model, options, dtype=DTYPES[options.dtype], base=options.base)
+
+
+def load_any(
+    name: str, options: argparse.Namespace, *, dtype: torch.dtype | str = "auto", base: str | None = None
+) -> tuple[torch.nn.Module, object]:
+    """(model, tokenizer) of what a name stands for.
+
+    Args:
+        options: with ``device`` and ``trust_remote_code``.
+        base: of an export or a session, where it is not where that says.
+
+    Raises:
+        ValueError: as ``load_model`` and ``load_export``; for a session as ``LifelongSession.open``.
+    """
+    how = {"device": default_device(options), "trust_remote_code": options.trust_remote_code}
+    if _is_session(name):
+        found = SessionView(name).manifest["model"]
+        if not (base or found["source"]):
+            raise ValueError(f"the session {name} does not say where its model is; name it with --base")
+        model, tokenizer = load_model(base or found["source"], dtype=getattr(torch, found["dtype"]), **how)
+        LifelongSession.open(name, model, tokenizer).close()  # the model stays as the session left it
+        return model, tokenizer
+    if export_kind(name) is not None:
+        return load_export(name, lambda base, dtype: load_model(base, dtype=dtype, **how), base=base, dtype=dtype)
+    return load_model(name, dtype=dtype, **how)
+
+
+def config_of(name: str) -> EditorConfig | None:
+    """How a model, an export or a session was edited, where it says so."""
+    if _is_session(name):
+        return parse_config(json.dumps(SessionView(name).manifest["config"]))
+    return read_provenance(name).config
+
+
+def _is_session(name: str) -> bool:
+    return (Path(name) / "journal").is_file()
