@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from stableedit_cpp.cli.datasets import add_format_options, reading_settings
@@ -16,7 +17,8 @@ from stableedit_cpp.cli.options import (
 )
 from stableedit_cpp.cli.sentence import plain_warnings
 from stableedit_cpp.data import read_requests
-from stableedit_cpp.editors import make_editor
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.editors import Editor, make_editor
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.files.atomic import check_writable_file
 from stableedit_cpp.model.outputs import as_patterns
@@ -27,7 +29,7 @@ _EXAMPLE = """\
 
   Every request needs a rephrase and an unrelated prompt with its answer (rephrase, locality_prompt, locality_target, or
   what these are called in a published data set). The model is left as it is; the file holds the network, the running
-  statistics, and what tells this model and its edited modules from others."""
+  statistics, and what tells this model and its edited modules from others. A training that was stopped goes on."""
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -46,13 +48,24 @@ def run(options: argparse.Namespace) -> int:
     if not isinstance(config, HypernetworkConfig):
         raise ValueError(f"{config.editor} has no hypernetwork to train; --editor takes rledit or malmen here")
     check_writable_file(options.output)
+    kept = Path(options.output).absolute().with_name(f"{Path(options.output).name}.unfinished")
     requests = read_requests(options.requests, options.limit, **reading_settings(options))
     model, tokenizer = load(options)
     with plain_warnings():
         editor = make_editor(model, tokenizer, config)
-        report = editor.train(requests, progress=True)
-    Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        report = _train(editor, requests, kept)
     editor.save_hypernetwork(options.output)
+    kept.unlink(missing_ok=True)
     print(f"{config.editor} for {as_patterns([module.name for module in editor.modules])}: {report}.")
     print(f"The hypernetwork is in {options.output}")
     return 0
+
+
+def _train(editor: Editor, requests: Sequence[EditRequest], kept: Path) -> object:
+    try:
+        return editor.train(requests, checkpoint=kept, progress=True)
+    except KeyboardInterrupt:
+        if not kept.exists():
+            raise
+        raise KeyboardInterrupt(f"the same command goes on from what {kept} has of the training") from None

@@ -15,9 +15,10 @@ from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.editors.hypernetwork.solver import HyperModule, HyperSolver
 from stableedit_cpp.editors.hypernetwork.training import Training, TrainingReport
+from stableedit_cpp.editors.hypernetwork.training_file import TrainingFile
 from stableedit_cpp.editors.identity import identity
 from stableedit_cpp.editors.saved import SavedEditor
-from stableedit_cpp.model.modules import find_modules
+from stableedit_cpp.model.modules import EditModule, find_modules
 
 __all__ = ["HypernetworkEditor"]
 
@@ -50,7 +51,11 @@ class HypernetworkEditor(Editor):
             self._config = dataclasses.replace(self.config, hypernetwork=None)
 
     def train(
-        self, requests: Iterable[EditRequest | Mapping[str, object]], *, progress: bool | None = None
+        self,
+        requests: Iterable[EditRequest | Mapping[str, object]],
+        *,
+        checkpoint: str | Path | None = None,
+        progress: bool | None = None,
     ) -> TrainingReport:
         """Train the hypernetwork on a stream of requests, in turns of ``config.turn_size`` (``Training``). Their edits
         do not stay in the model: its weights are then what they were. The running statistics go on with the network.
@@ -60,15 +65,20 @@ class HypernetworkEditor(Editor):
         Args:
             requests: each with ``rephrase`` and, unless ``locality_weight`` is 0, ``locality_prompt`` and
                 ``locality_target``.
+            checkpoint: file that keeps the training, every five minutes. Where there is one the training goes on from
+                it as if it had not been stopped; it is yours to remove when what was trained is saved.
             progress: show a bar; None shows it on a terminal.
 
         Raises:
-            ValueError: for a bad request, or one without what training needs; or if a follower refuses, a session say.
+            ValueError: for a bad request, or one without what training needs; a checkpoint of another training; or if a
+                follower refuses, a session say. OSError: if the checkpoint cannot be written.
             ModelBroken: where the stream's edits have broken the model.
             Whatever is raised, Ctrl-C included: weights, network and statistics are as they were.
         """
-        training = Training(self, as_requests(requests))
-        self.weights.change(lambda _: training.run(progress), "training its hypernetwork")
+        requests = as_requests(requests)
+        training = Training(self, requests)
+        file = None if checkpoint is None else TrainingFile(checkpoint, self, requests)
+        self.weights.change(lambda _: training.run(progress, file), "training its hypernetwork")
         return training.report
 
     def save_hypernetwork(self, path: str | Path) -> None:
@@ -82,6 +92,13 @@ class HypernetworkEditor(Editor):
         state = self.state_dict()
         kept = {name: part for name, part in state.items() if name.startswith(("hypernetwork/", "normalizer/"))}
         SavedEditor(self.config.to_json(), kept, model).write(path)
+
+    @classmethod
+    def modules_of(cls, model: torch.nn.Module, config: HypernetworkConfig) -> list[EditModule]:
+        if config.hypernetwork is not None and config.edit_modules is None:
+            trained = cls.config_class.from_json(SavedEditor.read(config.hypernetwork).config)
+            return find_modules(model, trained.edit_modules)
+        return super().modules_of(model, config)
 
     def contribution(self, applied: AppliedPass, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
         return applied.contribution(owned, self.solver.ridges(applied.ridge))

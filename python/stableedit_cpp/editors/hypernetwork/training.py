@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +17,8 @@ from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.editors.hypernetwork.implicit import PassedThrough
 from stableedit_cpp.editors.hypernetwork.losses import answer_distributions, micro_batch_weights, visit_loss
 from stableedit_cpp.editors.hypernetwork.solver import HyperSolver
+from stableedit_cpp.editors.hypernetwork.training_file import TrainingFile
+from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.stream import names_of, turns_of
 from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.model.capture import CapturedTurn, capture
@@ -97,43 +98,51 @@ class Training:
         self.report = TrainingReport(self.config.editor, len(requests))
         self.trunk = editor.make_trunk_cache()
 
-    def run(self, progress: bool | None) -> None:
-        """Train; within a change of the weights. The weights are then as they were, statistics and networks trained."""
-        editor, config = self.editor, self.config
-        start = time.perf_counter()
-        networks = self.solver.networks.values()
-        for network in networks:
+    def run(self, progress: bool | None, file: TrainingFile | None = None) -> None:
+        """Train; within a change of the weights. The weights are then as they were, statistics and networks trained.
+
+        Args:
+            file: to go on from, where it holds anything, and to keep the training in.
+        """
+        config, start = self.config, time.perf_counter()
+        before = Checkpoint(self.editor.weights)
+        done = self._resume(file.found) if file is not None and file.found is not None else 0
+        for network in self.solver.networks.values():
             network.restore(network.trainable())
-        self.parameters = [field for network in networks for field in network.fields.values()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
-        before = Checkpoint(editor.weights)
+        self.optimizer = torch.optim.Adam(self._parameters().values(), lr=config.learning_rate)
+        if done:
+            self._resume_optimizer(file.found.state)
+        spent = self.report.seconds
         bar = tqdm(
             total=config.epochs * self.report.requests,
+            initial=sum(len(self.turns[number % len(self.turns)].rephrases) for number in range(done)),
             desc="Training",
             unit="edit",
             disable=None if progress is None else not progress,
         )
         with bar, trusted(self.trunk):
-            for _ in range(config.epochs):
-                self._epoch(bar)
-                self._reset(before)
-        for network in networks:
+            for number in range(done, config.epochs * len(self.turns)):
+                self._numbered(number % len(self.turns), bar)
+                if (number + 1) % len(self.turns) == 0:
+                    self._reset(before)
+                self.report.seconds = spent + time.perf_counter() - start
+                if file is not None and file.due():
+                    file.write(self._state(), number + 1, self.report)
+        for network in self.solver.networks.values():
             network.restore(network.detached())
-        self.report.seconds += time.perf_counter() - start
 
-    def _epoch(self, bar: tqdm) -> None:
-        config = self.config
-        past: deque[TrainingTurn] = deque(maxlen=config.horizon)
-        for number, turn in enumerate(self.turns, 1):
-            past.appendleft(turn)
-            self._turn(past)
-            if config.clip_each_turn:
-                self._clip()
-            if number == len(self.turns) or (config.turns_per_step and number % config.turns_per_step == 0):
-                self._step()
-            report = self.report
-            bar.set_postfix({"loss": f"{report.losses[-1]:.3f}", "KL": f"{report.divergences[-1]:.3g}"})
-            bar.update(len(turn.rephrases))
+    def _numbered(self, number: int, bar: tqdm) -> None:
+        """Turn ``number`` of an epoch, and the step of the optimiser where it is due."""
+        config, report = self.config, self.report
+        turn = self.turns[number]
+        self._turn(self.turns[max(0, number + 1 - config.horizon) : number + 1][::-1])
+        if config.clip_each_turn:
+            self._clip()
+        last = number + 1 == len(self.turns)
+        if last or (config.turns_per_step and (number + 1) % config.turns_per_step == 0):
+            self._step()
+        bar.set_postfix({"loss": f"{report.losses[-1]:.3f}", "KL": f"{report.divergences[-1]:.3g}"})
+        bar.update(len(turn.rephrases))
 
     def _turn(self, past: Sequence[TrainingTurn]) -> None:
         """Update, apply, and add the gradient of the loss to what the parameters have."""
@@ -213,8 +222,13 @@ class Training:
         self.report.losses.append(_mean(losses, own.rephrases))
         self.report.divergences.append(_mean(losses[begin:], own.unrelated))
 
+    def _parameters(self) -> dict[tuple[str, str], torch.Tensor]:
+        """What is trained, by group and field."""
+        networks = self.solver.networks.items()
+        return {(group, name): field for group, network in networks for name, field in network.fields.items()}
+
     def _clip(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self._parameters().values(), self.config.clip)
 
     def _step(self) -> None:
         if not self.config.clip_each_turn:
@@ -230,6 +244,33 @@ class Training:
         weights.put_back(before)
         for part, now in statistics:
             part.restore(now)
+
+    def _state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """All that the rest of the training depends on: the state of the editor, that of Adam, and the gradients that
+        wait for the next step."""
+        state = {**self.editor.state_dict()}
+        for (group, name), parameter in self._parameters().items():
+            kept = state.setdefault(f"optimizer/{group}", {})
+            kept |= {f"{name}.{what}": tensor for what, tensor in self.optimizer.state.get(parameter, {}).items()}
+            if parameter.grad is not None:
+                kept[f"{name}.gradient"] = parameter.grad
+        return {part: fields for part, fields in state.items() if fields}
+
+    def _resume(self, found: SavedEditor) -> int:
+        """Become what the editor was; returns how many turns are done."""
+        state = {part: fields for part, fields in found.state.items() if not part.startswith("optimizer/")}
+        self.editor.load_state_dict(state)
+        self.report = TrainingReport(**found.model["report"])
+        return found.model["turns"]
+
+    def _resume_optimizer(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        for (group, name), parameter in self._parameters().items():
+            fields = state.get(f"optimizer/{group}", {})
+            own = {what.rpartition(".")[2]: field for what, field in fields.items() if what.startswith(f"{name}.")}
+            own = {what: field.to(parameter.device) if field.ndim else field for what, field in own.items()}
+            parameter.grad = own.pop("gradient", None)
+            if own:
+                self.optimizer.state[parameter] = own
 
 
 def _mean(losses: Sequence[float], sequences: Sequence[TokenSequence]) -> float:
