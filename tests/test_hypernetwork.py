@@ -339,7 +339,7 @@ class TestResuming:
         "settings",
         [
             pytest.param({"epochs": 2, "horizon": 2}, id="rledit"),
-            pytest.param({"config": se.RLEditConfig.published, "turn_size": 5, "epochs": 2}, id="published: gradients wait"),
+            pytest.param({"config": se.RLEditConfig.published, "turn_size": 5, "epochs": 2}, id="published"),
             pytest.param(EDITORS["malmen"] | {"epochs": 2}, id="malmen"),
         ],
     )
