@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -12,6 +14,7 @@ from stableedit_cpp.data.request import as_requests
 from stableedit_cpp.editors.hypernetwork.implicit import PassedThrough
 from stableedit_cpp.editors.hypernetwork.network import HyperNetwork
 from stableedit_cpp.editors.hypernetwork.training import Training
+from stableedit_cpp.editors.hypernetwork.training_data import loss_prompts, training_turns
 from stableedit_cpp.model.tokens import tokenize
 from support.captures import MICRO_BATCH, plain_reference, sequences_of
 from support.editors import assert_same_bits, state_of
@@ -276,6 +279,41 @@ class TestTraining:
         assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
 
 
+class TestPromptsOfTheLoss:
+    def turns(self, tokenizer):
+        editor = make_hyper(tokenizer, turn_size=5, horizon=3)
+        return training_turns(editor, as_requests(TRAINING), True)[::-1], editor.config
+
+    def test_all_of_the_horizon(self, tokenizer):
+        past, config = self.turns(tokenizer)
+        found = loss_prompts(past, config, 0)
+        assert found.rephrases == [sequence for turn in past for sequence in turn.rephrases]
+        tokens = [len(sequence.answer) for sequence in found.rephrases]
+        total = sum(weight * count for weight, count in zip(found.of_rephrases, tokens, strict=True))
+        assert total == pytest.approx(1 + 0.95 + 0.95**2)  # each turn is one micro-batch
+        total = sum(w * len(s.answer) for w, s in zip(found.of_unrelated, found.unrelated, strict=True))
+        assert total == pytest.approx(0.6 * (1 + 0.95 + 0.95**2))
+
+    def test_a_sample_is_the_whole_in_the_mean(self, tokenizer):
+        past, config = self.turns(tokenizer)
+        whole = loss_prompts(past, config, 0)
+        sampled = dataclasses.replace(config, past_sample=4)
+        sums, draws = dict.fromkeys(map(id, whole.rephrases), 0.0), 3000
+        for seed in range(draws):
+            part = loss_prompts(past, sampled, seed)
+            assert part.rephrases[:3] == past[0].rephrases and len(part.rephrases) == len(part.unrelated) == 7
+            assert part.of_rephrases[:3] == whole.of_rephrases[:3]
+            for sequence, weight in zip(part.rephrases, part.of_rephrases, strict=True):
+                sums[id(sequence)] += weight / draws
+        for sequence, weight in zip(whole.rephrases, whole.of_rephrases, strict=True):
+            assert sums[id(sequence)] == pytest.approx(weight, rel=0.1)
+
+    def test_without_unrelated_prompts(self, tokenizer):
+        editor = make_hyper(tokenizer, locality_weight=0.0)
+        found = loss_prompts(training_turns(editor, as_requests(TRAINING), False), editor.config, 0)
+        assert found.unrelated == found.of_unrelated == []
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("missing", "words"),
@@ -338,7 +376,7 @@ class TestResuming:
     @pytest.mark.parametrize(
         "settings",
         [
-            pytest.param({"epochs": 2, "horizon": 2}, id="rledit"),
+            pytest.param({"epochs": 2, "horizon": 2, "past_sample": 3}, id="rledit"),
             pytest.param({"config": se.RLEditConfig.published, "turn_size": 5, "epochs": 2}, id="published"),
             pytest.param(EDITORS["malmen"] | {"epochs": 2}, id="malmen"),
         ],

@@ -23,10 +23,12 @@ _FAMILIES = {
 @dataclass(frozen=True, kw_only=True)
 class RLEditConfig(HypernetworkConfig):
     """RLEdit (arXiv 2502.05759). The defaults are the published sizes, with the training corrected: the optimiser makes
-    a step after every turn, and the penalty of the updates has a gradient.
+    a step after every turn, and the penalty of the updates has a gradient. Of earlier turns a sample is in the loss.
 
     Attributes:
         horizon: so many turns, the present one included, whose rephrases and unrelated prompts are in the loss.
+        past_sample: so many requests of the earlier turns of the horizon are in the loss of a turn, drawn anew each
+            time and weighted up; None takes all of them, as published, which costs up to ``horizon`` times as much.
         discount: of the loss at a turn, for each turn that came after it.
         turns_per_step: training turns whose gradients are summed for a step of the optimiser; None makes one step at
             the end of an epoch.
@@ -42,6 +44,7 @@ class RLEditConfig(HypernetworkConfig):
     update_penalty: float = 1e-4
     horizon: int = 10
     discount: float = 0.95
+    past_sample: int | None = 50
     turns_per_step: int | None = 1
     clip_each_turn: bool = False
 
@@ -63,7 +66,7 @@ class RLEditConfig(HypernetworkConfig):
             ValueError: for another family, or a bad field.
         """
         preset = {"turn_size": 20, "micro_batch": 4, "unbiased_batches": True, "update_penalty": 0.0}
-        preset |= {"turns_per_step": None, "clip_each_turn": True}
+        preset |= {"turns_per_step": None, "clip_each_turn": True, "past_sample": None}
         return cls(**(preset | modules_of_family(_FAMILIES, model_family) | changes))
 
 

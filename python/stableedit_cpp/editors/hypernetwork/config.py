@@ -35,6 +35,7 @@ class HypernetworkConfig(EditorConfig):
     keeps_edits: ClassVar[bool] = False  # whether the edits of a training turn stay for the next ones
     horizon: ClassVar[int] = 1
     discount: ClassVar[float] = 1.0
+    past_sample: ClassVar[int | None] = None
     turns_per_step: ClassVar[int | None] = 1
     clip_each_turn: ClassVar[bool] = False
 
@@ -60,7 +61,8 @@ class HypernetworkConfig(EditorConfig):
         self._check_flag("unbiased_batches")
         for name in ("rank", "blocks", "epochs", "horizon"):
             check_whole(name, getattr(self, name))
-        check_whole("turns_per_step", self.turns_per_step, none=True)
+        for name in ("turns_per_step", "past_sample"):
+            check_whole(name, getattr(self, name), none=True)
         check_whole("seed", self.seed, 0)
         for name in ("learning_rate", "clip", "discount"):
             self._check_positive(name, getattr(self, name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -15,17 +14,22 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.editors.hypernetwork.implicit import PassedThrough
-from stableedit_cpp.editors.hypernetwork.losses import answer_distributions, micro_batch_weights, visit_loss
+from stableedit_cpp.editors.hypernetwork.losses import answer_distributions, visit_loss
 from stableedit_cpp.editors.hypernetwork.solver import HyperSolver
+from stableedit_cpp.editors.hypernetwork.training_data import (
+    LossPrompts,
+    TrainingTurn,
+    loss_prompts,
+    training_turns,
+)
 from stableedit_cpp.editors.hypernetwork.training_file import TrainingFile
 from stableedit_cpp.editors.saved import SavedEditor
-from stableedit_cpp.editors.stream import names_of, turns_of
 from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.model.capture import CapturedTurn, capture
-from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
+from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import trusted
 
-__all__ = ["Training", "TrainingReport", "TrainingTurn"]
+__all__ = ["Training", "TrainingReport"]
 
 
 @dataclass
@@ -60,20 +64,6 @@ class TrainingReport:
         return f"{said}; loss of rephrases {first:.2f} nats in the first turns, {last:.2f} in the last"
 
 
-class TrainingTurn(NamedTuple):
-    """Tokens of a turn of the training stream.
-
-    Attributes:
-        edits: what is edited. names: what to call each of these in a message.
-        rephrases: what the edits shall generalise to. unrelated: what they shall leave alone.
-    """
-
-    edits: list[TokenSequence]
-    names: list[str]
-    rephrases: list[TokenSequence]
-    unrelated: list[TokenSequence]
-
-
 class Training:
     """Turn by turn: the editor's update D of the requests, then the gradient of
 
@@ -94,7 +84,7 @@ class Training:
         self.editor = editor
         self.config: HypernetworkConfig = editor.config
         self.solver: HyperSolver = editor.solver
-        self.turns = _turns(editor, requests, self.config.locality_weight > 0)
+        self.turns = training_turns(editor, requests, self.config.locality_weight > 0)
         self.report = TrainingReport(self.config.editor, len(requests))
         self.trunk = editor.make_trunk_cache()
 
@@ -160,13 +150,13 @@ class Training:
         )
         solver.observe("warm_up", 0, captured)
         targets, updates, through = self._solve(captured)
-        unrelated = [sequence for one in past for sequence in one.unrelated]
+        prompts = loss_prompts(past, config, config.seed + len(self.report.losses))
         how = {"max_tokens": config.max_tokens_per_forward, "trunk": self.trunk}
-        references = answer_distributions(editor.model, unrelated, **how)
+        references = answer_distributions(editor.model, prompts.unrelated, **how)
         before = None if config.keeps_edits else Checkpoint(weights)
         homes = {module.name: module.weight.device for module in editor.modules}
         weights.apply({n: LowRankUpdate(u.left.to(homes[n]), u.right.to(homes[n])) for n, u in updates.items()})
-        self._loss(past, references, through)
+        self._loss(prompts, references, through, turn)
         if before is not None:
             weights.put_back(before)
         tensors, gradients = [], []
@@ -195,32 +185,21 @@ class Training:
         return targets, updates, through
 
     def _loss(
-        self, past: Sequence[TrainingTurn], references: list[torch.Tensor], through: dict[str, PassedThrough]
+        self, prompts: LossPrompts, references: list[torch.Tensor], through: dict[str, PassedThrough], own: TrainingTurn
     ) -> None:
         """Run the prompts of the loss with the update in the model."""
-        config, sequences, weights = self.config, [], []
-        for parts, weight in (
-            ([turn.rephrases for turn in past], 1.0),
-            ([turn.unrelated for turn in past], config.locality_weight),
-        ):
-            for age, part in enumerate(parts):
-                sequences += part
-                weights += [
-                    weight * config.discount**age * one for one in micro_batch_weights(part, config.micro_batch)
-                ]
         losses = visit_loss(
             self.editor.model,
             self.editor.modules,
-            sequences,
-            weights,
-            [None] * (len(sequences) - len(references)) + references,
+            prompts.rephrases + prompts.unrelated,
+            prompts.of_rephrases + prompts.of_unrelated,
+            [None] * len(prompts.rephrases) + references,
             lambda name, keys, gradients: through[name].add(keys, gradients),
-            max_tokens=config.max_tokens_per_forward,
+            max_tokens=self.config.max_tokens_per_forward,
             trunk=self.trunk,
         )
-        own, begin = past[0], len(sequences) - len(references)
         self.report.losses.append(_mean(losses, own.rephrases))
-        self.report.divergences.append(_mean(losses[begin:], own.unrelated))
+        self.report.divergences.append(_mean(losses[len(prompts.rephrases) :], own.unrelated))
 
     def _parameters(self) -> dict[tuple[str, str], torch.Tensor]:
         """What is trained, by group and field."""
@@ -277,31 +256,3 @@ def _mean(losses: Sequence[float], sequences: Sequence[TokenSequence]) -> float:
     """Over the answer tokens of the first of these; 0 where there are none."""
     tokens = sum(len(sequence.answer) for sequence in sequences)
     return sum(losses[: len(sequences)]) / tokens if tokens else 0.0
-
-
-def _turns(editor: Editor, requests: Sequence[EditRequest], locality: bool) -> list[TrainingTurn]:
-    """Raises as ``Training``."""
-    needed = {"rephrase": "the question in other words"}
-    if locality:
-        needed |= dict.fromkeys(("locality_prompt", "locality_target"), "an unrelated prompt and its answer")
-    for index, request in enumerate(requests):
-        for name, what in needed.items():
-            if getattr(request, name) is None:
-                called = f"request {index}" + (f" ({request.id})" if request.id else "")
-                raise ValueError(
-                    f"{called} has no {name}, {what}, which training a hypernetwork needs of every request"
-                )
-    if not requests:
-        raise ValueError("there is nothing to train on: requests is empty")
-
-    def tokens(kind: str, pairs: list[tuple[str, str]]) -> list[TokenSequence]:
-        names = [f"{kind} of request {index}" for index in range(len(pairs))]
-        return tokenize(editor.tokenizer, pairs, context_length(editor.model), names, editor.form)
-
-    rephrases = tokens("rephrase", [(request.rephrase, request.target) for request in requests])
-    unrelated = [(request.locality_prompt, request.locality_target) for request in requests] if locality else []
-    unrelated = tokens("locality_prompt", unrelated)
-    return [
-        TrainingTurn(editor.tokenize(requests[part]), names_of(requests[part]), rephrases[part], unrelated[part])
-        for part in turns_of(requests, editor.config.turn_size)
-    ]
