@@ -140,7 +140,7 @@ def test_rivals_of_made_up_runs_fill_a_page(scripts, tmp_path, monkeypatch, caps
     assert f"★ {rows['stableedit']['scores']['efficacy']['mean']:.3f}" in filled and "| memit |" in filled
     page.write_text(f"{script.MARKS[0]}\n{script.MARKS[1]}\n")
     call(script, monkeypatch, "--kept", kept, "--page", page)
-    assert page.read_text().count("|") == filled.count("|")  # figures are kept with four digits
+    assert page.read_text().count("|") == filled.count("|")  # figures are kept with five digits
     with pytest.raises(ValueError, match="has no lines"):
         script.fill(kept, "")
 
