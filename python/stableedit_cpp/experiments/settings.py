@@ -120,7 +120,10 @@ class RunSettings:
             config: of the editor, with the modules and the form that it decided on.
         """
         source, warm = self.source, self.warm_up
-        known = json.loads((config or self.editor.config).to_json())
+        known = json.loads(self.editor.config.to_json())
+        if config is not None:
+            decided = json.loads(config.to_json())
+            known |= {name: decided[name] for name in _DECIDED if name in decided}
         return {
             "editor": self.editor.name,
             "config": known if config is not None else known | {"edit_modules": None},
@@ -158,8 +161,10 @@ class RunSettings:
 
 # The same data elsewhere gives the same figures; a hub data set has no digest, so its name has to do.
 _PLACES = ("data.source", "warm_up.source")
+# Fields of its config that an editor decides on when it is made.
+_DECIDED = ("edit_modules", "chat_template", "contexts")
 # Not known before the model is loaded.
-_LATE = ("model_digest", "config.edit_modules", "config.chat_template")
+_LATE = ("model_digest", *(f"config.{name}" for name in _DECIDED))
 
 
 # What the figures of the unedited model depend on.
