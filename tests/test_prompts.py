@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.tokens import (
     TokenSequence,
     collate,
@@ -72,7 +74,7 @@ def test_tokens_do_not_merge_across_the_border():
 TEXTS = [f"{fact['prompt']} {fact['target']}" for fact in FACTS] * 3
 
 
-def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+def sentencepiece(kind: str, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Trained on some sentences, with the dummy prefix of SentencePiece: "mistral" and "llama 2" as these have it."""
     special = ["<unk>", "<s>", "</s>"]
     if kind == "unigram":
@@ -87,7 +89,7 @@ def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
     else:
         scheme = "first" if kind == "mistral" else "always"
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator([*TEXTS, *more], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -239,3 +241,41 @@ def test_collate(shapes):
     assert batch.positions.tolist() == expected
     assert batch.labels.tolist() == [token for s in sequences for token in s.answer]
     assert batch.attention_mask.flatten()[batch.positions].all()
+
+
+UNSPACED = [
+    ("法国的首都是", "巴黎"),
+    ("フランスの首都は", "パリ"),
+    ("เมืองหลวงของฝรั่งเศสคือ", "ปารีส"),
+    ("价格是。", "349"),
+    ("他叫", "Ann"),
+]
+SPACED = [
+    ("The word for water is", "水"),
+    ("프랑스의 수도는", "파리"),
+    ("Столица Франции", "Париж"),
+    ("عاصمة فرنسا", "باريس"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "target"), UNSPACED + SPACED)
+@pytest.mark.parametrize("kind", ["bytes", "llama 2", "mistral", "unigram"])
+def test_scripts_without_spaces_between_words(prompt, target, kind):
+    """What is learned reads as the text does: no space where the script has none, and none of the tokenizer's own."""
+    letters = [letter for pair in UNSPACED + SPACED for letter in "".join(pair)]
+    tokenizer = tiny_tokenizer() if kind == "bytes" else sentencepiece(kind, letters)
+    text = prompt + ("" if (prompt, target) in UNSPACED else " ") + target
+    (sequence,) = tokenize(tokenizer, [(prompt, target)], None, ["0"])
+    assert [*sequence.ids, sequence.answer[-1]] == tokenizer(text)["input_ids"]
+
+
+def test_without_a_space_the_border_may_be_within_a_token():
+    tokenizer = sentencepiece("mistral", [*"首都是巴黎", "\n"])
+    tokenizer.add_tokens(["是巴"])
+    (sequence,) = tokenize(tokenizer, [("首都是", "巴黎")], None, ["0"])
+    assert tokenizer.convert_ids_to_tokens(list(sequence.answer)) == ["巴", "黎"]
+
+
+def test_a_chat_has_the_space_of_its_template():
+    assert Form(chat=True, space="\n").gap("首都是") == "\n"
+    assert [Form().gap(prompt) for prompt in ("首都是", "capital is")] == ["", " "]

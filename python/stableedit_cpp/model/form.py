@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ class Form:
             begins. Otherwise they are texts as they stand, which the answer continues.
         opening: what the template writes at the head of an answer beyond its generation prompt, an empty thought, say;
             belongs to the prompt.
-        space: the white space between prompt and target; belongs to the answer.
+        space: the white space between prompt and target; belongs to the answer. See ``gap``.
         end: the token that ends the assistant's turn, or a text; None where it does not matter.
         ended: whether it is the last token of every answer. Otherwise an answer only stops.
     """
@@ -37,6 +38,11 @@ class Form:
     def closing(self) -> tuple[int, ...]:
         """What every answer ends in: a token or none."""
         return (self.end,) if self.ended else ()
+
+    def gap(self, prompt: str) -> str:
+        """What stands between a prompt and its target: ``space``, but in plain text nothing after a character of a
+        script that sets no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan)."""
+        return "" if not self.chat and _UNSPACED.search(prompt) else self.space
 
     def cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Of what a model has written, the answer: up to the first token that ends it, that one included."""
@@ -82,6 +88,11 @@ class Form:
 
 
 RAW = Form()
+# The last character: of such a script, or one of its marks of punctuation.
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\uff01-\uff9f\U00020000-\U000323af]\Z"
+)
 _BEGINNINGS = ("A", "1", '"', "(")  # of prompts that have nothing in common
 
 

@@ -37,17 +37,44 @@ def default_edit_modules(model: nn.Module, *, automatic: bool = False) -> list[s
         return last_third(attention)
     names = output_projections(model, "mlp")
     if not names:
-        hint = ""
+        recurrent = _recurrent_outputs(model)
+        hint = f", e.g. {as_patterns(last_third(recurrent))}" if recurrent else ""
         if attention:
             late = as_patterns(last_third(attention))
             hint = f", e.g. the outputs of attention ({late}), or let choose_modules measure"
         raise ValueError(
-            f"no default edit_modules are known for {type(model).__name__}; name them{hint}. Few layers, or only "
-            f"early ones, have an MLP of linear maps. The model has:\n{describe_linear_maps(model)}"
+            f"no default edit_modules are known for {type(model).__name__}; name them{hint}. {_why_no_mlp(model)} The "
+            f"model has:\n{describe_linear_maps(model)}"
         )
     if automatic:
         return last_third(names)
     return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
+
+
+def _why_no_mlp(model: nn.Module) -> str:
+    """What stands in the place of MLPs of linear maps."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name:
+            inside = re.sub(r"^.*?\.\d+\.", "", name)
+            return (
+                "It is a mixture of experts, and holds those of a layer in one tensor "
+                f"({inside}, {list(parameter.shape)}), which is no linear map and of which a token sees a few slices."
+            )
+    if _recurrent_outputs(model):
+        return "Its layers are recurrent: they have neither attention nor an MLP of linear maps."
+    return "Few layers, or only early ones, have an MLP of linear maps."
+
+
+def _recurrent_outputs(model: nn.Module) -> list[str]:
+    """Names of the last linear map, to the width of the model, in each block with a convolution (Mamba)."""
+    _, width = _text_size(model)
+    found = []
+    for name, block in model.named_modules():
+        if any(isinstance(child, nn.Conv1d) for child in block.children()):
+            maps = [child for child, part in block.named_children() if is_linear(part)]
+            if maps and EditModule("", block.get_submodule(maps[-1])).shape[1] == width:
+                found.append(f"{name}.{maps[-1]}")
+    return found
 
 
 def output_projections(model: nn.Module, kind: Kind) -> list[str]:

@@ -58,7 +58,8 @@ class Batch:
 def tokenize(
     tokenizer, pairs: Iterable[tuple[str, str]], limit: int | None, names: Sequence[str], form: Form = RAW
 ) -> list[TokenSequence]:
-    """Token ids of prompts and of the answers that follow them: in the raw form ``" " + target``, without an end.
+    """Token ids of prompts and of the answers that follow them: in the raw form ``" " + target``, without an end; the
+    space is left out where the prompt ends in a script that has none between words (``Form.gap``).
 
     An answer has the tokens that the tokenizer gives it in the text, prompt and answer in one, wherever those begin
     with the tokens of the prompt alone. Tokenizers after SentencePiece (Mistral, Llama 2) give it others when it stands
@@ -79,11 +80,13 @@ def tokenize(
     if not pairs:
         return []
     opened = form.prompts(tokenizer, [prompt for prompt, _ in pairs])
-    tails = [form.space + target for _, target in pairs]
+    tails = [form.gap(prompt) + target for prompt, (_, target) in zip(opened, pairs, strict=True)]
     prompts = _ids(tokenizer, opened, form)
     texts = _ids(tokenizer, [prompt + tail for prompt, tail in zip(opened, tails, strict=True)], form)
     answers = tokenizer(tails, add_special_tokens=False)["input_ids"]
     sequences = []
+    for index in [index for index, tail in enumerate(tails) if not tail[:1].isspace() and not form.chat]:
+        answers[index] = _without_dummy_prefix(tokenizer, tails[index], answers[index])
     for name, (prompt_text, _), prompt, text, alone in zip(names, pairs, prompts, texts, answers, strict=True):
         answer = text[len(prompt) :] if text[: len(prompt)] == prompt else alone
         if not prompt:
@@ -99,6 +102,16 @@ def tokenize(
             )
         sequences.append(TokenSequence((*prompt, *answer[:-1]), tuple(answer)))
     return sequences
+
+
+def _without_dummy_prefix(tokenizer, tail: str, alone: list[int]) -> list[int]:
+    """Tokens of a text that follows another without a space, from behind a mark: where it stands alone, tokenizers
+    after SentencePiece put a space of their own before it."""
+    for before in ("\n", ".", ":"):
+        end, text = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, before + tail))
+        if text[: len(end)] == end and len(text) > len(end):
+            return text[len(end) :]
+    return alone
 
 
 def prompt_ids(tokenizer, prompts: Sequence[str], form: Form = RAW) -> list[list[int]]:
