@@ -17,6 +17,7 @@ __all__ = ["PastRequests", "Replays"]
 
 # Replays for each sequence of a pass. Of 1,000 requests of ZsRE .91 hold at the end with 48 a turn of 100, .97 with 96.
 _EACH = 2
+_KEPT = 2**29  # bytes of trunk output after which it is forgotten: 10,000 statements of SmolLM2, 3,000 of a 7B model
 
 
 class PastRequests:
@@ -131,7 +132,7 @@ class Replays:
 
     def begin(self, sequences: Sequence[TokenSequence], past: PastRequests) -> None:
         """Draw the replays of a turn over ``sequences``: by their tokens, so that the same turn has the same ones."""
-        if self.trunk is not None:
+        if self.trunk is not None and self.trunk.bytes > _KEPT:  # else of use again: statements are drawn more than once
             self.trunk.clear()
         held = past.beside(sequences)
         self._turn = drawn_by(sequences).sample(held, min(len(held), 2 * share_of(len(sequences), self.count, _EACH)))
