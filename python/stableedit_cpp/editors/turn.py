@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -320,8 +321,7 @@ class Turn:
         automatic step, which undoes no longer update by itself."""
         if self.work.solver.step is None:
             return 1.0
-        taken = self.report.taken
-        return 0.1 ** sum(after <= before for before, after in zip(taken[1:], taken[2:], strict=False))
+        return 0.1 ** sum(after <= before for before, after in pairwise(self.report.taken[1:]))
 
     def _solution(self, captured: CapturedTurn, step: float = 1.0, ridge: float = 1.0) -> Solution:
         """Solve with so many times the step size and ridge."""
