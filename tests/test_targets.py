@@ -105,3 +105,31 @@ def test_a_broken_model_is_refused_by_name():
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(ModelBroken, match="request 0: the loss of its target"):
         found(model, "llama", located(tiny_tokenizer()), options(), cached=False)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral", "gptj", "gpt_neox", "falcon", "opt", "mpt"])
+def test_what_comes_before_the_subject_ends_is_run_once(architecture, monkeypatch):
+    """Where a model goes on from it; others run in full."""
+    model = tiny_model(architecture, torch.float64)
+    name = {"falcon": "transformer.h", "opt": "model.decoder.layers", "mpt": "transformer.blocks"}.get(architecture)
+    name = (
+        name
+        or {"gptj": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(architecture)
+        or LAYERS.get(architecture, "model.layers")
+    )
+    facts, how = located(tiny_tokenizer()), options(target_steps=4)
+    layer = model.get_submodule(f"{name}.2")
+    search = {"names": NAMES, "max_tokens": 300}
+    tokens = []
+    count = lambda _module, _args, how: tokens.append(how["input_ids"].numel())  # noqa: E731
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    exact = find_targets(model, layer, facts, how, **search)
+    full = sum(tokens)
+    tokens.clear()
+    trunk = TrunkCache(model, [layer_module(model, f"{name}.2")])
+    fast = find_targets(model, layer, facts, how, trunk=trunk, **search)
+    handle.remove()
+    assert torch.allclose(fast.z, exact.z, rtol=1e-5, atol=1e-6)
+    if architecture in ("gpt2", "llama"):
+        assert trunk.in_use
+        assert sum(tokens) < 0.8 * full

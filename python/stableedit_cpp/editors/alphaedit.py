@@ -45,7 +45,7 @@ class AlphaEditConfig(LocateConfig):
 
     editor: ClassVar[str] = "alphaedit"
 
-    threshold: float = 0.1
+    threshold: float = 1.0
     threshold_mode: Literal["relative", "absolute"] = "relative"
     ridge: float = 10.0
     past_key_weight: float = 1.0

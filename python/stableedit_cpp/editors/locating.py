@@ -56,6 +56,9 @@ class Locator:
     Args:
         modules: that are edited, one a layer, from the first to the last.
         contexts: before each prompt, with the space between; the bare prompt comes first in all that follows.
+
+    Attributes:
+        layer: the one above the last that is edited, which reads what that gives.
     """
 
     def __init__(
@@ -70,9 +73,9 @@ class Locator:
         self.model, self.tokenizer, self.form, self.config = model, tokenizer, form, config
         self.contexts = ("", *contexts)
         name, layers = check_located_modules(model, modules)
-        self._above: nn.Module = model.get_submodule(f"{name}.{layers[-1] + 1}")
+        self.layer: nn.Module = model.get_submodule(f"{name}.{layers[-1] + 1}")
         self._trunk = TrunkCache.where_possible(model, modules)
-        self._lower = TrunkCache(model, [EditModule(f"{name}.{layers[-1] + 1}", self._above)])
+        self._lower = TrunkCache(model, [EditModule(f"{name}.{layers[-1] + 1}", self.layer)])
 
     def begin(self) -> None:
         """A turn begins: nothing that was kept is of use."""
@@ -114,7 +117,7 @@ class Locator:
         """What the last edited layer is to give at the end of each subject."""
         how = {"names": names, "max_tokens": self.config.max_tokens_per_forward, "trunk": self._lower}
         try:
-            return find_targets(self.model, self._above, facts, self.config, **how)
+            return find_targets(self.model, self.layer, facts, self.config, **how)
         finally:
             self._lower.clear()
 
@@ -125,7 +128,7 @@ class Locator:
         edited layer gives now after the bare prompt, ``[n, d]``. Float32 at least."""
         texts = [text for found in prefixes for text in found]
         how = {"max_tokens": self.config.max_tokens_per_forward, "trunk": self._trunk}
-        keys, states = read_at_the_end(self.model, module, self._above, texts, **how)
+        keys, states = read_at_the_end(self.model, module, self.layer, texts, **how)
         size = len(self.contexts)
         keys = keys.reshape(-1, size, keys.shape[1])
         bare = keys[:, 0]

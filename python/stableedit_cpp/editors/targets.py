@@ -10,11 +10,14 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.attached import forward_pre_hook
 from stableedit_cpp.model.located import hidden_of
 from stableedit_cpp.model.logits import answer_logits
+from stableedit_cpp.model.prefix import alike
+from stableedit_cpp.model.prefixes import Prefixes, pack_behind
 from stableedit_cpp.model.tokens import TokenSequence, collate
 from stableedit_cpp.model.trunk import TrunkCache, pack_apart
 from stableedit_cpp.model.untouched import input_device, untouched
@@ -146,9 +149,12 @@ class _Search:
         losses = torch.zeros(len(self.bare), dtype=torch.float64, device="cpu")
         correct = torch.zeros_like(losses)
         fact_of = {sequence: number for number, sequence in enumerate(self.bare)}
+        kept = Prefixes(self.model, self.trunk.depth) if self.trunk is not None and self.trunk.in_use else None
         for indices in pack_apart(self.sequences, self.max_tokens, self.trunk, device=self.device):
+            cache = None if kept is None else kept.fresh()
             with torch.no_grad():
-                logits, seen = self._logits(indices, None)
+                logits, seen = self._logits(indices, None, past=cache)
+            kept = self._keep(kept, cache, indices)
             if self.z0 is None:
                 self.z0 = seen.new_empty(len(self.bare), seen.shape[1])
             sizes = [len(self.sequences[index].answer) for index in indices]
@@ -161,6 +167,36 @@ class _Search:
                     correct[number] = (part.argmax(-1) == labels).double().mean()
                     self.z0[number] = seen[place]
         self.losses_before, self.correct_before = losses, correct
+        self.prefixes = kept if kept is not None and self._same_from(kept) else None
+
+    def _keep(self, kept: Prefixes | None, cache: DynamicCache | None, indices: Sequence[int]) -> Prefixes | None:
+        """What lies before the subjects' ends, which no change there reaches; None where a model keeps it otherwise."""
+        width = max(len(self.sequences[index]) for index in indices)
+        try:
+            for row, index in enumerate(indices if kept is not None else ()):
+                kept.keep(index, cache, row, self.ends[index], width)
+        except (ValueError, AttributeError, IndexError):
+            return None
+        return kept
+
+    def _same_from(self, prefixes: Prefixes) -> bool:
+        """No model is taken at its word: two sequences run in full and from their prefixes, with the gradient at the
+        ends of their subjects."""
+        pair = sorted(range(len(self.sequences)), key=lambda index: (self.ends[index], len(self.sequences[index])))[-2:]
+        skip = min(self.ends[index] for index in pair)
+        found = []
+        try:
+            for past in (None, prefixes.past(pair, skip)):
+                leaf = torch.zeros(len(pair), self.z0.shape[1], dtype=self.z0.dtype, device=self.z0.device)
+                leaf.requires_grad_()
+                with torch.enable_grad():
+                    logits, _ = self._logits(pair, leaf, past=past, skip=0 if past is None else skip)
+                    mixture = torch.arange(logits.shape[-1], device=logits.device).cos().to(logits.dtype)
+                    (gradient,) = torch.autograd.grad((logits @ mixture).sum(), leaf)
+                found.append((logits.detach(), gradient))
+            return skip > 0 and all(alike(mine, exact) for exact, mine in zip(*found, strict=True))
+        except Exception:  # whatever stands in the way, everything works in full
+            return False
 
     def run(self, names: Sequence[str]) -> Targets:
         options, z0 = self.options, self.z0
@@ -203,12 +239,13 @@ class _Search:
         losses = torch.zeros(len(active), dtype=torch.float64, device="cpu")
         gradient = torch.zeros(len(active), delta.shape[1], dtype=delta.dtype, device=delta.device)
         mine = [self.sequences[index] for index in chosen]
-        for batch in pack_apart(mine, self.max_tokens, self.trunk, device=self.device):
+        for batch, skip in self._batches(mine, [self.ends[index] for index in chosen]):
             indices = [chosen[place] for place in batch]
             places = torch.tensor([place_of[self.owners[index]] for index in indices], device="cpu")
             leaf = delta[[self.owners[index] for index in indices]].requires_grad_(want_gradient)
             with torch.set_grad_enabled(want_gradient):
-                logits, _ = self._logits(indices, leaf)
+                past = self.prefixes.past(indices, skip) if skip else None
+                logits, _ = self._logits(indices, leaf, past=past, skip=skip)
                 each = self._each(indices, logits)
             weights = self.weights[indices]
             losses.index_add_(0, places, each.detach().double().cpu() * weights)
@@ -218,6 +255,12 @@ class _Search:
                 rows = rows * weights.to(rows).unsqueeze(1)
                 gradient.index_add_(0, places.to(rows.device), rows)
         return losses, gradient
+
+    def _batches(self, sequences: Sequence[TokenSequence], ends: Sequence[int]) -> list[tuple[list[int], int]]:
+        """Indices of each batch, and how many tokens at the head of its sequences are left out."""
+        if self.prefixes is not None:
+            return pack_behind(sequences, ends, self.max_tokens, self.device)
+        return [(batch, 0) for batch in pack_apart(sequences, self.max_tokens, self.trunk, device=self.device)]
 
     def _each(self, indices: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         """Of each sequence the sum of cross-entropies, or where it is a subject alone, KL(changed || unchanged)."""
@@ -232,17 +275,23 @@ class _Search:
                 values.append(-part.gather(1, labels[:, None]).sum())
         return torch.stack(values)
 
-    def _logits(self, indices: Sequence[int], leaf: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(
+        self, indices: Sequence[int], leaf: torch.Tensor | None, *, past: DynamicCache | None = None, skip: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[answer tokens, vocabulary]`` of sequences, with ``leaf`` ``[sequences, d]`` added at the ends of
-        their subjects, and what was there before; float32 at least."""
+        their subjects, and what was there before; float32 at least.
+
+        Args:
+            past: what the model keeps of the first ``skip`` tokens of each.
+        """
         chosen = [self.sequences[index] for index in indices]
-        batch = collate(chosen, self.device)
+        batch = collate(chosen, self.device, skip=skip)
         seen: list[torch.Tensor] = []
 
         def change(_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             states = hidden_of(args, kwargs)
             rows = torch.arange(len(indices), device=states.device)
-            ends = torch.tensor([self.ends[index] for index in indices], device=states.device)
+            ends = torch.tensor([self.ends[index] - skip for index in indices], device=states.device)
             seen.append(_wide(states[rows, ends]))
             if leaf is None:
                 return args, kwargs
@@ -253,7 +302,7 @@ class _Search:
             if self.trunk is not None:
                 stack.enter_context(self.trunk.attached(chosen, batch))
             stack.enter_context(forward_pre_hook(self.layer, change))  # behind that of the trunk cache
-            logits = answer_logits(self.model, batch)
+            logits = answer_logits(self.model, batch, past=past)
         return _wide(logits), seen[0].detach()
 
     @staticmethod
