@@ -49,6 +49,11 @@ class LocateSolver(Solver):
         self.step = PolyakStep()
         self._mark = TextMark()
 
+    @property
+    def holds_keys(self) -> bool:
+        """Whether keys take part in solutions beside those of the turn: of text or of earlier turns."""
+        return any(past.count > 0 for past in self.past_keys.values())
+
     @abstractmethod
     def begin(self, name: str, moment: torch.Tensor) -> None:
         """Take the second moment of a module's keys over text, mean of h h^T, ``[k, k]`` float64."""

@@ -64,10 +64,10 @@ class LocateTurn(Turn):
             with report.timed("outcomes"):
                 self._look()
                 report.failed = self._failures([index for index, holds in enumerate(self.holds) if not holds])
-        captured = self._captured(written, targets)
-        work.solver.remember(self.kind, captured, self.sequences, self.owners)
+        captured, past_keys = self._captured(written, targets), work.solver.holds_keys
         owners = torch.tensor(self.owners, device="cpu")
-        return [AppliedPass(captured, written.updates, owners, ridge, True, step)] if keep else []
+        work.solver.remember(self.kind, captured, self.sequences, self.owners)
+        return [AppliedPass(captured, written.updates, owners, ridge, past_keys, step)] if keep else []
 
     def _write_guarded(
         self, interrupts: InterruptGuard, prefixes: Sequence[Sequence[tuple[int, ...]]], targets: Targets

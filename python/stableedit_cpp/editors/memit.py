@@ -70,6 +70,10 @@ class _Solver(LocateSolver):
         self._text: dict[str, PastKeys] = {}  # where no past keys come to it, it stays as it is, factor and all
         self._ridges: dict[str, float] = {}
 
+    @property
+    def holds_keys(self) -> bool:
+        return True
+
     def begin(self, name: str, moment: torch.Tensor) -> None:
         weight = self.config.text_weight
         self._ridges[name] = self.config.ridge * weight * float(moment.diagonal().mean())
