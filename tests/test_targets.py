@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stableedit_cpp.editors.targets import find_targets
 from stableedit_cpp.errors import ModelBroken
+from stableedit_cpp.model.prefixes import pack_behind
+from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
 from support.captures import flags_of
 from support.located import FACTS, layer_module, located, options, plain_target
@@ -133,3 +137,17 @@ def test_what_comes_before_the_subject_ends_is_run_once(architecture, monkeypatc
     if architecture in ("gpt2", "llama"):
         assert trunk.in_use
         assert sum(tokens) < 0.8 * full
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30), budget=st.integers(1, 60)
+)
+def test_batches_behind_prefixes_hold_every_sequence_once_and_no_more_tokens_than_asked(shapes, budget):
+    sequences = [TokenSequence(tuple(range(skip + rest)), (0,)) for skip, rest in shapes]
+    skips = [skip for skip, _ in shapes]
+    batches = pack_behind(sequences, skips, budget, torch.device("cpu"))
+    assert sorted(index for indices, _ in batches for index in indices) == list(range(len(shapes)))
+    for indices, skip in batches:
+        assert skip == min(skips[index] for index in indices)
+        size = len(indices) * (max(len(sequences[index]) for index in indices) - skip)
+        assert size <= budget or len(indices) == 1

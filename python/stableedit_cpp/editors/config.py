@@ -65,6 +65,7 @@ class EditorConfig:
     """
 
     editor: ClassVar[str]
+    warms_up: ClassVar[bool] = True  # whether a training stream first is of use, with a step that is a number
 
     edit_modules: list[str] | None = None
     step_size: float | Literal["auto"] = 3.5e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.files.words import check_whole
@@ -42,6 +43,8 @@ class LocateConfig(EditorConfig):
             the squared length of what the layer gives now.
         target_loss: a request whose loss is below it is done, in nats.
     """
+
+    warms_up: ClassVar[bool] = False
 
     step_size: float = 1.0
     text_statistics: str | None = None

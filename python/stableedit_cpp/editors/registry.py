@@ -151,7 +151,7 @@ def named_editor(name: str, changes: Mapping[str, object] | None = None) -> Name
     load_plugins()
     if Path(name).suffix == ".json":
         config = load_config(name)
-        warm_up = config.step_size != "auto"  # which depends on no earlier turn
+        warm_up = config.warms_up and config.step_size != "auto"  # which depends on no earlier turn
         found = NamedEditor(Path(name).stem, config, warm_up, f"config {name}")
     elif name in EDITORS:
         found = EDITORS[name]

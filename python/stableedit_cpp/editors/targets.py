@@ -264,16 +264,17 @@ class _Search:
 
     def _each(self, indices: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         """Of each sequence the sum of cross-entropies, or where it is a subject alone, KL(changed || unchanged)."""
-        sizes = [len(self.sequences[index].answer) for index in indices]
-        log = logits.log_softmax(-1)
-        values = []
-        for index, part in zip(indices, log.split(sizes), strict=True):
-            if index in self.subjects:
-                values.append((part.exp() * (part - self.unchanged[index])).sum())
-            else:
-                labels = torch.tensor(self.sequences[index].answer, device=part.device)
-                values.append(-part.gather(1, labels[:, None]).sum())
-        return torch.stack(values)
+        rows = [(place, token) for place, index in enumerate(indices) for token in self.sequences[index].answer]
+        places = torch.tensor([place for place, _ in rows], device=logits.device)
+        labels = torch.tensor([token for _, token in rows], device=logits.device)
+        values = F.cross_entropy(logits, labels, reduction="none")
+        alone = [row for row, (place, _) in enumerate(rows) if indices[place] in self.subjects]
+        if alone:  # their one row has no label
+            changed = logits[alone].log_softmax(-1)
+            unchanged = torch.cat([self.unchanged[indices[rows[row][0]]] for row in alone])
+            divergence = (changed.exp() * (changed - unchanged)).sum(-1)
+            values = values.index_put((torch.tensor(alone, device=logits.device),), divergence)
+        return values.new_zeros(len(indices)).index_add(0, places, values)
 
     def _logits(
         self, indices: Sequence[int], leaf: torch.Tensor | None, *, past: DynamicCache | None = None, skip: int = 0
