@@ -25,8 +25,9 @@ from workload import add_model_options, pretrained, zsre
 def main() -> None:
     parser = new_parser(
         "Times the search of targets z for the requests of a turn: all at once, as MEMIT and AlphaEdit do it, and\n"
-        "one after the other as their released code does (seven texts of one request a batch, all of the model and\n"
-        "logits at all tokens in each step, torch.optim.Adam). Says how far the two are from each other.",
+        "one after the other as their released code does: seven texts of one request a batch, all of the model in\n"
+        "each step, logits at all tokens from the model for KL and once more for the loss, torch.optim.Adam. Says how\n"
+        "far the two are from each other.",
         "located_targets.py --requests 100 --threads 1 --json bench/results/located_targets.json",
     )
     add_model_options(parser)
@@ -99,16 +100,20 @@ def plain_target(model: nn.Module, above: nn.Module, fact: LocatedFact, how: MEM
         states[rows, ends.to(device)] += state["delta"]
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
-    handle = above.register_forward_pre_hook(change, with_kwargs=True)
+    head = model.get_output_embeddings()
+    handles = [
+        above.register_forward_pre_hook(change, with_kwargs=True),
+        head.register_forward_pre_hook(lambda _module, args: state.update(last=args[0])),
+    ]
     optimizer, before, taken = None, None, 0
     for step in range(how.target_steps):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         delta, z0 = state["delta"], state["z0"]
         optimizer = optimizer or torch.optim.Adam([delta], lr=how.target_learning_rate)
         optimizer.zero_grad()
-        log = logits.log_softmax(-1)
+        log = head(state["last"][: len(fact.texts)]).log_softmax(-1)
         loss = _loss(log, sequences, fact) + how.target_decay * delta.norm() / z0.norm() ** 2
-        after = log[-1, len(fact.about) - 1]
+        after = logits[-1, len(fact.about) - 1].log_softmax(-1)
         before = after.detach() if before is None else before
         loss = loss + how.target_kl * F.kl_div(before, after, log_target=True, reduction="sum")
         if loss < how.target_loss or step == how.target_steps - 1:
@@ -120,7 +125,8 @@ def plain_target(model: nn.Module, above: nn.Module, fact: LocatedFact, how: MEM
         if delta.norm() > most:
             with torch.no_grad():
                 delta.mul_(most / delta.norm())
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return (state["z0"] + state["delta"]).detach(), taken
 
 

@@ -86,6 +86,7 @@ RUNS = {
         ["--shape", "smollm2-135m", "--modules", 1, "--rows", 40, "--turns", 1, "--exact-turns", 1],
     ),
     "evaluation": ("identical_scores", [*TINY, "--requests", 6, "--edits", 2, "--evaluations", 2]),
+    "located_targets": ("speedup", ["--model", "{place}/model", "--data", "{place}", "--requests", 3, "--steps", 3]),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
     "reading": ("json", ["--records", 1000]),
