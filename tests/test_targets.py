@@ -151,3 +151,14 @@ def test_batches_behind_prefixes_hold_every_sequence_once_and_no_more_tokens_tha
         assert skip == min(skips[index] for index in indices)
         size = len(indices) * (max(len(sequences[index]) for index in indices) - skip)
         assert size <= budget or len(indices) == 1
+
+
+def test_a_trunk_cache_without_room_for_all_changes_nothing():
+    model, how = tiny_model("llama", torch.float64), options()
+    facts = located(tiny_tokenizer())
+    exact = found(model, "llama", facts, how, cached=False)
+    layer = model.get_submodule("model.layers.2")
+    trunk = TrunkCache(model, [layer_module(model, "model.layers.2")], max_bytes=30_000)
+    other = find_targets(model, layer, facts, how, names=NAMES, max_tokens=200, trunk=trunk)
+    assert 0 < len(trunk) < sum(len(fact.texts) + 1 for fact in facts)
+    assert torch.allclose(other.z, exact.z, rtol=1e-6, atol=1e-7)

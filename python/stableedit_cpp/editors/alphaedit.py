@@ -82,12 +82,13 @@ class _Solver(LocateSolver):
         for past in self.past_keys.values():
             past.restore(PastKeys(past.dim, config.sketch_rank))
 
-    def begin(self, name: str, moment: torch.Tensor) -> None:
+    def begin(self, name: str, moment: torch.Tensor, dtype: torch.dtype) -> None:
         relative = self.config.threshold_mode == "relative"
         try:
-            self.spaces[name] = NullSpace(moment, self.config.threshold, relative=relative)
+            space = NullSpace(moment, self.config.threshold, relative=relative)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        self.spaces[name] = space.to(dtype)
 
     def solve_located(
         self, name: str, keys: torch.Tensor, residuals: torch.Tensor, ridge: float = 1.0

@@ -55,8 +55,9 @@ class LocateSolver(Solver):
         return any(past.count > 0 for past in self.past_keys.values())
 
     @abstractmethod
-    def begin(self, name: str, moment: torch.Tensor) -> None:
-        """Take the second moment of a module's keys over text, mean of h h^T, ``[k, k]`` float64."""
+    def begin(self, name: str, moment: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take the second moment of a module's keys over text, mean of h h^T, ``[k, k]`` float64; the keys themselves
+        will be of ``dtype``."""
 
     @abstractmethod
     def solve_located(
@@ -68,7 +69,8 @@ class LocateSolver(Solver):
     def begin_all(self, text: TextStatistics, modules: Sequence[EditModule]) -> None:
         """Take the statistics of all modules."""
         for module in modules:
-            self.begin(module.name, text.second_moment(module.name).to(module.weight.device))
+            dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+            self.begin(module.name, text.second_moment(module.name).to(module.weight.device), dtype)
         self._mark.set({module.name: text.second_moment(module.name).diagonal() for module in modules})
 
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:

@@ -74,7 +74,7 @@ class _Solver(LocateSolver):
     def holds_keys(self) -> bool:
         return True
 
-    def begin(self, name: str, moment: torch.Tensor) -> None:
+    def begin(self, name: str, moment: torch.Tensor, dtype: torch.dtype) -> None:
         weight = self.config.text_weight
         self._ridges[name] = self.config.ridge * weight * float(moment.diagonal().mean())
         if name in self.past_keys:

@@ -167,7 +167,9 @@ class _Search:
                     correct[number] = (part.argmax(-1) == labels).double().mean()
                     self.z0[number] = seen[place]
         self.losses_before, self.correct_before = losses, correct
-        self.prefixes = kept if kept is not None and self._same_from(kept) else None
+        # From a prefix only the upper layers can go on, so the lower ones must be there of all.
+        whole = kept is not None and all(sequence in self.trunk for sequence in self.sequences)
+        self.prefixes = kept if whole and self._same_from(kept) else None
 
     def _keep(self, kept: Prefixes | None, cache: DynamicCache | None, indices: Sequence[int]) -> Prefixes | None:
         """What lies before the subjects' ends, which no change there reaches; None where a model keeps it otherwise."""
