@@ -144,6 +144,22 @@ def test_what_was_superseded_is_current_again(tokenizer, session):
     assert report.back == (1, 1)
 
 
+def test_what_is_replayed_follows_what_is_current(tokenizer, tmp_path):
+    session = create(tmp_path / "s", tokenizer, config=config_of(max_passes=2, replays=16))
+    facts = stream(3)
+    facts[1] |= {"variants": [{"prompt": "A variant of it is", "target": "there"}]}
+    session.edit(facts)
+    first = set(session.editor.solver.past_requests)
+    session.edit([facts[1] | {"id": "new", "target": "other"}])
+    session.revert("new")
+    assert set(session.editor.solver.past_requests) == first
+    session.revert("f2")
+    without_closing(session)
+    reopened = reopen(tmp_path / "s", tokenizer)
+    assert len(set(reopened.editor.solver.past_requests)) == len(first) - 1
+    assert_same_bits(state_of(reopened.editor), state_of(session.editor))
+
+
 def test_a_superseded_request_leaves_the_current_answer(tokenizer, session):
     facts = stream(3)
     session.edit(facts)

@@ -408,10 +408,20 @@ class Editor:
             for name, editor in self.solver.module_editors.items()
         }
 
-    def forget(self, requests: Sequence[EditRequest]) -> None:
-        """Replay these requests in no later turn: they were taken out of the model. Within a change of the weights."""
-        if self.solver.past_requests is not None:
-            self.solver.past_requests.forget(self.tokenize(requests))
+    def forget(self, requests: Sequence[EditRequest], again: Sequence[tuple[EditRequest, str]] = ()) -> None:
+        """Replay these requests in no later turn: they were taken out of the model. Within a change of the weights.
+
+        Args:
+            again: requests that answer a question again since those are gone, each with that question; replayed from
+                now on.
+        """
+        past = self.solver.past_requests
+        if past is None:
+            return
+        past.forget(self.tokenize(requests))
+        back = [self.tokenize([request])[list(request.answers).index(question)] for request, question in again]
+        numbers = list(dict.fromkeys(request.id for request, _ in again))
+        past.add(back, [numbers.index(request.id) for request, _ in again])
 
     def edit_again(
         self, requests: Sequence[EditRequest], kind: Literal["edit", "warm_up", "repair"], passes: int

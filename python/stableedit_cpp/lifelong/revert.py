@@ -82,6 +82,12 @@ class RevertReport:
         return sum(wanted), len(wanted)
 
     @property
+    def again(self) -> list[tuple[str, str]]:
+        """Requests that answer a question again, each with that question."""
+        answers = [answer for answer in self._answers if answer.follows is not None and answer.back is not None]
+        return [(answer.follows, answer.prompt.strip()) for answer in answers]
+
+    @property
     def _answers(self) -> list[RevertedRequest]:
         return [answer for request in self.requests for answer in (request, *request.variants)]
 

@@ -28,7 +28,7 @@ from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.lifelong.journal.codec import encode_updates
 from stableedit_cpp.lifelong.journal.opening import begin, editor_on, recover
-from stableedit_cpp.lifelong.journal.restore import restore
+from stableedit_cpp.lifelong.journal.restore import forget, restore
 from stableedit_cpp.lifelong.journal.writer import Recorder
 from stableedit_cpp.lifelong.naming import with_ids
 from stableedit_cpp.lifelong.repair import RepairReport, repair
@@ -354,7 +354,8 @@ class LifelongSession(SessionView):
             for number, updates in enumerate(added):
                 tensors |= encode_updates(updates, f"{number}/")
             content = {"kind": "revert", "requests": ids, "report": asdict(report), "updates": len(added)}
-            self.editor.forget([self.history.entries[id].request for id in ids])
+            content["again"] = report.again
+            forget(self, self.editor, ids, report.again)
             self._recorder.step(change, content, tensors)
             return report
 

@@ -16,7 +16,7 @@ from stableedit_cpp.lifelong.journal.codec import decode_requests, decode_turn, 
 from stableedit_cpp.lifelong.journal.snapshots import is_state
 from stableedit_cpp.lifelong.view import SessionView
 
-__all__ = ["applied_turn", "restore"]
+__all__ = ["applied_turn", "forget", "restore"]
 
 
 def restore(
@@ -87,6 +87,12 @@ def _load_snapshot(view: SessionView, editor: Editor, line: Sequence[int]) -> in
     )
 
 
+def forget(view: SessionView, editor: Editor, ids: Sequence[str], again: Sequence[tuple[str, str]]) -> None:
+    """Replay requests no more, by id; those that answer a question again instead, each with it, from now on."""
+    entries = view.history.entries
+    editor.forget([entries[id].request for id in ids], [(entries[id].request, question) for id, question in again])
+
+
 def _redo(view: SessionView, editor: Editor, step: Step) -> None:
     content = step.record.content
     with _threads(content["threads"]):
@@ -94,7 +100,7 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
             tensors = view.journal.tensors(step.record)
             for number in range(content["updates"]):
                 editor.weights.add(decode_updates(tensors, _homes(editor), f"{number}/"))
-            editor.forget([view.history.entries[id].request for id in content["requests"]])
+            forget(view, editor, content["requests"], content.get("again", []))
         elif content["factors"]:
             editor.replay(_decode(view, editor, step))
         else:
