@@ -138,7 +138,8 @@ def test_a_kill_in_a_step_costs_that_step(data, tmp_path, monkeypatch, at):
 @pytest.mark.parametrize(
     ("item", "sentence"),
     [
-        ("mend", "a step after the stream is 'repair', 'repair=BUDGET' or 'shrink=SHARE', not"),
+        ("mend", "a step after the stream is 'repair', 'repair=BUDGET', 'shrink=SHARE' or 'prune', not"),
+        ("prune=3", "prune takes no amount and no fields of a config"),
         ("repair=many", "repair must be a whole number, at least 1, or None, not 'many'"),
         ("repair=0", "repair must be a whole number"),
         ("shrink", "shrink must be"),

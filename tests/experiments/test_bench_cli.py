@@ -186,7 +186,10 @@ def test_unknown_names_are_answered_with_the_list_and_the_nearest(work, model, c
         (["--set", "floor"], "--set has 'floor'; expected FIELD=VALUE"),
         (["--geometry", -1], "geometry must be a whole number, at least 0"),
         (["--cumulative", 60], "too few for a stream of"),
-        (["--after", "repair", "mend"], "a step after the stream is 'repair', 'repair=BUDGET' or 'shrink=SHARE'"),
+        (
+            ["--after", "repair", "mend"],
+            "a step after the stream is 'repair', 'repair=BUDGET', 'shrink=SHARE' or 'prune'",
+        ),
         (["--seed", "-1"], "seeds must be a whole number"),
         (["--editor", "one-pass", "one-pass"], "two runs would be called one-pass-zsre-tiny-seed0"),
         (["--matrix", "none.yaml"], "none.yaml"),

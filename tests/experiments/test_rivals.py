@@ -26,7 +26,7 @@ def test_all_kinds_of_editors_share_a_stream_and_are_known_again(tmp_path):
     low |= {"text_statistics": str(tmp_path / "statistics.safetensors"), "texts": [str(tmp_path / "text.txt")]}
     editors = [
         {"name": "fine-tune", "edit_modules": MODULES, "epochs": 2, "search": {"step_size": [1e-3, 1e-2]}},
-        {"name": "lora", "edit_modules": MODULES, "epochs": 2},
+        {"name": "lora", "edit_modules": MODULES, "epochs": 2, "after": ["prune"]},
         {"name": "memit", **low, "search": {"text_weight": [10.0, 100.0]}},
         {"name": "alphaedit", **low},
         {"name": "rledit", "search": {"hypernetwork": [str(tmp_path / "network.safetensors")]}},
@@ -40,6 +40,7 @@ def test_all_kinds_of_editors_share_a_stream_and_are_known_again(tmp_path):
     unedited = [document["checkpoints"][0]["scores"] for document in first]
     assert unedited == unedited[:1] * 5
     assert all(document["checkpoints"][-1]["scores"]["locality_kl"]["mean"] > 0 for document in first)
+    assert first[1]["checkpoints"][-1]["after"] == "prune"
     assert first[4]["settings"]["config"]["hypernetwork"] == str(tmp_path / "network.safetensors")
     assert all(document["cost"]["turn_extra_bytes"] is not None for document in first)
 

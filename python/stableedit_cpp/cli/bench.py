@@ -85,7 +85,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--after",
         nargs="+",
         metavar="STEP",
-        help="at the end of the stream, scored after each: repair, repair=N (the N nearest to holding), shrink=SHARE",
+        help="at the end of the stream, scored after each: repair, repair=N (the N nearest to holding), shrink=SHARE, "
+        "prune",
     )
     how = parser.add_argument_group("how it edits")
     how.add_argument("--edit-modules", nargs="+", metavar="NAME", help="linear maps to edit, names or patterns")

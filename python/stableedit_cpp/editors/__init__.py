@@ -13,6 +13,8 @@ from stableedit_cpp.editors.interrupt import EditInterrupted
 from stableedit_cpp.editors.lora import LoRA, LoRAConfig
 from stableedit_cpp.editors.malmen import MALMEN, MALMENConfig
 from stableedit_cpp.editors.memit import MEMIT, MEMITConfig
+from stableedit_cpp.editors.prune import prune
+from stableedit_cpp.editors.rect import rect
 from stableedit_cpp.editors.registry import (
     EDITORS,
     NamedEditor,
@@ -64,6 +66,8 @@ __all__ = [
     "make_editor",
     "named_editor",
     "parse_config",
+    "prune",
+    "rect",
     "register_editor",
     "remembered_choice",
 ]

@@ -16,6 +16,7 @@ from stableedit_cpp.editors.dense import dense_update
 from stableedit_cpp.editors.drawing import drawn_by, share_of
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.interrupt import InterruptGuard
+from stableedit_cpp.editors.rect import rect
 from stableedit_cpp.editors.replays import PastRequests
 from stableedit_cpp.editors.solver import Solution, Solver
 from stableedit_cpp.editors.trained_config import TrainedConfig
@@ -113,7 +114,11 @@ class _TrainedTurn(Turn):
         with report.timed("training"):
             make = partial(solver.make_trainable, begin)
             updates, report.losses = train(work.model, make, sequences, names, config, drawn_by(self.sequences), **how)
-        self._trained = updates if begin is masters else self._from_present(updates, begin)
+            updates = updates if begin is masters else self._from_present(updates, begin)
+            self._trained = {
+                module.name: rect(updates[module.name], masters[module.name], config.keep_share, module.layout)
+                for module in work.weights.modules
+            }
         with report.timed("apply"):
             for name, update in self._trained.items():
                 work.weights[name].check(update)

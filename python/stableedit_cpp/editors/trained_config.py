@@ -37,6 +37,8 @@ class TrainedConfig(EditorConfig):
         shuffle: the order of each epoch, drawn by what is edited; else that of the turn.
         cumulative: a turn begins again with the unedited weights and trains on all statements so far, as breadth-first
             tuning has it: the whole stream's work grows with the square of its length.
+        keep_share: of the entries of each weight's change, in (0, 1], those that are largest beside the weight (RECT,
+            which keeps .4); 1 keeps all.
         replays: without ``cumulative``, at most so many statements of earlier turns among those of a turn.
     """
 
@@ -48,6 +50,7 @@ class TrainedConfig(EditorConfig):
     average: Literal["sample", "token"] = "sample"
     shuffle: bool = True
     cumulative: bool = False
+    keep_share: float = 1.0
     take_probability: float = 0.4
     chat_template: bool | None = None
     end_of_answer: bool = True
@@ -67,6 +70,9 @@ class TrainedConfig(EditorConfig):
         for name in ("stop_when_taken", "shuffle", "cumulative"):
             self._check_flag(name)
         check_whole("epochs", self.epochs)
+        self._check_positive("keep_share", self.keep_share)
+        if self.keep_share > 1:
+            raise ValueError(f"keep_share must be at most 1, not {self.keep_share!r}")
         if self.cumulative and self.replays:
             raise ValueError(
                 "replays have no meaning with cumulative, which trains on all statements so far; leave one out"

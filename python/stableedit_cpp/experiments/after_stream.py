@@ -1,4 +1,4 @@
-"""What is done to a model once its stream is at its end: repairs, and keeping a share of what was added."""
+"""What is done to a model once its stream is at its end: repairs, and making what was added smaller."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors import Editor, make_editor
+from stableedit_cpp.editors import Editor, make_editor, prune
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.files.words import check_whole, with_nearest
 from stableedit_cpp.lifelong.repair import repair
@@ -19,7 +19,7 @@ __all__ = ["Step"]
 
 @dataclass(frozen=True)
 class Step:
-    """A round of repair, or a shrinking.
+    """A round of repair, a shrinking, or PRUNE.
 
     Attributes:
         amount: of a repair: how many requests at most are solved again, those nearest to holding first; None takes all.
@@ -27,13 +27,17 @@ class Step:
         changes: of a repair: fields of the editor's config that are different meanwhile.
     """
 
-    kind: Literal["repair", "shrink"]
+    kind: Literal["repair", "shrink", "prune"]
     amount: float | None = None
     changes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind == "repair":
             check_whole("repair", self.amount, none=True)
+            return
+        if self.kind == "prune":
+            if self.amount is not None or self.changes:
+                raise ValueError(f"prune takes no amount and no fields of a config, not {self.to_dict()!r}")
             return
         if not isinstance(self.amount, (int, float)) or isinstance(self.amount, bool) or not 0 < self.amount <= 1:
             raise ValueError(f"shrink must be greater than 0 and at most 1, not {self.amount!r}")
@@ -42,8 +46,8 @@ class Step:
 
     @classmethod
     def parse(cls, item: str | Mapping[str, object]) -> Step:
-        """``repair``, ``repair=280`` (a budget) or ``shrink=0.9``; or as a mapping with fields of the config beside it,
-        e.g. ``{"repair": 280, "step_size": 1e-4}``, where None stands for no budget.
+        """``repair``, ``repair=280`` (a budget), ``shrink=0.9`` or ``prune``; or as a mapping with fields of the config
+        beside it, e.g. ``{"repair": 280, "step_size": 1e-4}``, where None stands for no budget.
 
         Raises:
             ValueError: for anything else.
@@ -51,9 +55,11 @@ class Step:
         if isinstance(item, str):
             kind, equals, value = item.partition("=")
             item = {kind: _number(value) if equals else None}
-        kinds = [kind for kind in ("repair", "shrink") if isinstance(item, Mapping) and kind in item]
+        kinds = [kind for kind in ("repair", "shrink", "prune") if isinstance(item, Mapping) and kind in item]
         if len(kinds) != 1:
-            raise ValueError(f"a step after the stream is 'repair', 'repair=BUDGET' or 'shrink=SHARE', not {item!r}")
+            raise ValueError(
+                f"a step after the stream is 'repair', 'repair=BUDGET', 'shrink=SHARE' or 'prune', not {item!r}"
+            )
         (kind,) = kinds
         return cls(kind, item[kind], {name: value for name, value in item.items() if name != kind})
 
@@ -98,6 +104,8 @@ class Step:
             kept = before.amount if before is not None and before.kind == "shrink" else 1.0
             editor.shrink(self.amount / kept)
             return {"kind": "shrink", "requests": 0, "seconds": {}}
+        if self.kind == "prune":
+            return {"kind": "prune", "requests": 0, "singular_values": prune(editor), "seconds": {}}
         config = self.config(editor.config)
         worker = editor
         if config != editor.config:
