@@ -32,6 +32,7 @@ def main() -> None:
     if not found:
         parser.error(f"there are no results in {options.results}")
     if "take" in found:
+        found["take of the default"] = json.loads((options.results / "take.json").read_text(encoding="utf-8"))
         found["take"] |= take_rows(options.results)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, (benchmark, draw) in CHARTS.items():
@@ -42,7 +43,7 @@ def main() -> None:
         where = f"{machine['device']}, torch {machine['torch']}, {machine['date'][:10]}"
         with chart_settings():
             figure = draw(found[benchmark])
-            figure.suptitle(f"bench/{benchmark}.py on {where}", fontsize=9)
+            figure.suptitle(f"bench/{found[benchmark]['benchmark']}.py on {where}", fontsize=9)
             (options.output / f"{name}.png").write_bytes(png_of(figure))
         print(options.output / f"{name}.png")
 
@@ -224,29 +225,24 @@ def closed_loop(result: dict) -> Figure:
 
 
 def scores(result: dict) -> Figure:
-    """The closed loop's scores, for the README: what is gained, and what is lost elsewhere."""
+    """Of the default, in chats, for the README: what is gained, and what stays elsewhere."""
     figure, (axis,) = new_figure(1, width=7.5, height=3.4)
-    records = {record["setting"]: record["points"] for record in result["settings_done"]}
-    points = {point["after"]: point for point in records["closed-loop"]}
+    row = next(row for name, row in result["rows"].items() if name.startswith("zsre-chat"))
     shown = {
-        "unedited": records["unedited"][0],
-        "after the stream": points["stream"],
-        "after one round of repairs": points["repair 1"],
-        "the same, shrunk to 0.9": points["share 0.9"],
+        "efficacy_free": "asked as edited:\nanswer right, and stops",
+        "generalization_free": "in other words:\nanswer right, and stops",
+        "generalization": "in other words:\ntokens right",
+        "locality_agreement": "unrelated questions:\ntokens as unedited",
     }
-    metrics = ("efficacy", "generalization", "specificity")
-    for index, (label, point) in enumerate(shown.items()):
-        places = [place + (index - 1.5) * 0.2 for place in range(len(metrics))]
-        colour = GREY if index == 0 else style(index - 1).color
-        drawn = axis.bar(places, [point[metric] for metric in metrics], 0.19, color=colour, label=label)
+    for index, (label, state, colour) in enumerate((("unedited", "unedited", GREY), ("edited", "edited", _OURS))):
+        places = [place + (index - 0.5) * 0.36 for place in range(len(shown))]
+        drawn = axis.bar(places, [row[state]["means"][metric] for metric in shown], 0.34, color=colour, label=label)
         axis.bar_label(drawn, fmt="%.2f", fontsize=8)
-    axis.set_xticks(range(len(metrics)), ["asked as edited", "in other words", "unrelated questions"])
+    axis.set_xticks(range(len(shown)), shown.values(), fontsize=8)
     axis.set_ylim(0, 1.1)
-    axis.set_ylabel("answer tokens right (teacher-forced)")
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper right", fontsize=8)
-    count = f"{result['settings']['edits']:,}"
-    axis.set_title(f"SmolLM2-135M, {count} ZsRE edits, closed loop", fontsize=11)
+    axis.legend(loc="upper left", fontsize=8)
+    axis.set_title(f"SmolLM2-135M, {row['edits']:,} ZsRE edits with StableEditConfig(), as chats", fontsize=11)
     return figure
 
 
@@ -294,7 +290,7 @@ def bars(axis: Axes, rows: list[tuple[str, float, str]], unit: str, steep: bool 
 CHARTS: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     draw.__name__: (draw.__name__, draw)
     for draw in (editing_math, whitening, capture, stream, scaling, evaluation, closed_loop, lora_rank, take)
-} | {"scores": ("closed_loop", scores)}
+} | {"scores": ("take of the default", scores)}
 
 if __name__ == "__main__":
     main()
