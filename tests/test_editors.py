@@ -331,7 +331,7 @@ class TestInterrupt:
         """The weights are written, so the turn stands: statistics and weights belong together."""
         editor = make(tokenizer)
 
-        def accept(_step_size):  # called right after
+        def accept(_step_size, _ridge):  # called right after
             assert weight_of(editor).ne(tiny_model("llama").get_submodule(MODULES[0]).weight).any()
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)

@@ -233,6 +233,26 @@ class TestANumberInThePlaceOfTheDefault:
         assert len(facts) - len(turn.failed) == max(turn.taken)
 
 
+def test_a_turn_that_comes_to_a_halt_has_less_ridge(tokenizer):
+    """From the third pass on, a tenth after each pass that helped no request; and no step of such a pass is a measure
+    for others, also where the turn is done again from its record."""
+    facts = [fact for fact in FACTS if fact["target"] in ("Au", "A", "4")]
+    turns, model = [], roomy_model("gptj")
+    editor = se.StableEdit(model, tokenizer, se.StableEditConfig(), guard=None)
+    other = se.StableEdit(roomy_model("gptj"), tokenizer, se.StableEditConfig(), guard=None)
+    editor.on_turn = turns.append
+    report = editor.edit(facts, progress=False).turns[0]
+    ridges = [applied.ridge for applied in turns[0].passes]
+    halts = [report.taken[number] <= report.taken[number - 1] for number in range(2, report.passes)]
+    expected = [10.0, 10.0, *(10.0 * 0.1 ** sum(halts[: number + 1]) for number in range(len(halts)))]
+    assert any(halts)
+    assert ridges == pytest.approx([10.0, *expected[: len(ridges) - 1]])
+    steps = [applied.step_size for applied in turns[0].passes if applied.ridge == 10.0]
+    assert editor.solver.step.recent == steps
+    other.replay(turns[0])
+    assert_same_bits(state_of(other), state_of(editor))
+
+
 @pytest.mark.parametrize("value", ["automatic", "", 0, -1.0, float("nan"), True])
 def test_other_step_sizes_are_refused(value):
     with pytest.raises(ValueError, match="step_size must be"):

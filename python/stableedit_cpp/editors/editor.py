@@ -382,7 +382,8 @@ class Editor:
 
         def work(_before: Checkpoint) -> None:
             for number, applied in enumerate(turn.passes):
-                self.solver.replay(turn.kind, number, applied.captured, applied.step_size)
+                self.solver.replay(turn.kind, number, applied.captured)
+                self.solver.accept(applied.step_size, applied.ridge)
                 self.weights.apply(applied.updates)
             sequences = self.tokenize(turn.requests) if self.solver.past_requests is not None else ()
             first = turn.passes[0].captured if turn.passes else None

@@ -83,7 +83,7 @@ class LocateSolver(Solver):
     def devices(self) -> dict[str, torch.device]:
         return super().devices() | {"text_statistics": torch.device("cpu")}
 
-    def replay(self, kind: str, number: int, captured: CapturedTurn, step_size: float) -> None:
+    def replay(self, kind: str, number: int, captured: CapturedTurn) -> None:
         """Nothing: all that a turn leaves here is what ``remember`` adds."""
 
 

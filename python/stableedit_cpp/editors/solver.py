@@ -206,13 +206,14 @@ class Solver(ABC):
             names = ", ".join(module.name for modules in self.groups.values() for module in modules)
             raise NoStep(f"no step can be chosen for edit_modules {names}: {error}") from None
 
-    def accept(self, step_size: float) -> None:
-        """Remember the step of a pass that was applied."""
-        if self.step is not None:
+    def accept(self, step_size: float, ridge: float) -> None:
+        """Remember the step of a pass that was applied; not that of one whose ridge was eased, which asks for steps of
+        another size."""
+        if self.step is not None and ridge >= self.config.ridge:
             self.step.accept(step_size)
 
-    def replay(self, kind: str, number: int, captured: CapturedTurn, step_size: float) -> None:
-        """Do to the statistics what observing, solving and applying a pass did, bit for bit, without solving it.
+    def replay(self, kind: str, number: int, captured: CapturedTurn) -> None:
+        """Do to the statistics what observing and solving a pass did, bit for bit, without solving it.
 
         Solving changes nothing but the whitener, which it renews where that is due.
         """
@@ -222,7 +223,6 @@ class Solver(ABC):
             for module in modules:
                 gradients = captured.value_gradients[module.name].to(device)
                 self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
-        self.accept(step_size)
 
     def remember(
         self, kind: str, captured: CapturedTurn | None, sequences: Sequence[TokenSequence], owners: Sequence[int]

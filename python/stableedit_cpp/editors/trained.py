@@ -53,7 +53,7 @@ class TrainedSolver(Solver):
     def observe(self, kind: str, number: int, captured: CapturedTurn) -> dict[str, str]:
         return {}
 
-    def replay(self, kind: str, number: int, captured: CapturedTurn, step_size: float) -> None:
+    def replay(self, kind: str, number: int, captured: CapturedTurn) -> None:
         pass
 
     def earlier(self, kind: str, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

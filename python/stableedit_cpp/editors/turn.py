@@ -310,7 +310,7 @@ class Turn:
             self._apply(solution)
         else:
             solution, ridge = self._apply_guarded(work.guard, captured, solution)
-        work.solver.accept(solution.step_size)
+        work.solver.accept(solution.step_size, ridge)
         report.passes += 1
         return solution, ridge
 
