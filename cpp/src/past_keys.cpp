@@ -2,11 +2,12 @@
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/triu.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -29,6 +30,12 @@ at::Tensor cholesky(const at::Tensor& system) {
   return factor;
 }
 
+// The solution of a system by its lower Cholesky factor. at::cholesky_solve would copy the factor.
+at::Tensor solve_with(const at::Tensor& factor, const at::Tensor& right) {
+  const at::Tensor half = at::linalg_solve_triangular(factor, right, /*upper=*/false);
+  return at::linalg_solve_triangular(factor.t(), half, /*upper=*/true);
+}
+
 }  // namespace
 
 PastKeys::PastKeys(int64_t dim, int64_t rank) : dim_(dim), rank_(rank) {
@@ -47,9 +54,24 @@ PastKeys PastKeys::seeded(const at::Tensor& moment, double weight, int64_t count
   check_finite(moment, "moment");
   PastKeys past(moment.size(0));
   past.count_ = count;
-  past.moment_ = moment.detach().to(compute_dtype(moment)) * weight;
+  past.moment_ = at::triu(moment.detach().to(compute_dtype(moment))).mul_(weight);
+  past.packed_ = true;
   past.rows_ = at::empty({0, past.dim_}, past.moment_.options());
   return past;
+}
+
+// The upper triangle of the moment, wherever it is kept; not defined where there is none.
+at::Tensor PastKeys::moment() const {
+  if (!diagonal_.defined()) return moment_;
+  at::Tensor moment = at::triu(factor_, 1).contiguous();
+  moment.diagonal().copy_(diagonal_);
+  return moment;
+}
+
+// Before the factor goes.
+void PastKeys::unpack() {
+  moment_ = moment();
+  diagonal_.reset();
 }
 
 void PastKeys::update(const at::Tensor& keys) {
@@ -78,12 +100,15 @@ void PastKeys::append(const at::Tensor& keys) {
 
 // Exact: the keys since the last fold become part of the moment.
 void PastKeys::fold() {
+  unpack();
   if (!moment_.defined()) moment_ = at::zeros({dim_, dim_}, rows_.options());
   moment_ = add_symmetric_product(moment_, rows_);
+  if (packed_) moment_.triu_();
   rows_ = at::empty({0, dim_}, rows_.options());
   pieces_.clear();
   factor_.reset();
   solved_.reset();
+  gram_.reset();
 }
 
 // Sketched: the r largest directions stay, less the (r+1)-th squared singular value.
@@ -106,10 +131,18 @@ void PastKeys::factorise() {
   system.diagonal().add_(ridge_);
   factor_ = cholesky(system.t());
   ++factorisations_;
+  if (!packed_) return;
+  diagonal_ = moment_.diagonal().clone();
+  constexpr int64_t kBlock = 512;  // rows at once, to keep the temporary small
+  for (int64_t begin = 0; begin < dim_; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, dim_);
+    factor_.slice(0, begin, end).add_(at::triu(moment_.slice(0, begin, end), begin + 1));
+  }
+  moment_.reset();
 }
 
 at::Tensor PastKeys::base_solve(const at::Tensor& rows) const {
-  if (factor_.defined()) return at::cholesky_solve(rows.t(), factor_).t().contiguous();
+  if (factor_.defined()) return solve_with(factor_, rows.t()).t().contiguous();
   return rows / (ridge_ + weight_ * shrinkage_);
 }
 
@@ -120,17 +153,24 @@ void PastKeys::prepare(double weight, double ridge) {
   PastKeys next = *this;
   next.weight_ = weight;
   next.ridge_ = ridge;
-  if (!same) next.factor_.reset();
-  if (moment_.defined() && !next.factor_.defined()) next.factorise();
-  if (!same || !moment_.defined()) next.solved_.reset();  // without a moment, the base is a scalar
+  if (!same) {
+    next.unpack();
+    next.factor_.reset();
+  }
+  if (next.moment_.defined() && !next.factor_.defined()) next.factorise();
+  if (!same || rank_ > 0) {  // the rows of a sketch are others whenever it shrinks
+    next.solved_.reset();
+    next.gram_.reset();
+  }
   next.solve_rows();
-  at::Tensor inner = at::mm(rows_, next.solved_.t()).to(at::kDouble);
+  at::Tensor inner = next.gram_.clone();
   inner.diagonal().add_(1.0 / weight);
   next.inner_ = cholesky(inner);
   *this = std::move(next);
 }
 
 // Piece by piece, so that the bits do not depend on when this is called, before or after a restart.
+// What a piece adds to the product of rows and solutions are the rows that end in it.
 void PastKeys::solve_rows() {
   std::vector<at::Tensor> solved;
   int64_t begin = 0;
@@ -141,6 +181,17 @@ void PastKeys::solve_rows() {
     begin += size;
   }
   solved_ = solved.empty() ? rows_ : at::cat(solved);
+  at::Tensor gram = at::zeros({begin, begin}, rows_.options().dtype(at::kDouble));
+  if (done > 0) gram.narrow(0, 0, done).narrow(1, 0, done).copy_(gram_);
+  int64_t end = 0;
+  for (const int64_t size : pieces_) {
+    end += size;
+    if (end <= done) continue;
+    gram.narrow(0, end - size, size)
+        .narrow(1, 0, end)
+        .copy_(at::mm(rows_.narrow(0, end - size, size), solved_.narrow(0, 0, end).t()));
+  }
+  gram_ = gram;
 }
 
 at::Tensor PastKeys::solve(const at::Tensor& keys, double weight, double ridge) {
@@ -157,7 +208,7 @@ at::Tensor PastKeys::solve(const at::Tensor& keys, double weight, double ridge) 
   if (rows_.size(0) == 0) return base.to(rows.scalar_type());
   // Woodbury: (base + weight U^T U)^(-1), U the rows that the base does not hold.
   const at::Tensor cross = at::mm(rows_, base.t()).to(at::kDouble);
-  const at::Tensor mix = at::cholesky_solve(cross, inner_).to(base.scalar_type());
+  const at::Tensor mix = solve_with(inner_, cross).to(base.scalar_type());
   return at::addmm(base, mix.t(), solved_, 1.0, -1.0).to(rows.scalar_type());
 }
 
@@ -170,8 +221,8 @@ at::Tensor PastKeys::second_moment() const {
   at::Tensor total = at::zeros({dim_, dim_}, at::kDouble);
   if (count_ == 0) return total;
   total = total.to(rows_.device());
-  if (moment_.defined()) {
-    const at::Tensor upper = moment_.to(at::kDouble).triu();
+  if (has_moment()) {
+    const at::Tensor upper = moment().to(at::kDouble).triu();
     total = upper + upper.triu(1).t();
   }
   const at::Tensor rows = rows_.to(at::kDouble);

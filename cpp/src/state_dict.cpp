@@ -247,7 +247,7 @@ StateDict PastKeys::state_dict() const {
                   {"count", integer_field(count_)},
                   {"shrinkage", number_field(shrinkage_)},
                   {"pieces", pieces}};
-  if (moment_.defined()) state["moment"] = moment_;
+  if (has_moment()) state["moment"] = moment();
   if (rows_.defined()) state["rows"] = rows_;
   return state;
 }
@@ -270,6 +270,8 @@ PastKeys PastKeys::from_state_dict(const StateDict& state) {
       past.moment_ = reader.tensor("moment", 2);
       fits = fits && past.moment_.size(0) == dim && past.moment_.size(1) == dim &&
              past.moment_.scalar_type() == past.rows_.scalar_type();
+      // Without a seed, the blocks of the diagonal are whole, in the states of all versions.
+      past.packed_ = fits && !past.moment_.tril(-1).any().item<bool>();
     }
   }
   TORCH_CHECK_VALUE(fits, "the tensors in the state of a PastKeys do not fit its dim = ", dim,

@@ -128,6 +128,17 @@ TEST_P(PastKeysByDtype, ASeedIsAWeightedMomentThatUpdatesAddTo) {
     EXPECT_TRUE(close(ridge_update(keys, targets, kRidge, past, 1.0).dense(), expected.transpose(),
                       tolerance));
     EXPECT_EQ(past.factorisations(), turn < 3 ? 1 : 2);
+    const Matrix moment = system - kRidge * Matrix::Identity(kDim, kDim);
+    EXPECT_TRUE(close(past.second_moment(), moment, tolerance));
+    PastKeys other = past;  // the factor goes, and what was kept beside it stays
+    EXPECT_TRUE(close(other.solve(keys, 0.5, 3.0),
+                      (0.5 * moment + 3.0 * Matrix::Identity(kDim, kDim))
+                          .fullPivLu()
+                          .solve(h.transpose())
+                          .transpose(),
+                      tolerance));
+    EXPECT_TRUE(same_bits(other.second_moment(), past.second_moment()));
+    EXPECT_TRUE(same_bits(other.solve(keys, 1.0, kRidge), past.solve(keys, 1.0, kRidge)));
     PastKeys loaded = PastKeys::from_state_dict(past.state_dict());
     EXPECT_TRUE(same_bits(loaded.solve(keys, 1.0, kRidge), past.solve(keys, 1.0, kRidge)));
     const at::Tensor batch = to_tensor(oracle::correlated(4, kDim, 20 + turn), GetParam());

@@ -73,6 +73,25 @@ def test_memit_is_a_seed_of_the_past_keys(dtype, relative_ridge, tolerance):
     assert past.factorisations == 1
 
 
+def test_a_seed_survives_its_factor():
+    """Which is kept in the same matrix: as moment, in a state, for other weights and under further keys."""
+    keys, past, fresh = rows(3, K, 6), PastKeys.seeded(moment(), 3.0), PastKeys.seeded(moment(), 3.0)
+    for turn in range(12):  # folded every third turn
+        past.solve(keys, weight=1.0, ridge=0.1 + turn % 2)
+        assert torch.equal(past.second_moment, fresh.second_moment)
+        ours, theirs = past.state_dict(), fresh.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        again = PastKeys.from_state_dict(ours)
+        for one in (past, fresh, again):
+            one.update(rows(3, K, 20 + turn))
+        solved = [one.solve(keys, weight=0.5, ridge=0.2) for one in (past, again)]
+        assert torch.equal(*solved)
+        expected = torch.linalg.solve(0.5 * past.second_moment + 0.2 * torch.eye(K, dtype=torch.float64), keys.T).T
+        torch.testing.assert_close(solved[0], expected)
+    total = 3.0 * moment() + sum(r.T @ r for r in (rows(3, K, 20 + turn) for turn in range(12)))
+    torch.testing.assert_close(past.second_moment, total)
+
+
 def test_both_survive_a_state_file(tmp_path):
     space, past = NullSpace(moment(), 0.1, relative=True).to(torch.float32), PastKeys.seeded(moment(), 3.0)
     past.update(rows(2, K, 5))

@@ -35,8 +35,9 @@ class STABLEEDIT_API PastKeys {
 
   /// Exact, and begun with C = weight * moment instead of nothing: what MEMIT holds an update off
   /// (Meng et al. 2023, arXiv 2210.07229, equation 14, with a mean over text for the moment). While
-  /// no key is added to it, one factorisation serves for ever. Everything is computed in the dtype
-  /// of the moment, float32 at least: float64 where the ridge is to be next to nothing.
+  /// no key is added to it, one factorisation serves for ever, kept with C in one matrix.
+  /// Everything is computed in the dtype of the moment, float32 at least: float64 where the ridge
+  /// is to be next to nothing.
   /// \param moment `[k, k]`, of which the upper triangle is read
   /// \param weight finite, positive
   /// \param count how many keys the moment stands for, at least 1: where `count()` begins
@@ -80,6 +81,9 @@ class STABLEEDIT_API PastKeys {
   int64_t factorisations() const { return factorisations_; }
 
  private:
+  bool has_moment() const { return moment_.defined() || diagonal_.defined(); }
+  at::Tensor moment() const;
+  void unpack();
   void append(const at::Tensor& keys);
   void fold();
   void shrink();
@@ -93,8 +97,11 @@ class STABLEEDIT_API PastKeys {
   int64_t rank_;
   int64_t count_ = 0;
   double shrinkage_ = 0.0;
-  at::Tensor moment_;  // [k, k], upper triangle, of the keys that are not in rows_; exact only
-  at::Tensor rows_;    // [m, k], keys since the last fold, or the sketch B
+  at::Tensor moment_;    // [k, k], upper triangle, of the keys that are not in rows_; exact only
+  bool packed_ = false;  // begun with a seed: while there is a factor, its upper triangle is that
+                         // of the moment, and moment_ is not defined
+  at::Tensor diagonal_;          // [k], that of the moment then
+  at::Tensor rows_;              // [m, k], keys since the last fold, or the sketch B
   std::vector<int64_t> pieces_;  // how many of rows_ came together
 
   // Functions of the above, bit for bit, for one weight and ridge. base = weight * moment + ridge
@@ -103,7 +110,8 @@ class STABLEEDIT_API PastKeys {
   double ridge_ = 0.0;
   at::Tensor factor_;  // [k, k], Cholesky factor of base
   at::Tensor solved_;  // [m, k], rows_ base^(-1)
-  at::Tensor inner_;   // [m, m] float64, Cholesky factor of rows_ base^(-1) rows_^T + I / weight
+  at::Tensor gram_;  // [m, m] float64, rows_ base^(-1) rows_^T, of which the lower triangle is read
+  at::Tensor inner_;  // [m, m] float64, Cholesky factor of gram_ + I / weight
   int64_t factorisations_ = 0;
 };
 
