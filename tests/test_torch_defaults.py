@@ -49,6 +49,14 @@ def others(test):
     return pytest.mark.parametrize("different", different, ids=["float64", "bfloat16", "meta"])(test)
 
 
+def trained(model, tokenizer) -> dict[str, torch.Tensor]:
+    """By an editor with a hypernetwork."""
+    editor = se.RLEdit(model, tokenizer, se.RLEditConfig(**CONFIG, rank=4, past_sample=2), guard=None)
+    editor.train(RECORDS, progress=False)
+    editor.edit(RECORDS)
+    return {f"{part}/{name}": t.clone() for part, fields in editor.state_dict().items() for name, t in fields.items()}
+
+
 def edited(model, tokenizer) -> tuple[dict[str, torch.Tensor], se.Scores]:
     config = se.StableEditConfig.one_pass(**CONFIG, max_passes=3, past_key_weight=0.05)
     editor = se.StableEdit(model, tokenizer, config)
@@ -70,6 +78,14 @@ def test_edit_and_evaluate(dtype, different, tokenizer):
     expected, expected_scores = edited(usual, tokenizer)
     assert_same_bits(state, expected)
     assert scores == expected_scores
+
+
+@others
+def test_training_of_a_hypernetwork(dtype, different, tokenizer):
+    model, usual = tiny_model("llama", dtype), tiny_model("llama", dtype)
+    with defaults(**different):
+        state = trained(model, tokenizer)
+    assert_same_bits(state, trained(usual, tokenizer))
 
 
 @others

@@ -36,11 +36,11 @@ def answer_distributions(
     model: nn.Module, sequences: Sequence[TokenSequence], *, max_tokens: int, trunk: TrunkCache | None = None
 ) -> list[torch.Tensor]:
     """The model's logits along each answer, ``[answer tokens, vocabulary]``, in its dtype and in host memory."""
-    found: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+    found: dict[int, torch.Tensor] = {}
     for batch in batches(model, sequences, max_tokens=max_tokens, trunk=trunk):
         for index, logits in zip(batch.indices, batch.logits.cpu().split(batch.sizes), strict=True):
             found[index] = logits.clone()
-    return found
+    return [found[index] for index in range(len(sequences))]
 
 
 def visit_loss(
@@ -128,8 +128,11 @@ class _Tap:
 def _loss(logits: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
     if reference is None:
         return F.cross_entropy(logits, labels, reduction="sum")
-    expected = reference.to(logits).log_softmax(-1)
-    return F.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
+    expected, found = reference.to(logits).log_softmax(-1), logits.log_softmax(-1)
+    # What the reference rules out counts nothing; zero times infinity would be NaN, in the gradient, too.
+    possible = expected > -torch.inf
+    difference = torch.where(possible, expected, 0.0) - torch.where(possible, found, 0.0)
+    return (expected.exp() * difference).sum()
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,4 +146,5 @@ def _places(keys: torch.Tensor, batch, sizes: Sequence[int]) -> tuple[torch.Tens
         rows = batch.attention_mask.flatten().nonzero().flatten().cpu()
         return rows, rows // batch.input_ids.shape[1]
     # The output embedding sees nothing but answer positions (see answer_logits).
-    return torch.arange(len(batch.labels)), torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    owners = [owner for owner, size in enumerate(sizes) for _ in range(size)]
+    return torch.arange(len(owners), device="cpu"), torch.tensor(owners, device="cpu")
