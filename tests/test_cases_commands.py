@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -303,3 +304,55 @@ def run(*arguments: str, **more) -> subprocess.CompletedProcess:
 def test_version():
     found = run("--version")
     assert found.returncode == 0 and found.stdout.strip() == f"stableedit {se.__version__}"
+
+
+@pytest.mark.parametrize("metric", ["exact-match", "exact_match"])
+def test_names_with_hyphens_and_underscores(made, monkeypatch, capsys, metric):
+    monkeypatch.chdir(made)
+    command = ["evaluate", "--model", "d1", "--requests", "day1.jsonl", "--metrics", metric, "--json"]
+    assert main(command) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert "efficacy_exact_match" in scores
+    model, tokenizer = se.load_model("d1")
+    assert (
+        se.evaluate(model, tokenizer, FACTS[:3], metrics=[metric], progress=False)["efficacy_exact_match"].scored == 3
+    )
+    matrix = se.experiments.Matrix.from_mapping({"models": ["d1"], "datasets": ["day1.jsonl"], "metrics": [metric]})
+    (settings,) = matrix.runs(progress=False)
+    assert settings.metrics == ("exact_match",)
+
+
+def test_with_json_the_output_is_the_result_alone(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    commands = [
+        ["evaluate", "--model", "d1", "--requests", "day1.jsonl", "--output", str(tmp_path / "scores.json")],
+        ["session", "evaluate", "session", "--output", str(tmp_path / "session.json")],
+        ["datasets", "show", "day1.jsonl"],
+        ["side-effects", "--model", "d1", "--perplexity", "plain=day1.txt", "--output", str(tmp_path / "effects.json")],
+        ["edit", "--model", "base", "--requests", "day1.jsonl", *EDIT, "--no-guard", "--output", str(tmp_path / "out")],
+    ]
+    (made / "day1.txt").write_text("Some text that goes on for a while. " * 20)
+    for command in commands:
+        assert main([*command, "--json"]) == 0
+        assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+def test_options_with_underscores(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    options = [word.replace("--edit-modules", "--edit_modules").replace("--step-size", "--step_size") for word in EDIT]
+    edit = ["edit", "--model", "base", "--requests", "day1.jsonl", *options, "--no_guard", "--output"]
+    assert main([*edit, str(tmp_path / "out")]) == 0
+    assert tree(tmp_path / "out")["model.safetensors"] == tree(made / "d1")["model.safetensors"]
+
+
+def test_completion(made):
+    pytest.importorskip("argcomplete")
+    line = "stableedit evaluate --refer"
+    environment = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(made / "completions"),
+    }
+    run(env={**os.environ, **environment})
+    assert (made / "completions").read_text().strip().startswith("--reference")

@@ -132,7 +132,7 @@ def test_help_lists_the_commands(capsys):
         ["evaluate", "--model", "m", "--requests", "r.json", "--limit", "0"],
         ["evaluate", "--model", "m", "--requests", "r.json", "--limit", "many"],
         ["edit", "--model", "m", "--requests", "r", "--output", "o", "--step-size", "small"],
-        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--editor", "memit"],
+        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--editor", "no-such-editor"],
         ["edit", "--model", "m", "--requests", "r", "--output", "o", "--turn-size", "-1"],
         ["edit", "--model", "m", "--requests", "r", "--output", "o", "--edit-modules"],
         ["evaluate", "--model", "m", "--requests", "r.json", "--dtype", "int8"],

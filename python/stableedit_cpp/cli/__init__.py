@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 a defect of this program, 2 bad input, 130 interrupted, 141 output not read.
     """
     settle()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [_hyphened(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         options = _parser(argv).parse_args(argv)
         check_outputs(options)
@@ -62,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
 
+def _hyphened(word: str) -> str:
+    """``--edit_modules`` is ``--edit-modules``: Python and YAML have the underscore."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of the command that is called, with the names of the others."""
     parser = argparse.ArgumentParser(
@@ -76,13 +82,18 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         help="print the CMAKE_PREFIX_PATH with which C++ projects find stableedit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    called = next((word for word in argv if not word.startswith("-")), None)
+    words = os.environ.get("COMP_LINE", "").split()[1:] if "_ARGCOMPLETE" in os.environ else argv
+    called = next((word for word in words if not word.startswith("-")), None)
     for name, summary in _COMMANDS.items():
         if name == called:
             command = importlib.import_module(f"stableedit_cpp.cli.{name.replace('-', '_')}")
             command.add_parser(commands).set_defaults(run=command.run)
         else:
             commands.add_parser(name, help=summary)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     return parser
 
 

@@ -10,17 +10,21 @@ from stableedit_cpp.cli.datasets import add_variants_option, variants_of
 from stableedit_cpp.cli.options import (
     DTYPES,
     add_form_options,
+    add_json_option,
     add_trust_option,
     form_settings,
+    hyphened,
     load_any,
     new_parser,
+    note,
     positive,
+    show,
     step_size,
 )
 from stableedit_cpp.data import parse_fields
 from stableedit_cpp.editors.registry import load_plugins
 from stableedit_cpp.evaluation import METRICS
-from stableedit_cpp.experiments import EDITORS, Matrix, read_yaml, run_matrix
+from stableedit_cpp.experiments import EDITORS, Matrix, read_results, read_yaml, run_matrix
 
 __all__ = ["add_parser", "run"]
 
@@ -108,7 +112,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     measured.add_argument("--sample", type=positive, metavar="N", help="edits scored at a checkpoint (default: all)")
     measured.add_argument("--age-sample", type=positive, metavar="N", help="in each bin of ages (default 100)")
     names = [metric.replace("_", "-") for metric in METRICS]
-    measured.add_argument("--metrics", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    measured.add_argument(
+        "--metrics", nargs="+", type=hyphened, choices=names, metavar="NAME", help=f"of {', '.join(names)}"
+    )
     measured.add_argument(
         "--geometry", type=int, metavar="N", help="compare updates with N earlier ones (0: not at all)"
     )
@@ -126,6 +132,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--snapshot-every", type=float, default=60.0, metavar="SECONDS", help="a kill costs at most that"
     )
+    add_json_option(parser)
     parser.add_argument("--keep-state", action="store_true", help="keep weights and statistics of finished runs")
     return parser
 
@@ -141,10 +148,10 @@ def run(options: argparse.Namespace) -> int:
         keep_state=options.keep_state,
     )
     output = Path(options.output)
-    print((output / "table.md").read_text(encoding="utf-8"))
-    if options.experiment == "theory":
-        print((output / "theory.md").read_text(encoding="utf-8"))
-    print(f"Results are in {output}; table.md compares the runs")
+    files = ["table.md", *(["theory.md"] if options.experiment == "theory" else [])]
+    documents = [run.document for run in read_results([output]).runs] if options.json else []
+    show(options, documents, "\n".join((output / name).read_text(encoding="utf-8") for name in files))
+    note(options, f"Results are in {output}; table.md compares the runs")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from stableedit_cpp.cli.options import FILES, new_parser, positive
+from stableedit_cpp.cli.options import FILES, add_json_option, new_parser, positive, show
 from stableedit_cpp.data import FORMATS, Format, describe, parse_fields
 from stableedit_cpp.data.reading import format_of_training
 from stableedit_cpp.data.variants import MOVABLE
@@ -33,18 +33,20 @@ def add_parser(commands) -> argparse.ArgumentParser:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     listing = new_parser(actions, "ls", "list the known formats with their fields", "  stableedit datasets ls --json")
     listing.add_argument("--json", action="store_true", help="as JSON")
-    show = new_parser(actions, "show", "format, number of records, missing fields and first requests", _SHOW_EXAMPLE)
-    show.add_argument("source", metavar="FILE", help=FILES)
-    show.add_argument("--first", type=positive, default=3, metavar="N", help="requests to show (default 3)")
-    show.add_argument("--count", action="store_true", help="read to the end, also a file of more than 64 MB")
-    add_format_options(show)
+    look = new_parser(actions, "show", "format, number of records, missing fields and first requests", _SHOW_EXAMPLE)
+    look.add_argument("source", metavar="FILE", help=FILES)
+    look.add_argument("--first", type=positive, default=3, metavar="N", help="requests to show (default 3)")
+    look.add_argument("--count", action="store_true", help="read to the end, also a file of more than 64 MB")
+    add_format_options(look)
+    add_json_option(look)
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     if options.action == "show":
         count = True if options.count else None
-        print(describe(options.source, first=options.first, count=count, **reading_settings(options)))
+        found = describe(options.source, first=options.first, count=count, **reading_settings(options))
+        show(options, found.to_dict(), found)
     elif options.json:
         print(json.dumps({format_.name: dict(format_.fields) for format_ in FORMATS}, indent=2))
     else:

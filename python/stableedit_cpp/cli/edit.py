@@ -19,12 +19,14 @@ from stableedit_cpp.cli.options import (
     FILES,
     add_editor_options,
     add_guard_options,
+    add_json_option,
     add_model_options,
     editor_config,
     load,
     new_parser,
     positive,
     set_guard,
+    show,
 )
 from stableedit_cpp.cli.sentence import sentence
 from stableedit_cpp.core import save_patch
@@ -82,6 +84,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--evaluate", action="store_true", help="score all requests afterwards, into the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
+    add_json_option(parser)
     return parser
 
 
@@ -133,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
             write_model(model, tokenizer, directory, read_provenance(directory))
         said.append(f"Model, {CONFIG_FILE} and {REPORT_FILE} are in {options.output}")
     # Printed last: a closed pipe must not cost the model.
-    print("\n".join(said))
+    show(options, report, "\n".join(said))
     return 0 if stop is None else 130 if isinstance(stop, KeyboardInterrupt) else 1
 
 

@@ -11,13 +11,16 @@ from stableedit_cpp.cli.options import (
     FILES,
     OWN_TEMPLATE,
     add_form_options,
+    add_json_option,
     add_metrics_option,
     add_model_options,
     form_settings,
     load,
     load_any,
     new_parser,
+    note,
     positive,
+    show,
 )
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
@@ -41,6 +44,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     add_form_options(parser, chat=f"as it was edited, where its directory says so, or else {OWN_TEMPLATE}", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N requests")
+    add_json_option(parser)
     return parser
 
 
@@ -60,16 +64,17 @@ def run(options: argparse.Namespace) -> int:
     scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, **how, progress=True)
     form = find_form(model, tokenizer, **how)
     if form != RAW:
-        print(f"asked as {form.describe(tokenizer)}")
-    print(scores)
+        note(options, f"asked as {form.describe(tokenizer)}")
+    document = {"model": options.model, "reference": options.reference, "requests": options.requests}
+    document = {**document, "form": form.describe(tokenizer), **scores.to_dict(), "environment": environment()}
+    show(options, document, scores)
     if reference is None and any(request.locality_prompt for request in requests):
-        print(
+        note(
+            options,
             "locality: not scored; say with --reference which the unedited model is, to see whether its own answers to "
-            "the unrelated prompts stay"
+            "the unrelated prompts stay",
         )
     if options.output:
-        document = {"model": options.model, "reference": options.reference, "requests": options.requests}
-        document["form"] = form.describe(tokenizer)
-        write_json(options.output, {**document, **scores.to_dict(), "environment": environment()})
-        print(f"scores and per-request values are in {options.output}")
+        write_json(options.output, document)
+        note(options, f"scores and per-request values are in {options.output}")
     return 0

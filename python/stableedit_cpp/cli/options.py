@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
+import sys
 from collections.abc import Sequence
 
 from stableedit_cpp.cli.models import DTYPES, add_model_options, add_trust_option, default_device, load, load_any
@@ -21,18 +23,22 @@ __all__ = [
     "add_editor_options",
     "add_form_options",
     "add_guard_options",
+    "add_json_option",
     "add_metrics_option",
     "add_model_options",
     "add_trust_option",
     "default_device",
     "editor_config",
     "form_settings",
+    "hyphened",
     "load",
     "load_any",
     "new_parser",
+    "note",
     "number",
     "positive",
     "set_guard",
+    "show",
     "step_size",
 ]
 
@@ -60,6 +66,7 @@ def add_metrics_option(parser: argparse.ArgumentParser, locality: str, default: 
     parser.add_argument(
         "--metrics",
         nargs="+",
+        type=hyphened,
         choices=[metric.replace("_", "-") for metric in METRICS],
         default=[metric.replace("_", "-") for metric in default],
         metavar="NAME",
@@ -108,6 +115,7 @@ def add_editor_options(parser: argparse.ArgumentParser, *, default: str = "stabl
     settings.add_argument("--config", metavar="FILE", help="JSON config; the options below override it")
     settings.add_argument(
         "--preset",
+        type=hyphened,
         choices=[editor.name for editor in presets],
         metavar="NAME",
         help="settings by name. " + ". ".join(f"{editor.name}: {editor.summary}" for editor in presets),
@@ -183,6 +191,25 @@ def step_size(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
+
+
+def hyphened(text: str) -> str:
+    """argparse type: a name as the command line spells it, exact-match for exact_match."""
+    return text.replace("_", "-")
+
+
+def add_json_option(parser) -> None:
+    parser.add_argument("--json", action="store_true", help="results as JSON on the standard output, and nothing else")
+
+
+def show(options: argparse.Namespace, document: object, text: object) -> None:
+    """Print a result: as JSON with ``--json``, else for people."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str) if options.json else text)
+
+
+def note(options: argparse.Namespace, text: str) -> None:
+    """Say where a result is, or how it was found: beside it for people, on the standard error with ``--json``."""
+    print(text, file=sys.stderr if options.json else sys.stdout)
 
 
 def number(text: str) -> float:

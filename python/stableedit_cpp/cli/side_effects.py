@@ -7,7 +7,16 @@ import json
 import tempfile
 from pathlib import Path
 
-from stableedit_cpp.cli.options import DTYPES, add_model_options, load, load_any, new_parser
+from stableedit_cpp.cli.options import (
+    DTYPES,
+    add_json_option,
+    add_model_options,
+    load,
+    load_any,
+    new_parser,
+    note,
+    show,
+)
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.files.table import Cell, Table, label, number
@@ -43,6 +52,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--maps", nargs="+", choices=MAPS, metavar="NAME", help=f"of {', '.join(MAPS)} (default both)")
     parser.add_argument("--seed", type=int, metavar="N", help="of permutations and maps (default 0)")
     parser.add_argument("--output", metavar="FILE", help="save everything as JSON")
+    add_json_option(parser)
     return parser
 
 
@@ -61,11 +71,12 @@ def run(options: argparse.Namespace) -> int:
             del model  # the two need not be in memory together
         model, tokenizer = load(options)
         after = measure(model, tokenizer, chosen, directory=states, edits=1, progress=True)
-    print(_table(before, after))
+    document = {"model": options.model, "reference": options.reference, "before": before, "after": after}
+    document["environment"] = environment()
+    show(options, document, "" if options.json else _table(before, after))
     if options.output:
-        document = {"model": options.model, "reference": options.reference, "before": before, "after": after}
-        write_json(options.output, {**document, "environment": environment()})
-        print(f"everything is in {options.output}")
+        write_json(options.output, document)
+        note(options, f"everything is in {options.output}")
     return 0
 
 

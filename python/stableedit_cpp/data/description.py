@@ -39,6 +39,12 @@ class Description:
     first: list[EditRequest]
     unused: list[str]
 
+    def to_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        format_ = {"format": self.format.name, "fields": dict(self.format.fields)}
+        rest = {"filled": self.filled, "unused": self.unused, "first": [one.to_dict() for one in self.first]}
+        return {"source": self.source, **format_, "records": self.records, "complete": self.complete, **rest}
+
     def __str__(self) -> str:
         counted = f"{self.records:,}" if self.complete else f"the first {self.records:,} of more; --count reads all"
         lines = [self.source, f"format   {self.format.name}", f"records  {counted}", ""]

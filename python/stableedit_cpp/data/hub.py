@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+
+from stableedit_cpp.files.hub import why_hub_is_silent
 
 __all__ = ["HUB_PREFIX", "read_hub_records"]
 
@@ -28,6 +31,8 @@ def read_hub_records(source: str) -> Iterator[tuple[str, dict[str, object]]]:
         import datasets
     except ImportError:
         raise ValueError(f"{source} needs the datasets package: pip install 'stableedit-cpp[hub]'") from None
+    if not Path(match["name"]).exists() and (silent := why_hub_is_silent()):
+        raise ValueError(f"cannot load {source}: {silent}")
     try:
         records = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", streaming=True)
         for index, record in enumerate(records):

@@ -153,8 +153,8 @@ def named_editor(name: str, changes: Mapping[str, object] | None = None) -> Name
         config = load_config(name)
         warm_up = config.warms_up and config.step_size != "auto"  # which depends on no earlier turn
         found = NamedEditor(Path(name).stem, config, warm_up, f"config {name}")
-    elif name in EDITORS:
-        found = EDITORS[name]
+    elif name in EDITORS or name.replace("_", "-") in EDITORS:
+        found = EDITORS[name if name in EDITORS else name.replace("_", "-")]
     else:
         raise ValueError(f"unknown editor {with_nearest(name, EDITORS)}; or a JSON config file")
     changes = dict(changes or {})

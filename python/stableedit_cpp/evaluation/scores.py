@@ -220,7 +220,7 @@ def evaluate(
     """
     model = language_model(model)
     check_tokenizer(tokenizer)
-    check_metrics(metrics, reference)
+    metrics = check_metrics(metrics, reference)
     requests = as_requests(requests)
     questions = [question for index, request in enumerate(requests) for question in _questions(index, request)]
     asked = [question.name for question in questions]
@@ -329,18 +329,21 @@ def _unrelated_ids(
     return found
 
 
-def check_metrics(metrics: Collection[str], reference: Reference | None) -> None:
-    """
+def check_metrics(metrics: Collection[str], reference: Reference | None) -> tuple[str, ...]:
+    """The metrics by their names in ``METRICS``; "exact-match", as the command line has it, is "exact_match".
+
     Raises:
         ValueError: for an unknown metric, or locality without a reference.
     """
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a list of names, not the text {metrics!r}")
+    metrics = tuple(str(metric).replace("-", "_") for metric in metrics)
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {with_nearest(metric, METRICS)}")
     if "locality" in metrics and reference is None:
         raise ValueError("locality compares with the unedited model: give reference=editor.unedited, or that model")
+    return metrics
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:

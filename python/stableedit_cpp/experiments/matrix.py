@@ -91,6 +91,7 @@ class Matrix:
     def from_mapping(cls, content: Mapping[str, object]) -> Matrix:
         """Raises ValueError for an unknown key, with the nearest; otherwise as the class."""
         known = [one.name for one in fields(cls)]
+        content = {str(key).replace("-", "_"): value for key, value in content.items()}
         for key in content:
             if key not in known:
                 raise ValueError(f"unknown setting {with_nearest(key, known)}")

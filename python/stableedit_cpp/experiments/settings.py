@@ -84,7 +84,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         for step in self.after:
             step.config(self.editor.config)
-        check_metrics(self.metrics, reference=object())
+        object.__setattr__(self, "metrics", check_metrics(self.metrics, reference=object()))
         if self.warm_up and not self.editor.warm_up:
             object.__setattr__(self, "warm_up", WarmUp("none", 0))
         if self.warm_up and self.source.warm_up is None:

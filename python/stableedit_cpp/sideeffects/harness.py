@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from stableedit_cpp.files.hub import offline_where_silent
 from stableedit_cpp.model.untouched import untouched
 
 __all__ = ["HARNESS_TASKS", "harness_scores"]
@@ -44,8 +45,9 @@ def harness_scores(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("downstream lm-eval needs it: pip install 'stableedit-cpp[harness]'") from None
+    silent = None
     try:
-        with untouched(model):
+        with offline_where_silent() as silent, untouched(model):
             report = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(tasks.values()),
@@ -56,7 +58,8 @@ def harness_scores(
             )
     except Exception as error:  # data sets, hub, network: each has errors of its own
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"lm-eval cannot run {', '.join(tasks.values())}: {reason}") from None
+        unreachable = f"{silent}, and what it needs is not in the local cache: " if silent else ""
+        raise ValueError(f"lm-eval cannot run {', '.join(tasks.values())}: {unreachable}{reason}") from None
     return {name: _scores(report, task) for name, task in tasks.items()}
 
 

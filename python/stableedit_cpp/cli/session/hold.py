@@ -7,10 +7,13 @@ import argparse
 from stableedit_cpp.cli.options import (
     add_form_options,
     add_guard_options,
+    add_json_option,
     add_metrics_option,
     form_settings,
+    note,
     positive,
     set_guard,
+    show,
 )
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened, print_json
 from stableedit_cpp.evaluation import DEFAULT_METRICS
@@ -34,6 +37,7 @@ def add_parsers(actions) -> None:
     add_metrics_option(parser, own, (*DEFAULT_METRICS, "locality"))
     add_form_options(parser, chat="as the session edits", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
+    add_json_option(parser)
     add_opening_options(parser)
 
     parser = new_action(actions, "repair", "solve again for current edits that were forgotten", _REPAIR, repair)
@@ -70,10 +74,11 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"the session {options.directory} has no current edits to score")
         metrics = [metric.replace("-", "_") for metric in options.metrics]
         scores = session.evaluate(metrics, **form_settings(options), progress=True)
-    print(scores)
+    document = {"session": options.directory, **scores.to_dict()}
+    show(options, document, scores)
     if options.output:
-        write_json(options.output, {"session": options.directory, **scores.to_dict()})
-        print(f"scores and per-request values are in {options.output}")
+        write_json(options.output, document)
+        note(options, f"scores and per-request values are in {options.output}")
     return 0
 
 
