@@ -19,6 +19,7 @@ from stableedit_cpp.editors.locate_config import LocateConfig
 from stableedit_cpp.editors.locate_turn import LocateTurn
 from stableedit_cpp.editors.locating import Locator, check_located_modules
 from stableedit_cpp.editors.solver import Solver, Statistic
+from stableedit_cpp.editors.stableedit import StableEditConfig
 from stableedit_cpp.editors.stream import names_of
 from stableedit_cpp.editors.text_mark import TextMark
 from stableedit_cpp.editors.turn import Guard, Turn
@@ -30,7 +31,7 @@ from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["LocateEditor", "LocateSolver"]
 
-_HOLDING_RIDGE = 10.0  # where answers are brought back from value gradients, as those editors have it that solve so
+_HOLDING_RIDGE = StableEditConfig.ridge  # where answers are brought back, which is done from value gradients
 
 
 class LocateSolver(Solver):
