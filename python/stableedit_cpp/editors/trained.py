@@ -85,7 +85,10 @@ class _TrainedTurn(Turn):
         for index, answer in zip(pending, read, strict=True):
             if answer.broken:
                 raise ModelBroken(f"{self.names[index]}: the loss is NaN or infinite; the turn was not applied")
-        right = [(one.top == torch.tensor(s.answer)).double().mean() for one, s in zip(read, sequences, strict=True)]
+        right = [
+            (one.top == torch.tensor(s.answer, device=one.top.device)).double().mean()
+            for one, s in zip(read, sequences, strict=True)
+        ]
         losses = torch.stack([-one.log_probability.mean() for one in read])
         nobody = torch.empty(0, dtype=torch.long, device="cpu")
         shapes = {module.name: module.shape for module in self.work.weights.modules}
