@@ -6,6 +6,7 @@ from stableedit_cpp.experiments.matrix import Matrix, read_yaml
 from stableedit_cpp.experiments.results import Results, Run, read_results, read_run
 from stableedit_cpp.experiments.run_directory import RunDirectory
 from stableedit_cpp.experiments.run_matrix import run_matrix
+from stableedit_cpp.experiments.search_settings import SearchSettings
 from stableedit_cpp.experiments.settings import RunSettings, WarmUp
 from stableedit_cpp.experiments.sources import DATASETS, Source, find_source
 from stableedit_cpp.experiments.stream_run import StreamRun
@@ -20,6 +21,7 @@ __all__ = [
     "Run",
     "RunDirectory",
     "RunSettings",
+    "SearchSettings",
     "Source",
     "Step",
     "StreamRun",
