@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from stableedit_cpp.data.knowedit import NESTED, nested_questions
 from stableedit_cpp.data.names import with_known_names
@@ -114,7 +114,7 @@ class Format:
     def _has(self, record: Mapping[str, object], own: str) -> bool:
         return own in record or ("." in own and look_up(record, own) is not None)
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """Of the fields of a record that it knows."""
         return frozenset(own.partition(".")[0] for own in self.fields.values()) | frozenset(self.fields.values())
@@ -123,6 +123,10 @@ class Format:
         """Each field as a text or None; those of ``variants`` and ``aliases`` as lists."""
         found: dict[str, object] = {"aliases": texts_in(values.get("aliases"))}
         for name, value in values.items():
+            if value is None or type(value) is str:
+                if name != "aliases":
+                    found[name] = value
+                continue
             if name == "aliases":
                 continue
             if name == "variants":
@@ -143,13 +147,15 @@ class Format:
         return found
 
     def _say_what_is_not_used(self, record: Mapping[str, object], notes: Notes) -> None:
+        if self.name not in ("stableedit", "mapped"):
+            return
         for own in map(str, record):
             if self.uses(own):
                 continue
-            meant = _slip_of(own, tuple(self.fields.values())) if self.name in ("stableedit", "mapped") else None
+            meant = _slip_of(own, tuple(self.fields.values()))
             if meant is not None and meant not in record:
                 warnings.warn(f"the field {own!r} of the records is not used; is it {meant!r}?", stacklevel=4)
-            elif self.name in ("stableedit", "mapped"):
+            else:
                 notes.add("unused", own)
 
     def _move(self, values: dict[str, object], names: Sequence[str]) -> None:
@@ -178,7 +184,7 @@ def _fill_in(values: dict[str, object]) -> None:
     """
     subject = values.get("subject")
     for name, value in values.items():
-        if isinstance(value, str) and name != "subject" and any(place in value for place in _SUBJECT):
+        if type(value) is str and "{" in value and name != "subject" and any(place in value for place in _SUBJECT):
             if isinstance(subject, str):
                 for place in _SUBJECT:
                     value = value.replace(place, subject)

@@ -24,8 +24,8 @@ def look_up(record: Mapping[str, object], path: str) -> object:
 
     Where the path ends in ``.str`` a plain text in place of the object around it will do as well.
     """
-    if path in record:
-        return record[path]
+    if path in record or "." not in path:
+        return record.get(path)
     value: object = record
     for part in path.split("."):
         if isinstance(value, Mapping):

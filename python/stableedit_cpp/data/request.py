@@ -63,13 +63,13 @@ class EditRequest:
     def __post_init__(self) -> None:
         if isinstance(self.id, Integral) and not isinstance(self.id, bool):
             object.__setattr__(self, "id", str(int(self.id)))
-        for field in fields(self):
-            if field.name not in ("variants", "aliases"):
-                required, value = field.name in ("prompt", "target"), getattr(self, field.name)
-                text = clean_text(field.name, value, required=required)
-                object.__setattr__(self, field.name, value if field.name == "id" else text)
-                if required and text != value:
-                    warnings.warn(f"blanks around the {field.name} {value!r:.60} are dropped", stacklevel=3)
+        for name in _TEXTS:
+            required, value = name in ("prompt", "target"), getattr(self, name)
+            text = clean_text(name, value, required=required)
+            if text != value and name != "id":
+                object.__setattr__(self, name, text)
+                if required:
+                    warnings.warn(f"blanks around the {name} {value!r:.60} are dropped", stacklevel=3)
         object.__setattr__(self, "variants", as_variants(self.variants, self.prompt, self.target))
         object.__setattr__(self, "aliases", self._as_aliases(self.aliases))
 
@@ -123,6 +123,9 @@ class EditRequest:
         values = {name: value for name, value in asdict(self).items() if value is not None}
         lists = {"variants": [list(pair) for pair in values.pop("variants")], "aliases": list(values.pop("aliases"))}
         return values | {name: value for name, value in lists.items() if value}
+
+
+_TEXTS = tuple(field.name for field in fields(EditRequest) if field.name not in ("variants", "aliases"))
 
 
 def requests_of(

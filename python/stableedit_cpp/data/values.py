@@ -51,6 +51,8 @@ def texts_in(value: object) -> list[object]:
 
     An empty text alone is one: it is refused where it is needed.
     """
+    if type(value) is str:
+        return [value]
     if hasattr(value, "tolist") and not isinstance(value, str):  # numpy's arrays, as pandas reads lists of Parquet
         value = value.tolist()
     if isinstance(value, Mapping) and isinstance(value.get("aliases"), list):
