@@ -53,11 +53,13 @@ def test_what_is_no_causal_language_model_is_one_sentence(kind, tokenizer):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_a_wrapped_model_is_edited_inside_and_asked_as_it_is(wrap, tokenizer):
+def test_a_wrapped_model_is_asked_as_it_is(wrap, tokenizer):
+    """And edited as it is written where it is compiled (``test_threads.py``), inside where it is on several devices."""
     model = tiny_model("llama")
     wrapped = wrap(model)
-    with pytest.raises(ValueError, match=r"edit the one inside, model\.(module|_orig_mod)"):
-        se.StableEdit(wrapped, tokenizer)
+    if wrap is nn.DataParallel:
+        with pytest.raises(ValueError, match=r"edit the one inside, model\.module"):
+            se.StableEdit(wrapped, tokenizer)
     assert se.evaluate(wrapped, tokenizer, FACTS[:2]) == se.evaluate(model, tokenizer, FACTS[:2])
     assert se.generate(wrapped, tokenizer, ["Gold is"]) == se.generate(model, tokenizer, ["Gold is"])
 

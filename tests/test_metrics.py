@@ -78,7 +78,8 @@ def assert_equals_loop(model, tokenizer, requests: list[se.EditRequest], probes:
     scores = se.evaluate(model, tokenizer, requests, metrics=["accuracy"], progress=False)
     assert {name for name, count in scores.counts().items() if count["scored"]} == probes
     for request, record in zip(requests, scores.per_request, strict=True):
-        names = PROBES | {"portability": ("multi_hop_prompt", "multi_hop_target")}
+        hop = "portability" if request.portability_prompt else "multi_hop"
+        names = PROBES | {"portability": (f"{hop}_prompt", f"{hop}_target")}
         for probe, (prompt, answer) in names.items():
             if record.get(probe) is not None:
                 expected = score_alone(model, tokenizer, getattr(request, prompt), getattr(request, answer))
@@ -113,6 +114,22 @@ def synthetic(name: str, count: int) -> list[dict[str, object]]:
             case "fever":
                 record = {"prompt": prompt, "alt": answer, "equiv_prompt": [f"{index} {n}" for n in range(3)]}
                 record |= {"unrel_prompt": loc["loc"], "unrel_ans": loc["loc_ans"]}
+            case "counterfact-rome":
+                rewrite = {"prompt": prompt, "target_new": {"str": answer}, "target_true": {"str": loc["loc_ans"]}}
+                record = {"requested_rewrite": rewrite, "paraphrase_prompts": [probe["rephrase"], "other words"]}
+                record |= {"neighborhood_prompts": [loc["loc"], "another"]}
+            case "mquake":
+                rewrite = {"prompt": prompt, "target_new": {"str": answer}, "question": probe["rephrase"]}
+                record = {"requested_rewrite": [rewrite], "questions": [f"hop {index}"], "new_answer": "h"}
+            case "rippleedits":
+                record = {"edit": {"prompt": f"{prompt} is {answer}."}}
+                kinds = {"Compositionality_I": (f"hop {index}", "h"), "Relation_Specificity": tuple(loc.values())}
+                for kind, (asked, told) in kinds.items():
+                    query = {"prompt": asked, "answers": [{"value": told, "aliases": []}]}
+                    record[kind] = [{"test_queries": [query]}]
+            case "hallueditbench":
+                record = {"question": prompt, "object": answer, "paraphrased_question": probe["rephrase"]}
+                record |= {"question_2hop": f"hop {index}", "answer_2hop": "h"}
         records.append(record)
     return records
 
@@ -126,6 +143,8 @@ def test_requests_of_each_format_equal_a_plain_loop(name, count, tmp_path):
     assert len(requests) == count
     probes = {"efficacy", "generalization", "specificity"}
     probes |= {"portability", "persona"} if name == "wikibigedit" else set()
+    if name in ("mquake", "hallueditbench", "rippleedits"):
+        probes = {"efficacy", "portability", "specificity" if name == "rippleedits" else "generalization"}
     assert_equals_loop(tiny_model("llama", torch.float64), tiny_tokenizer(bos=True), requests, probes)
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 __all__ = ["check_editable", "check_tokenizer", "language_model"]
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _CAUSAL = "expected a causal language model, as load_model and AutoModelForCausalLM.from_pretrained give it"
 
 
@@ -36,17 +37,15 @@ def check_editable(model: object) -> None:
     """Refuse what edits cannot be written into.
 
     Raises:
-        ValueError: as ``language_model``; for a model that is wrapped (torch.compile, DataParallel and its like), or
-            with adapters of peft that are not merged.
+        ValueError: as ``language_model``; for a model that is wrapped in DataParallel or its like, or with adapters of
+            peft that are not merged.
     """
     language_model(model)
     kind = type(model).__name__
-    inside = _inside(model)
-    if inside is not model:
-        attribute = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+    if isinstance(model, _PARALLEL):
         raise ValueError(
-            f"the model is wrapped in {kind}; edit the one inside, model.{attribute}: its weights are the same, so "
-            "the wrapped one answers as edited"
+            f"the model is wrapped in {kind}; edit the one inside, model.module: its weights are the same, so the "
+            "wrapped one answers as edited"
         )
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         merge = "model = model.merge_and_unload()" if hasattr(model, "merge_and_unload") else "load it without them"
@@ -71,7 +70,7 @@ def _inside(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif isinstance(model, _PARALLEL):
             model = model.module
         else:
             return model
