@@ -100,8 +100,8 @@ class STABLEEDIT_API PastKeys {
   at::Tensor moment_;    // [k, k], upper triangle, of the keys that are not in rows_; exact only
   bool packed_ = false;  // begun with a seed: while there is a factor, its upper triangle is that
                          // of the moment, and moment_ is not defined
-  at::Tensor diagonal_;          // [k], that of the moment then
-  at::Tensor rows_;              // [m, k], keys since the last fold, or the sketch B
+  at::Tensor diagonal_;  // [k], that of the moment then
+  at::Tensor rows_;      // [m, k], keys since the last fold, or the sketch B
   std::vector<int64_t> pieces_;  // how many of rows_ came together
 
   // Functions of the above, bit for bit, for one weight and ridge. base = weight * moment + ridge

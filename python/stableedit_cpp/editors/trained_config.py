@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.files.words import check_whole
@@ -41,6 +41,8 @@ class TrainedConfig(EditorConfig):
             which keeps .4); 1 keeps all.
         replays: without ``cumulative``, at most so many statements of earlier turns among those of a turn.
     """
+
+    warms_up: ClassVar[bool] = False
 
     step_size: float = 5e-4
     epochs: int = 25
