@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
+from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward, replacement
 
 
 class Signal(BaseException):
@@ -49,3 +49,23 @@ def test_a_replaced_forward_ends_with_its_context():
     with replaced_forward(module, lambda _input: torch.zeros(1)):
         assert torch.equal(module(torch.ones(2)), torch.zeros(1))
     assert torch.equal(module(torch.ones(2)), expected) and "forward" not in vars(module)
+
+
+def test_a_forward_that_a_signal_left_behind_is_none_of_the_modules(monkeypatch):
+    """It is the plain one, and whoever looks finds it gone: else the module's products were of other bits for ever."""
+    module = nn.Linear(2, 1)
+    expected = module(torch.ones(2))
+
+    def interrupted(self, name: str, value: object) -> None:
+        super(nn.Linear, self).__setattr__(name, value)
+        raise Signal
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Linear, "__setattr__", interrupted)
+        with pytest.raises(Signal), replaced_forward(module, lambda _input: torch.zeros(1)):
+            pass
+    gc.collect()
+    assert "forward" in vars(module) and torch.equal(module(torch.ones(2)), expected)
+    assert replacement(module) is None and "forward" not in vars(module)
+    with replaced_forward(module, lambda _input: torch.zeros(1)):
+        assert replacement(module) is not None

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["for_this_thread", "forward_hook", "forward_pre_hook", "replaced_forward"]
+__all__ = ["for_this_thread", "forward_hook", "forward_pre_hook", "replaced_forward", "replacement"]
 
 
 class _While:
@@ -32,13 +32,24 @@ def for_this_thread(function: Callable, otherwise: Callable | None = None, *, du
             return function(*args, **kwargs)
         return None if otherwise is None else otherwise(*args, **kwargs)
 
+    chosen.alive = alive
     return chosen
+
+
+def replacement(module: nn.Module) -> Callable | None:
+    """The forward that somebody put in the place of the module's own; one of ours that was left behind is none, and is
+    taken away."""
+    found = module.__dict__.get("forward")
+    if found is not None and not getattr(found, "alive", lambda: True)():
+        module.__dict__.pop("forward", None)
+        return None
+    return found
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Shadow a module's forward for a while; the module keeps its hooks and attributes, which the model looks at."""
-    before, during = module.__dict__.get("forward"), _While()
+    before, during = replacement(module), _While()
     module.forward = for_this_thread(forward, otherwise=module.forward, during=during)
     try:
         yield

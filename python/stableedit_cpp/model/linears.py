@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stableedit_cpp.model.attached import replaced_forward
+from stableedit_cpp.model.attached import replaced_forward, replacement
 from stableedit_cpp.model.tokens import Batch
 
 __all__ = ["Linears"]
@@ -41,7 +41,7 @@ class Linears:
     def replaced(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for module in model.modules():
-                if type(module) is nn.Linear and "forward" not in module.__dict__:
+                if type(module) is nn.Linear and replacement(module) is None:
                     stack.enter_context(replaced_forward(module, _Forward(self, module)))
             yield
 
