@@ -116,7 +116,7 @@ class TestRows:
         editor.edit(FACTS[5:10])
         (applied,) = turns[0].passes
         owned = applied.request == 2
-        shares = editor.contribution(applied, owned)
+        shares = editor.solver.contribution(applied, owned)
         for name, one in editor.solver.module_editors.items():
             keys, gradients = applied.captured.keys[name], applied.captured.value_gradients[name]
             with torch.no_grad():

@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, ModuleEditor, PastKeys
+from stableedit_cpp.core import LifelongNormalizer, PastKeys
 from stableedit_cpp.data.request import EditRequest, as_requests
 from stableedit_cpp.data.superseding import warn_of_contradictions
 from stableedit_cpp.editors.anchors import Anchors
-from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
+from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.followers import Followers
@@ -390,24 +390,6 @@ class Editor:
             self.solver.remember(turn.kind, first, sequences, owners_of(turn.requests) if sequences else ())
 
         self.weights.change(work, "doing a turn again")
-
-    def contribution(self, applied: AppliedPass, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
-        """What the rows that ``owned`` marks, ``[n]`` bool, added in a pass of this editor, by module name."""
-        return applied.contribution(owned)
-
-    def holding(self, past_keys: Mapping[str, PastKeys | None]) -> Mapping[str, ModuleEditor]:
-        """Module editors on the running statistics that leave the outputs for these past keys as they are, both by
-        module name; for ``solver.solve``."""
-        return {
-            name: ModuleEditor(
-                editor.normalizer,
-                step_size=editor.step_size,
-                ridge=self.config.ridge,
-                past_keys=past_keys[name],
-                past_key_weight=0.0 if past_keys[name] is None else 1.0,
-            )
-            for name, editor in self.solver.module_editors.items()
-        }
 
     def forget(self, requests: Sequence[EditRequest], again: Sequence[tuple[EditRequest, str]] = ()) -> None:
         """Replay these requests in no later turn: they were taken out of the model. Within a change of the weights.

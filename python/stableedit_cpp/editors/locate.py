@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
-from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, ModuleEditor, PastKeys, PolyakStep, WhiteningOptions
+from stableedit_cpp.core import LowRankUpdate, PolyakStep
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.contexts import sample_contexts
 from stableedit_cpp.editors.editor import Editor
@@ -30,8 +30,6 @@ from stableedit_cpp.model.text_statistics import TextStatistics, load_statistics
 from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["LocateEditor", "LocateSolver"]
-
-_HOLDING_RIDGE = StableEditConfig.ridge  # where answers are brought back, which is done from value gradients
 
 
 class LocateSolver(Solver):
@@ -74,8 +72,9 @@ class LocateSolver(Solver):
             self.begin(module.name, text.second_moment(module.name).to(module.weight.device), dtype)
         self._mark.set({module.name: text.second_moment(module.name).diagonal() for module in modules})
 
-    def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
-        return LifelongNormalizer(key_dim, value_dim, whitening=WhiteningOptions(mode="none", centred=False))
+    @property
+    def holding_ridge(self) -> float:
+        return StableEditConfig.ridge  # answers are brought back from value gradients
 
     def statistics(self) -> dict[str, Statistic]:
         past = {f"past_keys/{name}": past for name, past in self.past_keys.items()}
@@ -136,18 +135,6 @@ class LocateEditor(Editor):
         sequences = super().tokenize(requests)
         self.locator.prefixes(requests, names_of(requests))
         return sequences
-
-    def holding(self, past_keys: Mapping[str, PastKeys | None]) -> Mapping[str, ModuleEditor]:
-        return {
-            name: ModuleEditor(
-                editor.normalizer,
-                step_size=editor.step_size,
-                ridge=_HOLDING_RIDGE,
-                past_keys=past_keys[name],
-                past_key_weight=0.0 if past_keys[name] is None else 1.0,
-            )
-            for name, editor in self.solver.module_editors.items()
-        }
 
     def _make_turn(self, *arguments: object) -> Turn:
         return LocateTurn(self.locator, *arguments)

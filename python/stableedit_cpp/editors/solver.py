@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,8 +13,10 @@ from stableedit_cpp.core import (
     ModuleEditor,
     PastKeys,
     PolyakStep,
+    WhiteningOptions,
     first_order_decrease,
 )
+from stableedit_cpp.editors.applied import AppliedPass
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.replays import PastRequests
 from stableedit_cpp.model.capture import CapturedTurn
@@ -42,14 +43,15 @@ class Solution(NamedTuple):
 
     Attributes:
         updates: by module name, on the module's device.
-        step_size: that they were solved with.
+        step_size, ridge: that they were solved with.
     """
 
     updates: dict[str, LowRankUpdate]
     step_size: float
+    ridge: float
 
 
-class Solver(ABC):
+class Solver:
     """Folds turns into running statistics and solves them for updates. It touches no weight.
 
     Args:
@@ -82,9 +84,9 @@ class Solver(ABC):
         self.step = PolyakStep(share=_SHARE) if config.step_size == "auto" else None
         self.module_editors = self._with_ridge(config.ridge)
 
-    @abstractmethod
     def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
-        """Fresh running statistics for modules of one shape."""
+        """Fresh running statistics for modules of one shape; here those that normalise nothing."""
+        return LifelongNormalizer(key_dim, value_dim, whitening=WhiteningOptions(mode="none", centred=False))
 
     def _warm_up_mode(self) -> str | None:
         """Whitening of warm-up turns, where it is not the configured one."""
@@ -126,6 +128,29 @@ class Solver(ABC):
             for group, modules in self.groups.items()
             for module in modules
         }
+
+    @property
+    def holding_ridge(self) -> float:
+        """Ridge where answers are brought back."""
+        return self.config.ridge
+
+    def holding(self, past_keys: Mapping[str, PastKeys | None]) -> Mapping[str, ModuleEditor]:
+        """Module editors on the running statistics that leave the outputs for these past keys as they are, both by
+        module name; for ``solve``."""
+        return {
+            name: ModuleEditor(
+                editor.normalizer,
+                step_size=editor.step_size,
+                ridge=self.holding_ridge,
+                past_keys=past_keys[name],
+                past_key_weight=0.0 if past_keys[name] is None else 1.0,
+            )
+            for name, editor in self.module_editors.items()
+        }
+
+    def contribution(self, applied: AppliedPass, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
+        """What the rows that ``owned`` marks, ``[n]`` bool, added in a pass, by module name."""
+        return applied.contribution(owned)
 
     def mode(self, kind: str) -> str | None:
         """Whitening that overrides the configured one in turns of this kind ("edit", "warm_up" or "repair")."""
@@ -196,7 +221,9 @@ class Solver(ABC):
         size = step * (self.config.step_size if self.step is None else self._choose(captured.loss, decrease))
         factor = step if self.step is None else size
         return Solution(
-            updates if factor == 1.0 else {name: update.scaled(factor) for name, update in updates.items()}, size
+            updates if factor == 1.0 else {name: update.scaled(factor) for name, update in updates.items()},
+            size,
+            self.config.ridge * ridge,
         )
 
     def _choose(self, loss: float, decrease: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate
+from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.dense import dense_update
 from stableedit_cpp.editors.drawing import drawn_by, share_of
@@ -31,7 +31,7 @@ from stableedit_cpp.model.tokens import TokenSequence
 __all__ = ["TrainedEditor", "TrainedSolver"]
 
 
-class TrainedSolver(Solver):
+class TrainedSolver(Solver, ABC):
     """Has no statistics: at most the statements of earlier turns, where they are trained on again."""
 
     config: TrainedConfig
@@ -42,9 +42,6 @@ class TrainedSolver(Solver):
         self.groups = {module.name: [module] for module in modules}
         self.past_requests = PastRequests() if config.cumulative or config.replays > 0 else None
         self.step = None
-
-    def _make_normalizer(self, key_dim: int, value_dim: int) -> LifelongNormalizer:
-        raise NotImplementedError("an editor that trains normalises nothing")
 
     @abstractmethod
     def make_trainable(self, weights: Mapping[str, torch.Tensor]) -> Trainable:
@@ -148,7 +145,8 @@ class _TrainedTurn(Turn):
         if step != 1.0:
             updates = {name: update.scaled(step) for name, update in updates.items()}
         self.report.update_norms |= {name: update.norm() for name, update in updates.items()}
-        return Solution(updates, step * self.work.config.step_size)
+        config = self.work.config
+        return Solution(updates, step * config.step_size, config.ridge * ridge)
 
 
 class TrainedEditor(Editor):

@@ -203,7 +203,7 @@ class Turn:
                             best = _Best(self._rank(), number, norms, drift, Checkpoint(work.weights))
                     captured = self._with_companions(captured, pending)
                     solution = self._solve(captured, number)
-                solution, ridge = self._apply_pass(captured, solution)
+                solution = self._apply_pass(captured, solution)
             except (NoStep, _Refused) as stop:
                 if number == 0 or work.passes is not None:
                     raise getattr(stop, "error", stop) from None
@@ -217,7 +217,8 @@ class Turn:
                 # A row that belongs to no request, -1, finds the last of these.
                 owners = torch.tensor([*(self.owners[index] for index in pending), -1], device="cpu")[captured.request]
                 past_keys = any(past.count > 0 for past in work.solver.past_keys.values())
-                passes.append(AppliedPass(captured, solution.updates, owners, ridge, past_keys, solution.step_size))
+                solved = (past_keys, solution.step_size)
+                passes.append(AppliedPass(captured, solution.updates, owners, solution.ridge, *solved))
             pending = left
         if allowed > 1 and not done:
             self._look()
@@ -302,23 +303,22 @@ class Turn:
                 work.weights[name].check(update)
         return solution
 
-    def _apply_pass(self, captured: CapturedTurn, solution: Solution) -> tuple[Solution, float]:
-        """Apply one pass; returns what was applied, and with which ridge."""
+    def _apply_pass(self, captured: CapturedTurn, solution: Solution) -> Solution:
+        """Apply one pass; returns what was applied."""
         work, report = self.work, self.report
         if work.guard is None:
-            ridge = work.config.ridge * self._easing()
             self._apply(solution)
         else:
-            solution, ridge = self._apply_guarded(work.guard, captured, solution)
-        work.solver.accept(solution.step_size, ridge)
+            solution = self._apply_guarded(work.guard, captured, solution)
+        work.solver.accept(solution.step_size, solution.ridge)
         report.passes += 1
-        return solution, ridge
+        return solution
 
     def _easing(self) -> float:
         """How many times the configured ridge the next pass has: a tenth for each pass from the third on after which
         no more requests held than after the one before. Where the keys of requests are much alike, as those of some
         attention outputs are, what tells them apart is small beside a ridge that suits other models. Only with an
-        automatic step, which undoes no longer update by itself."""
+        automatic step, which fits any ridge; a number is stated for one."""
         if self.work.solver.step is None:
             return 1.0
         return 0.1 ** sum(after <= before for before, after in pairwise(self.report.taken[1:]))
@@ -334,7 +334,7 @@ class Turn:
         with self.report.timed("apply"):
             self.work.weights.apply(solution.updates)
 
-    def _apply_guarded(self, guard: Guard, captured: CapturedTurn, solution: Solution) -> tuple[Solution, float]:
+    def _apply_guarded(self, guard: Guard, captured: CapturedTurn, solution: Solution) -> Solution:
         """Apply what the guard tolerates: the solution, or that of a smaller step and a stronger ridge."""
         report, weights = self.report, self.work.weights
         before = Checkpoint(weights)
@@ -342,10 +342,10 @@ class Turn:
             with report.timed("guard"):
                 guard.begin(self.sequences)
         for back_offs in range(guard.back_offs + 1):
-            ridge = self._easing() * guard.ridge_factor**back_offs
             if back_offs > 0:
                 report.back_offs += 1
                 weights.put_back(before)
+                ridge = self._easing() * guard.ridge_factor**back_offs
                 with report.timed("mathematics"):
                     solution = self._solution(captured, guard.step_factor**back_offs, ridge)
             self._apply(solution)
@@ -353,7 +353,7 @@ class Turn:
                 seen = guard.look()
             report.drift, report.drift_limit = seen.drift, guard.limit
             if seen.within:
-                return solution, self.work.config.ridge * ridge
+                return solution
         weights.put_back(before)
         raise _Refused(guard.refusal(seen))
 

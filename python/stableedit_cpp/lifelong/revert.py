@@ -215,7 +215,7 @@ class _Revert:
                 flags = [*(request.id in share for request in turn.requests), False]
                 owned = torch.tensor(flags, device="cpu")[applied.request]
                 if owned.any():
-                    shares = self.editor.contribution(applied, owned)
+                    shares = self.editor.solver.contribution(applied, owned)
                     self._add({name: LowRankUpdate(u.left * sign, u.right) for name, u in shares.items()})
 
     def bring_back(self, wanted: Sequence[TokenSequence], progress: bool | None) -> int:
@@ -264,4 +264,4 @@ class _Revert:
                 # So many rows, or the whole k x k moment where that is smaller: exact in both cases.
                 protected[name] = PastKeys(dim, (rows + 1) // 2 if rows < dim else None)
             self.editor.solver.fold_keys(others, protected)
-        return self.editor.holding(protected)
+        return self.editor.solver.holding(protected)

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 
-from stableedit_cpp.core import LowRankUpdate, PastKeys
 from stableedit_cpp.data.request import EditRequest, as_requests
-from stableedit_cpp.editors.applied import AppliedPass
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
-from stableedit_cpp.editors.hypernetwork.solver import HyperModule, HyperSolver
+from stableedit_cpp.editors.hypernetwork.solver import HyperSolver
 from stableedit_cpp.editors.hypernetwork.training import Training, TrainingReport
 from stableedit_cpp.editors.hypernetwork.training_file import TrainingFile
 from stableedit_cpp.editors.identity import identity
@@ -99,12 +97,6 @@ class HypernetworkEditor(Editor):
             trained = cls.config_class.from_json(SavedEditor.read(config.hypernetwork).config)
             return find_modules(model, trained.edit_modules)
         return super().modules_of(model, config)
-
-    def contribution(self, applied: AppliedPass, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
-        return applied.contribution(owned, self.solver.ridges(applied.ridge))
-
-    def holding(self, past_keys: Mapping[str, PastKeys | None]) -> dict[str, HyperModule]:
-        return self.solver.with_past(past_keys, 1.0)
 
     def _as_trained(
         self, config: HypernetworkConfig, trained: SavedEditor, model: torch.nn.Module

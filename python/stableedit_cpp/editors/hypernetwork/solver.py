@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from stableedit_cpp.core import LifelongNormalizer, LowRankUpdate, PastKeys, ridge_update
+from stableedit_cpp.editors.applied import AppliedPass
 from stableedit_cpp.editors.diagonal import DiagonalSolver
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.editors.hypernetwork.network import HyperNetwork
@@ -96,12 +97,14 @@ class HyperSolver(DiagonalSolver):
         """The ridge of each module, by name, where that of the config would be ``ridge``."""
         return {name: one.ridge for name, one in self._with_ridge(ridge).items()}
 
-    def with_past(self, past_keys: dict[str, PastKeys | None], weight: float) -> dict[str, HyperModule]:
-        """Module editors with other past keys, by module name."""
-        return self._with_ridge(self.config.ridge, past_keys, weight)
+    def holding(self, past_keys: Mapping[str, PastKeys | None]) -> dict[str, HyperModule]:
+        return self._with_ridge(self.config.ridge, past_keys, 1.0)
+
+    def contribution(self, applied: AppliedPass, owned: torch.Tensor) -> dict[str, LowRankUpdate]:
+        return applied.contribution(owned, self.ridges(applied.ridge))
 
     def _with_ridge(
-        self, ridge: float, past_keys: dict[str, PastKeys | None] | None = None, weight: float | None = None
+        self, ridge: float, past_keys: Mapping[str, PastKeys | None] | None = None, weight: float | None = None
     ) -> dict[str, HyperModule]:
         past_keys = self.past_keys if past_keys is None else past_keys
         return {
