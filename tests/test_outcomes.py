@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import stableedit_cpp as se
 from stableedit_cpp.editors.stream import turns_of
-from stableedit_cpp.editors.turn import Work
+from stableedit_cpp.editors.work import Work
 from support.editors import MODULES, TURN, assert_same_bits, make, on_call, state_of
 from support.tiny import FACTS
 

@@ -25,8 +25,9 @@ from stableedit_cpp.editors.replays import Replays
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
-from stableedit_cpp.editors.turn import Guard, Turn, Work, owners_of
+from stableedit_cpp.editors.turn import Turn, owners_of
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
+from stableedit_cpp.editors.work import Guard, Work
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.form import Form, find_form
 from stableedit_cpp.model.kind import check_editable, check_tokenizer

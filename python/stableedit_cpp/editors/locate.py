@@ -22,7 +22,8 @@ from stableedit_cpp.editors.solver import Solver, Statistic
 from stableedit_cpp.editors.stableedit import StableEditConfig
 from stableedit_cpp.editors.stream import names_of
 from stableedit_cpp.editors.text_mark import TextMark
-from stableedit_cpp.editors.turn import Guard, Turn
+from stableedit_cpp.editors.turn import Turn
+from stableedit_cpp.editors.work import Guard
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.gather import gather_statistics
 from stableedit_cpp.model.modules import EditModule, find_modules

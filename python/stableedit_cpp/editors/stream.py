@@ -14,7 +14,8 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.data.superseding import replaces
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
-from stableedit_cpp.editors.turn import Turn, Work
+from stableedit_cpp.editors.turn import Turn
+from stableedit_cpp.editors.work import Work
 from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["names_of", "run_stream", "turns_of"]

@@ -5,58 +5,32 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.editors.anchors import Anchors
 from stableedit_cpp.editors.applied import AppliedPass, AppliedTurn
-from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import Failure, TurnReport
 from stableedit_cpp.editors.interrupt import InterruptGuard, undisturbed
-from stableedit_cpp.editors.replays import PastRequests, Replays
-from stableedit_cpp.editors.solver import NoStep, Solution, Solver
-from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
-from stableedit_cpp.evaluation.answers import answer_scores, token_accuracy
+from stableedit_cpp.editors.replays import PastRequests
+from stableedit_cpp.editors.solver import NoStep, Solution
+from stableedit_cpp.editors.weights import Checkpoint
+from stableedit_cpp.editors.work import Guard, Work
+from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.evaluation.generation import generate_continuations
 from stableedit_cpp.model.capture import CapturedTurn, capture
-from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.tokens import TokenSequence
-from stableedit_cpp.model.trunk import TrunkCache, trusted
+from stableedit_cpp.model.trunk import trusted
 
-__all__ = ["Guard", "Turn", "Work", "owners_of"]
-
-
-class GuardLook(Protocol):
-    """What a guard saw after a pass: how far other answers have drifted, and whether the pass may stay."""
-
-    drift: float
-    within: bool
+__all__ = ["Turn", "owners_of"]
 
 
 def owners_of(requests: Sequence[EditRequest]) -> list[int]:
     """Index of the request that each statement belongs to."""
     return [index for index, request in enumerate(requests) for _ in request.statements]
-
-
-class Guard(Protocol):
-    """Looks after every pass whether it may stay (``LocalityGuard``)."""
-
-    limit: float
-    back_offs: int
-    step_factor: float
-    ridge_factor: float
-    trunk: TrunkCache | None
-
-    def begin(self, edited: Sequence[TokenSequence]) -> None: ...
-
-    def look(self) -> GuardLook: ...
-
-    def refusal(self, look: GuardLook) -> Exception: ...
 
 
 class _Refused(Exception):
@@ -65,39 +39,6 @@ class _Refused(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stream works on, and with.
-
-    Attributes:
-        form: of prompts and answers.
-        beside: anchors and replays, which add rows of their own to each pass (not in a warm-up).
-        trunk: outputs of the layers below the edited ones; None where there is no use for them.
-        trunk_is_lent: whether it belongs to the caller, who wants to find in it what the turns have put there.
-        outcomes: find out which requests took. answers: and what the model answers to the others.
-        passes: as many as a turn had that is edited again; None for as many as it takes.
-    """
-
-    model: torch.nn.Module
-    tokenizer: object
-    config: EditorConfig
-    form: Form
-    weights: EditedWeights
-    solver: Solver
-    guard: Guard | None
-    beside: Sequence[Anchors | Replays]
-    trunk: TrunkCache | None
-    trunk_is_lent: bool
-    outcomes: bool
-    answers: bool
-    passes: int | None = None
-
-    def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        """Share of each answer's tokens that are the model's top choice; NaN where the model is broken."""
-        limit = self.config.max_tokens_per_forward
-        return token_accuracy(self.model, sequences, max_tokens=limit, trunk=self.trunk)
 
 
 class _Best(NamedTuple):
