@@ -1,0 +1,201 @@
+"""The command line: help, env, evaluate, demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import stableedit_cpp as se
+from stableedit_cpp.cli import main
+from support.commands import assert_one_error, tree
+from support.edit_command import LONG, NAMES, REQUESTS
+from support.tiny import tiny_model, tiny_tokenizer
+
+COMMANDS = [
+    "demo",
+    "edit",
+    "choose-modules",
+    "train-hypernetwork",
+    "evaluate",
+    "export",
+    "datasets",
+    "bench",
+    "side-effects",
+    "report",
+    "env",
+]
+
+
+# --- help, env, python -m ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    example = text[text.index("example:") :]
+    assert f"  stableedit {command}" in example
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "stableedit demo" in text
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\s+\w", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["edit"],
+        ["evaluate", "--model", "m", "--requests", "r.json", "--limit", "0"],
+        ["evaluate", "--model", "m", "--requests", "r.json", "--limit", "many"],
+        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--step-size", "small"],
+        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--editor", "no-such-editor"],
+        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--turn-size", "-1"],
+        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--edit-modules"],
+        ["evaluate", "--model", "m", "--requests", "r.json", "--dtype", "int8"],
+    ],
+)
+def test_wrong_options(work, capsys, arguments):
+    before = tree(work)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert "error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert tree(work) == before
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    for name in NAMES:
+        assert re.search(rf"^{re.escape(name)}: +\S", text, re.MULTILINE), name
+    assert torch.__version__ in text
+    assert se.__version__ in text
+
+
+def test_env_as_json(capsys):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(NAMES) <= set(found)
+    assert found["torch"] == torch.__version__
+    assert found["stableedit_cpp"] == se.__version__
+    assert found["memory (GiB)"] > 0
+
+
+def test_command_is_installed(work):
+    command = Path(sys.executable).with_name("stableedit")
+    if not command.exists():
+        pytest.skip("the package is not installed into this environment")
+    arguments = ["evaluate", "--model", "m", "--requests", "missing.json"]
+    # With what OpenMP says when it is loaded: what the command sets comes in time.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "true"
+    result = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.search(r"OMP_WAIT_POLICY ?= ?'PASSIVE'", result.stderr)
+    assert result.stderr.splitlines()[-1] == "stableedit: error: there is no file missing.json"
+
+
+def test_nobody_reads_the_output_of_python_dash_m(work):
+    command = f"{sys.executable} -m stableedit_cpp env | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=work)
+    assert (result.stdout, result.stderr) == ("141\n", "")
+
+
+# --- evaluate ---
+
+
+def test_evaluate(model_directory, work, capsys):
+    arguments = ["evaluate", "--model", str(model_directory), "--requests", "requests.json", "--device", "cpu"]
+    assert main([*arguments, "--output", "new/scores.json"]) == 0
+    out = capsys.readouterr().out
+    expected = se.evaluate(tiny_model("llama"), tiny_tokenizer(bos=True), REQUESTS, progress=False)
+    assert str(expected) in out
+    assert "locality: not scored; say with --reference which the unedited model is" in out
+    assert "scores and per-request values are in new/scores.json" in out
+    document = json.loads(Path("new/scores.json").read_text(encoding="utf-8"))
+    assert {name: document[name] for name in expected.to_dict()} == expected.to_dict()
+    assert [record["id"] for record in document["per_request"]] == [request["id"] for request in REQUESTS]
+    assert document["model"] == str(model_directory)
+    assert document["requests"] == "requests.json"
+    assert set(NAMES) <= set(document["environment"])
+    assert os.listdir("new") == ["scores.json"]
+    # An existing file is replaced; without --output nothing is written.
+    assert main([*arguments, "--output", "new/scores.json", "--limit", "2"]) == 0
+    assert len(json.loads(Path("new/scores.json").read_text(encoding="utf-8"))["per_request"]) == 2
+    before = tree(work)
+    assert main(arguments) == 0
+    assert tree(work) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--requests", "missing.json"], "there is no file missing.json"),
+        (["--output", "."], "--output . is a directory"),
+        (["--output", "requests.json/scores.json"], "--output requests.json/scores.json"),
+        (["--output", "/proc/scores.json"], "--output /proc/scores.json"),
+        (["--model", "/no/such/model"], "cannot load the model"),
+        (["--device", "abacus"], "cannot use device 'abacus'"),
+        (["--requests", "long.json"], "request 1 (long), efficacy: prompt and target have"),
+    ],
+)
+def test_bad_input_to_evaluate(model_directory, work, capsys, options, words):
+    (work / "long.json").write_text(LONG)
+    before = tree(work)
+    arguments = [
+        "--model",
+        str(model_directory),
+        "--requests",
+        "requests.json",
+        "--device",
+        "cpu",
+        "--output",
+        "new/a.json",
+    ]
+    assert main(["evaluate", *arguments, *options]) == 2
+    assert words in assert_one_error(capsys.readouterr().err)
+    assert tree(work) == before
+
+
+# --- demo ---
+
+
+def test_demo_runs_on_any_model(work, capsys):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 512
+    model.save_pretrained("model")
+    tiny_tokenizer(bos=True).save_pretrained("model")
+    capsys.readouterr()
+    arguments = ["--model", "model", "--device", "cpu", "--stream", "requests.json", "--warm-up", "requests.json"]
+    assert main(["demo", *arguments, "--limit", "5"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d+ of \d+ answers begin with the new fact", out)
+    assert re.search(r"\d+ of \d+ answers are unchanged, word for word", out)
+    assert "A stream of 5 edits" in out
+    assert re.search(r"efficacy +\d\.\d{3} ± \d\.\d{3} +\d\.\d{3} ± \d\.\d{3}", out)
+
+
+@pytest.mark.parametrize("options", [["--stream", "missing.json"], ["--warm-up", "missing.json"]])
+def test_bad_input_to_demo(work, capsys, options):
+    assert main(["demo", "--model", "/no/such/model", *options]) == 2
+    assert "there is no file missing.json" in assert_one_error(capsys.readouterr().err)
