@@ -15,7 +15,7 @@ from stableedit_cpp.model.tokens import tokenize
 from stableedit_cpp.model.top_tokens import top_tokens
 from support.captures import sequences_of
 from support.editors import MODULES, assert_same_bits, make, on_call, saved_on_the_way, state_of, weight_of
-from support.tiny import FACTS, tiny_model
+from support.tiny import FACTS, roomy_model, tiny_model
 
 CLOSED = {"step_size": "auto", "centred": False, "max_passes": 6, "turn_size": 100, "past_key_weight": 0.02}
 CLOSED |= {"retries_feed_statistics": False}
@@ -178,3 +178,21 @@ def test_the_nearest_are_in_every_pass(tokenizer):
     )
     keys = joined.keys[MODULES[0]]
     assert all((keys - key).abs().sum(1).min() < 1e-4 for key in alone.keys[MODULES[0]])
+
+
+@pytest.mark.parametrize("beside", [{"anchors": 16, "replays": 0}, {"anchors": 0, "replays": 16}], ids=str)
+def test_a_model_that_was_changed_elsewhere_between_two_turns_is_edited_on(beside, tokenizer):
+    """What was kept of its lower layers, and what the unedited model said, is no longer true."""
+    model, config = roomy_model("llama"), se.StableEditConfig(max_passes=2, **beside)
+    editor = se.StableEdit(model, tokenizer, config, guard=None)
+    editor.edit(FACTS[:3], progress=False)
+    kept = editor.companions()[0].trunk
+    assert len(kept) > 0 or beside["replays"]
+    editor.edit(FACTS[3:6], progress=False)
+    assert len(kept) > 0
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.1)
+    before = weight_of(editor, editor.modules[0].name).clone()
+    editor.edit(FACTS[6:9], progress=False)
+    assert not torch.equal(weight_of(editor, editor.modules[0].name), before)
+    assert len(kept) > 0

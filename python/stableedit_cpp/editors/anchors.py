@@ -95,6 +95,8 @@ class Anchors:
         Raises:
             ModelBroken: if the unedited model answers NaN.
         """
+        if self.trunk is not None and self.trunk.renew():
+            self.known.clear()  # of what was another model
         about = {index for group in (sequences, past) for one in group for index in self._topics.about(one)}
         free = [index for index in range(len(self.prompts)) if index not in about]
         count = min(len(free), 2 * share_of(len(sequences), self.count, _EACH))

@@ -132,7 +132,9 @@ class Replays:
 
     def begin(self, sequences: Sequence[TokenSequence], past: PastRequests) -> None:
         """Draw the replays of a turn over ``sequences``: by their tokens, so that the same turn has the same ones."""
-        if self.trunk is not None and self.trunk.bytes > _KEPT:  # else statements are drawn again
+        if (
+            self.trunk is not None and not self.trunk.renew() and self.trunk.bytes > _KEPT
+        ):  # else statements are drawn again
             self.trunk.clear()
         held = past.beside(sequences)
         self._turn = drawn_by(sequences).sample(held, min(len(held), 2 * share_of(len(sequences), self.count, _EACH)))

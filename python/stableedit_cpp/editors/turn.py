@@ -90,16 +90,16 @@ class Turn:
         work = self.work
         if work.trunk is not None and not work.trunk_is_lent:
             work.trunk.clear()  # of use within the turn: its checks and retries repeat the same prompts
-        for companion in work.beside:
-            companion.begin(self.sequences, work.solver.past_requests or PastRequests())
         turn = work.weights.change(lambda change: self._apply_all(change, interrupts, bar))
         work.weights.followers.final(turn)
 
     def _apply_all(self, change: Checkpoint, interrupts: InterruptGuard, bar: tqdm) -> AppliedTurn:
-        followers = self.work.weights.followers
-        guarding = self.work.guard.trunk if self.work.guard is not None else None
+        work, followers = self.work, self.work.weights.followers
+        guarding = work.guard.trunk if work.guard is not None else None
         # Nobody but us can change weights before the followers are called: reading them once is enough.
-        with trusted(self.work.trunk, guarding, *(companion.trunk for companion in self.work.beside)):
+        with trusted(work.trunk, guarding, *(companion.trunk for companion in work.beside)):
+            for companion in work.beside:
+                companion.begin(self.sequences, work.solver.past_requests or PastRequests())
             passes = self._passes(interrupts, bar, keep=followers.hear_turns)
         turn = AppliedTurn(self.kind, self.requests, passes, self.report)
         followers.applied(turn)

@@ -102,6 +102,13 @@ class TrunkCache:
         self._fingerprint = None
         self.vouched = None if self.vouched is None else False
 
+    def renew(self) -> bool:
+        """Forget everything if the weights that it was computed with have changed; returns whether they have."""
+        changed = self.in_use and len(self) > 0 and self._weights_fingerprint() != self._fingerprint
+        if changed:
+            self.clear()
+        return changed
+
     def check(self, sequences: Sequence[TokenSequence]) -> None:
         """Make sure that the cache may be used for these sequences; call before a series of uses.
 
