@@ -159,5 +159,5 @@ class TestWhatEndsAStream:
         with pytest.raises(type(error)) as stop:
             editor.edit(FACTS)
         assert [turn.requests for turn in stop.value.report.turns] == [TURN, TURN]
-        assert list(stop.value.report.requests)[: stop.value.report.edits] == se.editors.editor.as_requests(FACTS[:10])
+        assert list(stop.value.report.requests)[: stop.value.report.edits] == se.data.request.as_requests(FACTS[:10])
         assert list(editor.weights) == MODULES

@@ -2,7 +2,7 @@
 at its first use."""
 
 from . import core, data, editors, errors, evaluation, experiments, export, files, lifelong, model, report, sideeffects
-from .data import iter_requests, read_requests
+from .data import iter_requests, open_requests, read_requests
 from .data.request import EditRequest
 from .editors import (
     EDITORS,
@@ -125,6 +125,7 @@ __all__ = [
     "load_model",
     "load_statistics",
     "model",
+    "open_requests",
     "read_requests",
     "register_editor",
     "remembered_choice",

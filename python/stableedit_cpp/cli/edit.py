@@ -30,7 +30,7 @@ from stableedit_cpp.cli.options import (
 )
 from stableedit_cpp.cli.sentence import sentence
 from stableedit_cpp.core import save_patch
-from stableedit_cpp.data import read_requests
+from stableedit_cpp.data import open_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import DriftLimitReached, Editor, make_editor
 from stableedit_cpp.editors.choice import ENOUGH
@@ -92,10 +92,10 @@ def run(options: argparse.Namespace) -> int:
     # Everything that can be wrong is looked at before the model is loaded.
     config = editor_config(options)
     _check(options)
-    requests = read_requests(options.requests, options.limit, **reading_settings(options))
+    requests = open_requests(options.requests, options.limit, **reading_settings(options), progress=True)
     warm_up = []
     if options.warm_up:
-        warm_up = read_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options))
+        warm_up = open_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options), progress=True)
 
     model, tokenizer = load(options)
     sample = warm_up if len(requests) < ENOUGH <= len(warm_up) else requests

@@ -22,7 +22,7 @@ from stableedit_cpp.cli.options import (
     positive,
     show,
 )
-from stableedit_cpp.data import read_requests
+from stableedit_cpp.data import open_requests
 from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
@@ -43,6 +43,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")
     add_form_options(parser, chat=f"as it was edited, where its directory says so, or else {OWN_TEMPLATE}", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
+    parser.add_argument(
+        "--per-request",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="values of every request in the JSON; without them a stream of any length is scored in constant memory",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N requests")
     add_json_option(parser)
     return parser
@@ -53,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         check_writable_file(options.output)
     if "locality" in options.metrics and not options.reference:
         raise ValueError("--metrics locality compares with the unedited model; say with --reference which that is")
-    requests = read_requests(options.requests, options.limit, **reading_settings(options))
+    requests = open_requests(options.requests, options.limit, **reading_settings(options), progress=True)
     model, tokenizer = load(options)
     reference = None
     if options.reference:
@@ -61,7 +67,10 @@ def run(options: argparse.Namespace) -> int:
     metrics = [metric.replace("-", "_") for metric in options.metrics]
     edited = config_of(options.model)
     how = {"chat_template": None if edited is None else edited.chat_template, **form_settings(options)}
-    scores = evaluate(model, tokenizer, requests, metrics=metrics, reference=reference, **how, progress=True)
+    details = bool(options.per_request and (options.output or options.json))
+    scores = evaluate(
+        model, tokenizer, requests, metrics=metrics, reference=reference, **how, details=details, progress=True
+    )
     form = find_form(model, tokenizer, **how)
     if form != RAW:
         note(options, f"asked as {form.describe(tokenizer)}")
@@ -76,5 +85,6 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.output:
         write_json(options.output, document)
-        note(options, f"scores and per-request values are in {options.output}")
+        what = "scores and per-request values" if details else "scores"
+        note(options, f"{what} are in {options.output}")
     return 0

@@ -8,9 +8,18 @@ from pathlib import Path
 
 from stableedit_cpp.data.notes import Notes
 
-__all__ = ["read_parquet", "read_workbook", "rows_of"]
+__all__ = ["is_table", "read_parquet", "read_workbook", "rows_of"]
 
 _EXTRA = "install it with: pip install 'stableedit-cpp[tables]'"
+
+
+def is_table(items: object) -> bool:
+    """Whether it is a DataFrame (pandas, polars) or an Arrow table."""
+    return (
+        hasattr(items, "to_dicts")
+        or hasattr(items, "to_pylist")
+        or (hasattr(items, "columns") and hasattr(items, "to_dict"))
+    )
 
 
 def rows_of(items: Iterable) -> Iterable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ from stableedit_cpp.data.notes import Notes
 from stableedit_cpp.data.request import EditRequest, requests_of
 from stableedit_cpp.data.variants import check_movable
 
-__all__ = ["format_of_training", "iter_requests", "name_of", "read_requests", "source_records"]
+__all__ = ["format_of_training", "iter_requests", "name_of", "placed_in", "read_requests", "source_records"]
 
 
 def source_records(source: object, notes: Notes | None = None) -> Iterator[tuple[str, dict[str, object]]]:
@@ -73,17 +73,31 @@ def read_requests(
         FileNotFoundError, IsADirectoryError, PermissionError: as the operating system says, with the path.
         ValueError: as ``iter_requests``; also for an id that occurs twice.
     """
-    requests: list[EditRequest] = []
-    seen: dict[str, str] = {}
+    return [request for _, request in placed_in(source, limit, {}, format=format, seed=seed, variants=variants)]
+
+
+def placed_in(
+    source: str | Path,
+    limit: int | None,
+    seen: MutableMapping[str, str],
+    *,
+    format: str | Format | Mapping[str, str] | None = None,
+    seed: int = 0,
+    variants: Sequence[str] = (),
+) -> Iterator[tuple[str, EditRequest]]:
+    """``("FILE, line 3", request)`` for each request of a data set.
+
+    Args:
+        seen: takes where each id was first seen. The others, and what is raised: as ``read_requests``.
+    """
+    whose = name_of(source)
     for place, request in _placed_requests(source, limit, choose_format(format), seed, check_movable(variants)):
         if request.id is not None:
-            if request.id in seen:
-                raise ValueError(
-                    f"{name_of(source)}, {place}: the id {request.id!r} was used before, in {seen[request.id]}"
-                )
+            earlier = seen.get(request.id)
+            if earlier is not None:
+                raise ValueError(f"{whose}, {place}: the id {request.id!r} was used before, in {earlier}")
             seen[request.id] = place
-        requests.append(request)
-    return requests
+        yield f"{whose}, {place}", request
 
 
 def _placed_requests(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 
@@ -13,7 +13,7 @@ from stableedit_cpp.data.nested import expand
 from stableedit_cpp.data.notes import Notes
 from stableedit_cpp.data.variants import as_variants, clean_text
 
-__all__ = ["EditRequest", "as_requests", "requests_of"]
+__all__ = ["EditRequest", "as_requests", "checked", "requests_of"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,19 @@ def as_requests(items: Iterable[EditRequest | Mapping[str, object]]) -> list[Edi
     """
     if isinstance(items, (str, bytes, Mapping, EditRequest)):
         raise ValueError(f"requests must be a list of EditRequest or dict, not a single {type(items).__name__}")
-    requests: list[EditRequest] = []
-    seen: dict[str, int] = {}
+    return [request for _, request in checked(items, {}, stacklevel=6)]
+
+
+def checked(
+    items: Iterable[EditRequest | Mapping[str, object]], seen: MutableMapping[str, int], stacklevel: int = 2
+) -> Iterator[tuple[str, EditRequest]]:
+    """``("request 3", request)`` for each request of some items.
+
+    Args:
+        seen: takes where each id was first seen.
+
+    Raises: as ``as_requests``.
+    """
     notes = Notes()
     for index, item in enumerate(rows_of(items)):
         if isinstance(item, EditRequest):
@@ -171,9 +182,9 @@ def as_requests(items: Iterable[EditRequest | Mapping[str, object]]) -> list[Edi
             raise ValueError(f"request {index} must be an EditRequest or a dict, not {type(item).__name__}")
         for request in found:
             if request.id is not None:
-                if request.id in seen:
-                    raise ValueError(f"requests {seen[request.id]} and {index} have the same id {request.id!r}")
+                earlier = seen.get(request.id)
+                if earlier is not None:
+                    raise ValueError(f"requests {earlier} and {index} have the same id {request.id!r}")
                 seen[request.id] = index
-            requests.append(request)
-    notes.say(("blanks", "answers", "lists"), stacklevel=4)
-    return requests
+            yield f"request {index}", request
+    notes.say(("blanks", "answers", "lists"), stacklevel=stacklevel + 1)

@@ -118,7 +118,8 @@ class EditReport:
 
     Attributes:
         seconds: wall time of the turns; not that of looking at a sample for the progress bar.
-        requests: of the call, in its order; those of the turns come first. Not in ``to_dict``.
+        requests: of the call, in its order; those of the turns come first. Not in ``to_dict``. Of a long stream they
+            stay on the disk as long as the report is there (``data.open_requests``).
     """
 
     editor: str
@@ -142,16 +143,18 @@ class EditReport:
         Raises:
             ValueError: where nobody looked; see ``outcomes`` of ``Editor.edit``.
         """
-        found: list[Outcome] = []
+        return list(self._outcomes())
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        requests = enumerate(self.requests)
         for turn in self.turns:
             if turn.failed is None:
                 raise ValueError("nobody looked which requests took; ask for it with edit(..., outcomes=True)")
             failures = {failure.index: failure for failure in turn.failed}
-            for index in range(turn.requests):
-                number, failed = len(found), failures.get(index)
+            for index, (number, request) in zip(range(turn.requests), requests, strict=False):
+                failed = failures.get(index)
                 what = (failed.answer, failed.only_variants, failed.variants) if failed else (None,)
-                found.append(Outcome(number, self.requests[number], failed is None, *what))
-        return found
+                yield Outcome(number, request, failed is None, *what)
 
     @property
     def failed(self) -> list[EditRequest]:
@@ -160,7 +163,7 @@ class EditReport:
         Raises:
             ValueError: as ``outcomes``.
         """
-        return [outcome.request for outcome in self.outcomes if not outcome.took]
+        return [outcome.request for outcome in self._outcomes() if not outcome.took]
 
     @property
     def back_offs(self) -> int:

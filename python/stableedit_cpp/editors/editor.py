@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from tqdm.auto import tqdm
 
 from stableedit_cpp.core import LifelongNormalizer, PastKeys
-from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.spool import Spool
+from stableedit_cpp.data.stream import as_stream, parts_of
 from stableedit_cpp.data.superseding import warn_of_contradictions
+from stableedit_cpp.editors.ahead import AHEAD
 from stableedit_cpp.editors.anchors import Anchors
 from stableedit_cpp.editors.applied import AppliedTurn
 from stableedit_cpp.editors.config import EditorConfig
@@ -179,7 +185,9 @@ class Editor:
         hold, and must see the earlier one done. A warning says once where two requests contradict each other.
 
         Args:
-            requests: EditRequest or dicts with "prompt" and "target" (or the fields of a published data set).
+            requests: EditRequest or dicts with "prompt" and "target" (or the fields of a published data set): a list, a
+                table, a ``Path``, or any iterable, which is read to its end before the first turn. Of more than 10,000
+                that are no list only the next turns are in memory (``open_requests``).
             trunk: of ``make_trunk_cache()``; keeps the trunk's output of the requests beyond their turn, for audits and
                 repairs, and uses what it holds already.
             outcomes: True finds out after each turn which requests took, and what the model answers to the others
@@ -234,7 +242,7 @@ class Editor:
 
     def check(self, requests: Iterable[EditRequest | Mapping[str, object]]) -> None:
         """Raise what ``edit`` would raise for bad requests, without editing: before a long warm-up, say."""
-        self.tokenize(as_requests(requests))
+        self._check(as_stream(requests), None)
 
     @contextmanager
     def unedited(self) -> Iterator[torch.nn.Module]:
@@ -289,16 +297,45 @@ class Editor:
             raise ValueError("the editor is followed turn by turn (on_turn); what shrinks would be missing there")
         self.weights.shrink(share)
 
-    def tokenize(self, requests: Sequence[EditRequest]) -> list[TokenSequence]:
+    def tokenize(self, requests: Sequence[EditRequest], names: Sequence[str] | None = None) -> list[TokenSequence]:
         """The statements of requests as the editor sees them, in its form: of each request prompt and target, then its
         variants.
+
+        Args:
+            names: what to call each statement in an error message (``stream.names_of``).
 
         Raises:
             ValueError: for a prompt or target without tokens, or longer than the model's context, or a prompt that the
                 chat template refuses.
         """
+        return self._tokens(self.tokenizer, requests, names or names_of(requests))
+
+    def _tokens(self, tokenizer, requests: Sequence[EditRequest], names: Sequence[str]) -> list[TokenSequence]:
         pairs = [statement for request in requests for statement in request.statements]
-        return tokenize(self.tokenizer, pairs, context_length(self.model), names_of(requests), self.form)
+        return tokenize(tokenizer, pairs, context_length(self.model), names, self.form)
+
+    def _check(self, requests: Sequence[EditRequest], progress: bool | None) -> None:
+        """Raise what is wrong with any of the requests; of a long stream one part after the other."""
+        shown = None if progress is None else not progress
+        long = isinstance(requests, Spool)
+        with tqdm(total=len(requests), desc="Checking", unit="request", disable=shown if long else True) as bar:
+            for begin, part in parts_of(requests):
+                places = requests.places(begin, begin + len(part)) if long else None
+                self.tokenize(part, names_of(part, begin, places))
+                bar.update(len(part))
+
+    def _tokens_of_turns(
+        self, requests: Sequence[EditRequest], progress: bool | None
+    ) -> Callable[[Sequence[EditRequest], int], list[TokenSequence]]:
+        """Checks all requests, and gives what gives the tokens of a turn: those are kept of a few turns only."""
+        if len(requests) <= AHEAD * self.config.turn_size:
+            every = self.tokenize(requests)
+            begins = list(accumulate((len(request.statements) for request in requests), initial=0))
+            return lambda part, begin: every[begins[begin] : begins[begin + len(part)]]
+        self._check(requests, progress)
+        # Of tokenizers one thread each: what others ask of this one meanwhile may change its settings.
+        own = copy.deepcopy(self.tokenizer)
+        return lambda part, begin: self._tokens(own, part, names_of(part, begin))
 
     def make_trunk_cache(self) -> TrunkCache | None:
         """A trunk cache for this editor's model and modules; None where nothing lies below them that could be kept."""
@@ -440,8 +477,8 @@ class Editor:
         progress: bool | None,
         passes: int | None = None,
     ) -> EditReport:
-        requests = as_requests(requests)
-        sequences = self.tokenize(requests)
+        requests = as_stream(requests, progress=progress)
+        tokens = self._tokens_of_turns(requests, progress)
         warn_of_contradictions(requests)
         lent = trunk is not None
         trunk = trunk if lent else self.trunk
@@ -460,7 +497,7 @@ class Editor:
             answers=bool(outcomes),
             passes=passes,
         )
-        return run_stream(work, kind, requests, sequences, progress, self._make_turn)
+        return run_stream(work, kind, requests, tokens, progress, self._make_turn)
 
     def _make_turn(self, *arguments: object) -> Turn:
         """A turn of a stream, with the arguments of ``Turn``; what another kind of editor puts its own in place of."""

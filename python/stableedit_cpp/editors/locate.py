@@ -132,9 +132,10 @@ class LocateEditor(Editor):
         check_located_modules(model, modules)
         return modules
 
-    def tokenize(self, requests: Sequence[EditRequest]) -> list[TokenSequence]:
-        sequences = super().tokenize(requests)
-        self.locator.prefixes(requests, names_of(requests))
+    def tokenize(self, requests: Sequence[EditRequest], names: Sequence[str] | None = None) -> list[TokenSequence]:
+        names = names or names_of(requests)
+        sequences = super().tokenize(requests, names)
+        self.locator.prefixes(requests, names)
         return sequences
 
     def _make_turn(self, *arguments: object) -> Turn:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from contextlib import nullcontext
 from typing import Literal
 
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.data.superseding import replaces
+from stableedit_cpp.editors.ahead import AHEAD, ahead, prepared
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
 from stableedit_cpp.editors.turn import Turn
@@ -25,10 +26,16 @@ _PROBE = 8
 _TITLES = {"edit": "Editing", "warm_up": "Warm-up", "repair": "Repairing"}
 
 
-def names_of(requests: Sequence[EditRequest]) -> list[str]:
-    """What to call each statement of the requests in a message."""
+def names_of(requests: Sequence[EditRequest], begin: int = 0, places: Sequence[str] | None = None) -> list[str]:
+    """What to call each statement of the requests in a message.
+
+    Args:
+        begin: number of the first one in its stream. places: where they come from, if that says more.
+    """
     return [
-        f"request {index}" + (f" ({r.id})" if r.id else "") + (f", variant {number - 1}" if number else "")
+        (places[index] if places else f"request {begin + index}")
+        + (f" ({r.id})" if r.id else "")
+        + (f", variant {number - 1}" if number else "")
         for index, r in enumerate(requests)
         for number in range(len(r.statements))
     ]
@@ -52,20 +59,25 @@ def run_stream(
     work: Work,
     kind: Literal["edit", "warm_up", "repair"],
     requests: Sequence[EditRequest],
-    sequences: Sequence[TokenSequence],
+    tokenize: Callable[[Sequence[EditRequest], int], list[TokenSequence]],
     progress: bool | None,
     make_turn: Callable[..., Turn] = Turn,
 ) -> EditReport:
     """Run the turns of a stream; progress, result and errors as ``Editor.edit``.
 
     Args:
-        sequences: tokens of the statements of the requests, in order.
+        tokenize: gives the tokens of the statements of a turn's requests, of which the first has that number; called on
+            another thread where there are more than a few turns.
         make_turn: called like ``Turn``, gives each turn.
     """
-    names = names_of(requests)
-    begins = list(accumulate((len(request.statements) for request in requests), initial=0))
     report = EditReport(work.config.editor, requests=requests)
-    turns = list(turns_of(requests, work.config.turn_size))
+    turns = turns_of(requests, work.config.turn_size)
+    of = ""
+    if isinstance(requests, list):  # one that is on the disk would have to be read for it
+        turns = list(turns)
+        of = f" of {len(turns)}"
+    ready = prepared(requests, turns, tokenize)
+    long = len(requests) > AHEAD * work.config.turn_size
     bar = tqdm(
         total=len(requests),
         desc=_TITLES[kind],
@@ -74,11 +86,10 @@ def run_stream(
         leave=True,
     )
     try:
-        with bar, InterruptGuard() as guard:
-            for whole in turns:
+        with bar, InterruptGuard() as guard, ahead(ready, AHEAD) if long else nullcontext(ready) as ready:
+            for whole, part, sequences in ready:
                 start = time.perf_counter()
-                part = slice(begins[whole.start], begins[whole.stop])
-                turn = make_turn(work, kind, requests[whole], sequences[part], names[part])
+                turn = make_turn(work, kind, part, sequences, names_of(part, whole.start))
                 try:
                     turn.run(guard, bar)
                 finally:
@@ -86,13 +97,13 @@ def run_stream(
                         report.turns.append(turn.report)
                         report.seconds += time.perf_counter() - start
                 if not bar.disable:  # not in the seconds: the speed is the same with and without a terminal
-                    efficacy = float(work.accuracy(sequences[part][:_PROBE]).mean())
+                    efficacy = float(work.accuracy(sequences[:_PROBE]).mean())
                     turn.report.efficacy_after = None if math.isnan(efficacy) else efficacy
                     bar.set_postfix(efficacy=f"{efficacy:.2f}", refresh=False)
                 bar.update(whole.stop - whole.start)
                 if guard.requested:
                     raise EditInterrupted(
-                        f"stopped after turn {len(report.turns)} of {len(turns)}, which was finished and applied: "
+                        f"stopped after turn {len(report.turns)}{of}, which was finished and applied: "
                         f"{whole.stop} of {len(requests)} requests are edited",
                         report,
                     )
