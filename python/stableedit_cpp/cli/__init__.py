@@ -26,7 +26,7 @@ _COMMANDS = {
     "session": "edit for months: journal, audits, rollback, revert, export",
     "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
     "statistics": "gather second moments of keys and value gradients over text, for editors that hold updates off it",
-    "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter",
+    "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF",
     "datasets": "list the known data set formats, or look into a file",
     "bench": "edit streams of requests and measure along them",
     "side-effects": "measure perplexity, downstream tasks and hidden states, before and after editing",

@@ -9,15 +9,9 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp import core
-from stableedit_cpp.cli.options import (
-    DTYPES,
-    OWN_TEMPLATE,
-    add_form_options,
-    add_trust_option,
-    load_any,
-    new_parser,
-    positive,
-)
+from stableedit_cpp.cli.export_options import ADAPTERS, KEEP, add_export_options, check_export_options
+from stableedit_cpp.cli.hub_options import push
+from stableedit_cpp.cli.options import DTYPES, add_trust_option, load_any, new_parser
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import parse_fields, read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -31,6 +25,8 @@ from stableedit_cpp.export import (
     change_from_patch,
     evaluate_change,
     export_delta,
+    export_gguf,
+    export_gguf_lora,
     export_lora,
     export_model,
     export_patch,
@@ -38,25 +34,25 @@ from stableedit_cpp.export import (
     read_provenance,
 )
 from stableedit_cpp.export.delta import DELTA_FILE
-from stableedit_cpp.export.lora import SERVED_RANKS, rounded_rank
+from stableedit_cpp.export.llama_cpp.files import check_exportable
+from stableedit_cpp.export.lora import rounded_rank
 from stableedit_cpp.export.patch import PATCH_FILE
 from stableedit_cpp.export.truncation import choose_rank, truncate
-from stableedit_cpp.files.atomic import check_new_directory
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache
-
-_KEEP = 0.95
 
 _EXAMPLE = """\
   stableedit export --base smollm2-135m --edited edited/ --format lora --keep 0.95 --output adapter/
   stableedit export --base smollm2-135m --edited edited/ --format lora --keep-efficacy 0.95 --requests edits.jsonl \\
       --output adapter/
+  stableedit export --base smollm2-135m --edited edited/ --format gguf --dtype float16 --output gguf/
+  stableedit export --base smollm2-135m --edited edited/ --format lora --output adapter/ --push-to-hub OWNER/NAME
 
   The adapter loads with peft.PeftModel.from_pretrained(base_model, "adapter/"); README.md in it says so."""
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
-    summary = "ship an edited model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter"
+    summary = "ship an edited model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF"
     parser = new_parser(commands, "export", summary, _EXAMPLE)
     parser.add_argument(
         "--edited",
@@ -76,38 +72,6 @@ def add_parser(commands) -> argparse.ArgumentParser:
     return parser
 
 
-def add_export_options(parser: argparse.ArgumentParser) -> None:
-    """What all that exports needs to know."""
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=["model", "delta", "patch", "lora"],
-        help="whole model; changed tensors, bit for bit; patch for libstableedit; LoRA adapter of PEFT",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="new directory, with a model card")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
-    parser.add_argument("--rank", type=positive, metavar="N", help="of every module of an adapter or patch")
-    parser.add_argument(
-        "--round-rank",
-        action="store_true",
-        help=f"round the rank of an adapter up to one for which vLLM reserves memory: {str(SERVED_RANKS)[1:-1]}",
-    )
-    parser.add_argument(
-        "--keep",
-        type=float,
-        metavar="X",
-        help=f"smallest rank that keeps this share of the changes' norm (lora: {_KEEP})",
-    )
-    parser.add_argument(
-        "--keep-efficacy", type=float, metavar="X", help="smallest rank that keeps this share of the efficacy"
-    )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of an adapter (default: the model's)")
-    parser.add_argument("--requests", metavar="FILE", help="score base, edited and exported model on these edits")
-    parser.add_argument("--fields", metavar="MAP", help="their fields, e.g. prompt=question,target=answer")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
-    add_form_options(parser, chat=f"as it was edited, where that is known, or else {OWN_TEMPLATE}", end=None)
-
-
 def run(options: argparse.Namespace) -> int:
     check_export_options(options)
     path = Path(options.edited)
@@ -116,23 +80,6 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer, change, provenance = _load(path, options)
     export(model, tokenizer, change, provenance, options)
     return 0
-
-
-def check_export_options(options: argparse.Namespace) -> None:
-    """Find out before anything is loaded what cannot work."""
-    given = [name for name in ("rank", "keep", "keep_efficacy") if getattr(options, name) is not None]
-    flags = [f"--{name.replace('_', '-')}" for name in given]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(flags)} each decide the rank; give one of them")
-    if given and options.format not in ("patch", "lora"):
-        raise ValueError(f"{flags[0]} is for --format patch and lora; a {options.format} keeps everything")
-    if options.keep_efficacy is not None and not options.requests:
-        raise ValueError("--keep-efficacy needs the edits to measure it on: add --requests FILE")
-    if options.round_rank and options.format != "lora":
-        raise ValueError(f"--round-rank is for --format lora; servers load no {options.format} beside a model")
-    if options.dtype != "auto" and options.format != "lora":
-        raise ValueError(f"--dtype is for --format lora; a {options.format} has the dtype of the edited model")
-    check_new_directory(options.output, overwrite=options.overwrite)
 
 
 def export(
@@ -147,6 +94,8 @@ def export(
     Args:
         model: the base model; a whole-model export, or scoring, leaves it edited.
     """
+    if options.format.startswith("gguf"):
+        check_exportable(model.config)
     fields = None if options.fields is None else parse_fields(options.fields)
     requests = read_requests(options.requests, options.limit, format=fields) if options.requests else []
     dtype = getattr(torch, change.dtype) if options.dtype == "auto" else DTYPES[options.dtype]
@@ -155,8 +104,8 @@ def export(
     how = {"chat_template": edited if options.chat_template is None else options.chat_template, "progress": True}
     if options.keep_efficacy is not None:
         rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, **how)
-    elif options.format == "lora" and rank is None and keep is None:
-        keep = _KEEP
+    elif options.format in ADAPTERS and rank is None and keep is None:
+        keep = KEEP
     if options.round_rank:
         rank, keep = rounded_rank(change.spectra, choose_rank(change.spectra, rank, keep)), None
     scores: dict[str, Scores] = {}
@@ -171,13 +120,19 @@ def export(
         export_model(model, tokenizer, options.output, **common)
     elif options.format == "delta":
         export_delta(change, options.output, **common)
+    elif options.format == "gguf":
+        change.apply_to(model)
+        export_gguf(model, tokenizer, options.output, dtype=dtype, **common)
     elif options.format == "patch":
         report = export_patch(change, options.output, rank=rank, keep=keep, **common)
     else:
-        report = export_lora(change, options.output, rank=rank, keep=keep, dtype=dtype, **common)
+        adapter = export_lora if options.format == "lora" else export_gguf_lora
+        report = adapter(change, options.output, rank=rank, keep=keep, dtype=dtype, **common)
     for name, found in scores.items():
         print(f"{name}:\n{found}")
     print(_summary(options, change, report))
+    if address := push(options):
+        print(f"It is on the hub: {address}")
 
 
 def _scores(
@@ -242,6 +197,7 @@ def _file(path: Path) -> tuple[Path, str]:
 
 def _summary(options: argparse.Namespace, change: ModelChange, report: LowRankReport | None) -> str:
     names = {"model": "The whole model", "delta": "The delta", "patch": "The patch", "lora": "The LoRA adapter"}
+    names |= {"gguf": "The GGUF file of the whole model", "gguf-lora": "The LoRA adapter for llama.cpp"}
     if report is None:
         what = f"{names[options.format]} with {len(change.tensors)} changed tensors"
     elif report.rank is None:

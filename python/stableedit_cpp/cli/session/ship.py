@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.export import add_export_options, check_export_options, export
+from stableedit_cpp.cli.export import export
+from stableedit_cpp.cli.export_options import add_export_options, check_export_options
 from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
 from stableedit_cpp.export import Provenance, change_of
 
@@ -14,7 +15,7 @@ _EXPORT = """\
 
 
 def add_parsers(actions) -> None:
-    summary = "ship the model: whole, its changed tensors, a patch for libstableedit or a LoRA adapter"
+    summary = "ship the model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF"
     parser = new_action(actions, "export", summary, _EXPORT, export_session)
     add_export_options(parser)
     parser.add_argument(
