@@ -13,6 +13,8 @@ EARLIER = {
     "DriftLimitReached": RuntimeError,
     "ModelBroken": ValueError,
     "OtherBits": ValueError,
+    "RankLost": RuntimeError,
+    "RanksDiffer": ValueError,
     "SessionBusy": ValueError,
     "SessionClosed": ValueError,
     "SessionWriteError": OSError,

@@ -128,7 +128,7 @@ def test_signatures_of_the_contract():
     optional = list(inspect.signature(se.EditRequest).parameters.values())[2:]
     assert all(parameter.default is None for parameter in optional)
     for editor in (se.StableEdit, se.UltraEdit):
-        assert parameters(editor) == ["model", "tokenizer", "config", "guard"]
+        assert parameters(editor) == ["model", "tokenizer", "config", "guard", "distributed"]
         assert inspect.signature(editor).parameters["guard"].kind == inspect.Parameter.KEYWORD_ONLY
         assert issubclass(editor, se.Editor)
         for method in (editor.warm_up, editor.edit):

@@ -42,6 +42,8 @@ from .errors import (
     DriftLimitReached,
     ModelBroken,
     OtherBits,
+    RankLost,
+    RanksDiffer,
     SessionBusy,
     SessionClosed,
     SessionWriteError,
@@ -56,6 +58,7 @@ from .model.gather import gather_statistics
 from .model.load import load_model
 from .model.modules import find_modules
 from .model.outputs import default_edit_modules
+from .model.ranks import data_parallel
 from .model.text_statistics import TextStatistics, load_statistics
 from .model.trunk import TrunkCache
 
@@ -90,6 +93,8 @@ __all__ = [
     "PatchRecorder",
     "RLEdit",
     "RLEditConfig",
+    "RankLost",
+    "RanksDiffer",
     "Scores",
     "SessionBusy",
     "SessionClosed",
@@ -107,6 +112,7 @@ __all__ = [
     "choose_modules",
     "core",
     "data",
+    "data_parallel",
     "default_edit_modules",
     "editors",
     "errors",

@@ -16,6 +16,8 @@ __all__ = [
     "DriftLimitReached",
     "ModelBroken",
     "OtherBits",
+    "RankLost",
+    "RanksDiffer",
     "SessionBusy",
     "SessionClosed",
     "SessionWriteError",
@@ -69,6 +71,15 @@ class DamagedSnapshot(StableEditError, ValueError):
 
 class OtherBits(StableEditError, ValueError):
     """Doing the turns again gave another state than the one that was recorded."""
+
+
+class RankLost(StableEditError, RuntimeError):
+    """Of the processes that edit together one has gone, failed or did not answer in time. The turn in flight was
+    dropped; the turns before it stand, where a session has written them down."""
+
+
+class RanksDiffer(StableEditError, ValueError):
+    """Processes that edit together have other requests, settings, models or weights than the first of them."""
 
 
 class SessionWriteError(StableEditError, OSError):

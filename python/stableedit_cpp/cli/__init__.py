@@ -12,6 +12,7 @@ from stableedit_cpp._build_info import version
 from stableedit_cpp.cli.outputs import check_outputs
 from stableedit_cpp.cli.process import settle
 from stableedit_cpp.cli.sentence import plain_warnings, sentence
+from stableedit_cpp.cli.together import joined, speaker
 
 __all__ = ["main"]
 
@@ -46,19 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser(argv).parse_args(argv)
         check_outputs(options)
-        with plain_warnings():
+        with plain_warnings(), joined(options):
             status = options.run(options)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return status
     except KeyboardInterrupt as error:
-        print(f"stableedit: interrupted: {error}" if str(error) else "stableedit: interrupted", file=sys.stderr)
+        print(f"{speaker()}: interrupted: {error}" if str(error) else f"{speaker()}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `stableedit session log DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         message, status = sentence(error)
-        print(f"stableedit: error: {message}", file=sys.stderr)
+        print(f"{speaker()}: error: {message}", file=sys.stderr)
         return status
 
 
@@ -87,7 +88,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, summary in _COMMANDS.items():
         if name == called:
             command = importlib.import_module(f"stableedit_cpp.cli.{name.replace('-', '_')}")
-            command.add_parser(commands).set_defaults(run=command.run)
+            command.add_parser(commands).set_defaults(run=command.run, command=name)
         else:
             commands.add_parser(name, help=summary)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow

@@ -23,6 +23,7 @@ from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditorConfig, ModuleChoice, choose_modules, remembered_choice
 from stableedit_cpp.editors.choice import ENOUGH
+from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["add_choice_option", "add_parser", "choose_for", "run"]
 
@@ -80,7 +81,8 @@ def choose_for(
             return None, "as named"
         if config.step_size != "auto" or asked is False:
             return None, "the fixed rule"
-        found = remembered_choice(model, tokenizer, config)
+        # By one process for all: another may come when it was measured meanwhile.
+        found = ranks().by_lead("looking up modules", lambda: remembered_choice(model, tokenizer, config))
         if found is not None:
             return found, f"{found.why}, measured earlier"
         if len(requests) < ENOUGH:

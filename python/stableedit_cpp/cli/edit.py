@@ -29,11 +29,13 @@ from stableedit_cpp.cli.options import (
     show,
 )
 from stableedit_cpp.cli.sentence import sentence
+from stableedit_cpp.cli.together import writes
 from stableedit_cpp.core import save_patch
 from stableedit_cpp.data import open_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import DriftLimitReached, Editor, make_editor
 from stableedit_cpp.editors.choice import ENOUGH
+from stableedit_cpp.errors import RankLost, RanksDiffer
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.export.model import write_model
 from stableedit_cpp.export.patch_recorder import PatchRecorder
@@ -49,6 +51,7 @@ _EXAMPLE = """\
   stableedit edit --model smollm2-135m --requests edits.jsonl --evaluate --output edited/
   stableedit edit --model smollm2-135m --requests edits.jsonl --preset one-pass --warm-up training.json --output fast/
   stableedit edit --model smollm2-135m --requests edits.jsonl --patch capital.safetensors
+  torchrun --nproc-per-node 4 -m stableedit_cpp edit --model smollm2-135m --requests edits.jsonl --output edited/
 
   edits.jsonl has one request a line:
     {"prompt": "The capital of Australia is", "target": "Canberra", "rephrase": "Australia's capital is called"}"""
@@ -125,6 +128,8 @@ def run(options: argparse.Namespace) -> int:
 
     stop, said = _work(editor, requests, warm_up, options, report)
     said.insert(0, f"Edited in {as_patterns(report['edit_modules'])} ({why}).")
+    if not writes():
+        return _status(stop)
     if recorder is not None:
         Path(options.patch).absolute().parent.mkdir(parents=True, exist_ok=True)
         save_patch(options.patch, recorder.patch(Path(options.patch).stem))
@@ -137,6 +142,10 @@ def run(options: argparse.Namespace) -> int:
         said.append(f"Model, {CONFIG_FILE} and {REPORT_FILE} are in {options.output}")
     # Printed last: a closed pipe must not cost the model.
     show(options, report, "\n".join(said))
+    return _status(stop)
+
+
+def _status(stop: BaseException | None) -> int:
     return 0 if stop is None else 130 if isinstance(stop, KeyboardInterrupt) else 1
 
 
@@ -182,6 +191,8 @@ def _work(
     for part, step in steps.items():
         try:
             done = step()
+        except (RankLost, RanksDiffer):  # what is in memory need not be what others have
+            raise
         except (KeyboardInterrupt, Exception) as error:
             done, stop = getattr(error, "report", None), error
             if part in ("warm_up", "edit") and not (done and done.edits) and "warm_up" not in report:

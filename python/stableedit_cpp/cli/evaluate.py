@@ -22,6 +22,7 @@ from stableedit_cpp.cli.options import (
     positive,
     show,
 )
+from stableedit_cpp.cli.together import writes
 from stableedit_cpp.data import open_requests
 from stableedit_cpp.evaluation import DEFAULT_METRICS, evaluate
 from stableedit_cpp.files.atomic import check_writable_file, write_json
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
             "locality: not scored; say with --reference which the unedited model is, to see whether its own answers to "
             "the unrelated prompts stay",
         )
-    if options.output:
+    if options.output and writes():
         write_json(options.output, document)
         what = "scores and per-request values" if details else "scores"
         note(options, f"{what} are in {options.output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,7 @@ from stableedit_cpp.data.reading import placed_in
 from stableedit_cpp.data.request import EditRequest, as_requests, checked
 from stableedit_cpp.data.spool import Seen, Spool
 
-__all__ = ["LISTED", "as_stream", "open_requests", "parts_of"]
+__all__ = ["LISTED", "as_stream", "digest_of", "open_requests", "parts_of"]
 
 LISTED = 10_000  # requests of a file or an iterator that are a list in memory; more are on the disk
 _PART = 4096  # requests of a long stream that are worked on at a time
@@ -70,6 +71,14 @@ def parts_of(requests: Sequence[EditRequest]) -> Iterator[tuple[int, Sequence[Ed
         return
     for begin in range(0, len(requests), _PART):
         yield begin, requests[begin : begin + _PART]
+
+
+def digest_of(requests: Iterable[EditRequest]) -> str:
+    """Of all that requests say, in their order: 32 hexadecimal digits."""
+    digest = blake2b(digest_size=16)
+    for request in requests:
+        digest.update(repr(sorted(vars(request).items())).encode())
+    return digest.hexdigest()
 
 
 def _kept(placed: Iterator[tuple[str, EditRequest]], progress: bool | None) -> Sequence[EditRequest]:

@@ -17,7 +17,7 @@ from stableedit_cpp.evaluation.locality import UneditedAnswers
 from stableedit_cpp.model.capture import CapturedTurn, capture, join
 from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.modules import EditModule
-from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.running import AnswerBatch, read_batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 from stableedit_cpp.model.top_tokens import TopTokens, top_tokens
 from stableedit_cpp.model.trunk import TrunkCache
@@ -109,9 +109,8 @@ class Anchors:
         how = {"max_tokens": self._max_tokens}
         answered = self._answers.to(self._tokenizer, [self.prompts[i] for i in fresh], end=self._form.end, **how)
         with self._unedited() as shown:
-            for batch in batches(shown, answered, trunk=self.trunk, **how):
-                parts = top_tokens(log_probabilities(batch.logits), _TOP).split(batch.sizes)
-                for place, part in zip(batch.indices, parts, strict=True):
+            for places, parts in read_batches(shown, answered, _tops, trunk=self.trunk, **how):
+                for place, part in zip(places, parts, strict=True):
                     self.known[fresh[place]] = (answered[place], part)
 
     def join(self, captured: CapturedTurn, sequences: Sequence[TokenSequence]) -> CapturedTurn:
@@ -139,3 +138,7 @@ class Anchors:
             trunk=self.trunk,
         )
         return join(captured, rows)
+
+
+def _tops(batch: AnswerBatch) -> Sequence[TopTokens]:
+    return top_tokens(log_probabilities(batch.logits), _TOP).split(batch.sizes)

@@ -31,14 +31,16 @@ from stableedit_cpp.editors.replays import Replays
 from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.solver import Solver
 from stableedit_cpp.editors.stream import names_of, run_stream
+from stableedit_cpp.editors.together import check_together
 from stableedit_cpp.editors.turn import Turn, owners_of
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
 from stableedit_cpp.editors.work import Guard, Work
-from stableedit_cpp.errors import ModelBroken
+from stableedit_cpp.errors import ModelBroken, RankLost
 from stableedit_cpp.model.form import Form, find_form
 from stableedit_cpp.model.kind import check_editable, check_tokenizer
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
+from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -61,6 +63,9 @@ class Editor:
         guard: what watches unrelated prompts after every pass, so that edits stop before they ruin the model: a
             ``LocalityGuard``, None for none, or "default" for one with its defaults, which is made at the first edit
             and runs the unedited model once for it. It is no part of what ``save`` and sessions keep.
+        distributed: "auto" edits with all processes of the default group of ``torch.distributed``, where that is up,
+            each with the model in its own memory; or a process group. All must make the same calls with the same
+            arguments. None edits alone, or within ``data_parallel`` as that says.
 
     A subclass says what is its own: ``config_class``, ``solver_class``, and with ``owns_rows`` whether each row of an
     update belongs to one request, which can then be taken out alone.
@@ -88,6 +93,7 @@ class Editor:
         config: EditorConfig | None = None,
         *,
         guard: Guard | Literal["default"] | None = "default",
+        distributed: Distributed = None,
     ) -> None:
         check_editable(model)
         check_tokenizer(tokenizer)
@@ -107,6 +113,7 @@ class Editor:
         self.solver = self.solver_class(self.modules, self._config)
         self.weights = EditedWeights(self.modules, self.solver.statistics())
         self.guard = guard
+        self.distributed = distributed
         self._beside: list[Anchors | Replays] | None = None  # not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
 
@@ -146,6 +153,8 @@ class Editor:
                 self._guard = LocalityGuard(self, progress=False)
             except ModelBroken:  # the first turn says so
                 self._guard = None
+            except RankLost:
+                raise
             except _UNGUARDED as error:
                 self._guard = None
                 reason = str(error) or type(error).__name__
@@ -477,8 +486,27 @@ class Editor:
         progress: bool | None,
         passes: int | None = None,
     ) -> EditReport:
-        requests = as_stream(requests, progress=progress)
-        tokens = self._tokens_of_turns(requests, progress)
+        with data_parallel(self.distributed):
+            return self._run_here(requests, kind, trunk, outcomes, progress, passes)
+
+    def _run_here(
+        self,
+        requests: Iterable,
+        kind: Literal["edit", "warm_up", "repair"],
+        trunk: TrunkCache | None,
+        outcomes: bool | None,
+        progress: bool | None,
+        passes: int | None,
+    ) -> EditReport:
+        progress = progress if ranks().lead else False
+
+        def read() -> tuple[Sequence[EditRequest], Callable]:
+            found = as_stream(requests, progress=progress)
+            return found, self._tokens_of_turns(found, progress)
+
+        requests, tokens = ranks().everywhere("reading requests", read)
+        if ranks().size > 1 and passes is None:  # what is done again was compared then
+            check_together(self, kind, requests, outcomes)
         warn_of_contradictions(requests)
         lent = trunk is not None
         trunk = trunk if lent else self.trunk

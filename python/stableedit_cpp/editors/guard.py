@@ -20,7 +20,7 @@ from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilitie
 from stableedit_cpp.evaluation.locality import UneditedAnswers, answer_log_probabilities
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.form import Form
-from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.running import AnswerBatch, read_batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length, prompt_ids
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -215,13 +215,18 @@ class LocalityGuard:
             except ValueError:  # the caller has changed other weights: what was kept is of no use, the reference stays
                 self.trunk.clear()
         found = torch.zeros(len(sequences), dtype=torch.float64, device="cpu")
-        for batch in batches(self._model, sequences, max_tokens=self._max_tokens, trunk=self.trunk):
+
+        def read(batch: AnswerBatch) -> torch.Tensor:
             likely = log_probabilities(batch.logits)
             reference = torch.cat([self._reference[indices[place]] for place in batch.indices]).to(likely)
             # Rounded to half precision it is no longer a distribution to the last digit, and the divergence could
             # become negative.
             divergence = kl_divergence(reference.log_softmax(-1), likely)
-            found[batch.indices] = torch.stack([part.mean() for part in divergence.split(batch.sizes)])
+            return torch.stack([part.mean() for part in divergence.split(batch.sizes)]).double().cpu()
+
+        how = {"max_tokens": self._max_tokens, "trunk": self.trunk}
+        for places, values in read_batches(self._model, sequences, read, **how):
+            found[places] = values
         return found
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from stableedit_cpp.editors.edit_report import EditReport
+from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["EditInterrupted", "InterruptGuard", "undisturbed"]
 
@@ -26,6 +27,9 @@ class InterruptGuard:
     """Context manager that turns the first SIGINT into ``requested``; the second raises KeyboardInterrupt, but only
     within ``droppable()``: from the first weight written to the end of the turn, nothing may cut it in half.
 
+    Where processes share the work (``ranks``), Ctrl-C in one of them counts for all, at the next point where all come
+    by: ``asked``, and the beginning of what is droppable.
+
     Outside the main thread, or where the application handles SIGINT itself, it does nothing.
     """
 
@@ -34,6 +38,11 @@ class InterruptGuard:
         self._urgent = False
         self._droppable = False
         self._installed = False
+        self._ranks = ranks()
+
+    def asked(self) -> bool:
+        """Whether to stop here, between two turns."""
+        return self._ranks.any("ending a turn", self.requested)
 
     def __enter__(self) -> InterruptGuard:
         in_main = threading.current_thread() is threading.main_thread()
@@ -51,13 +60,14 @@ class InterruptGuard:
         """Work that can be thrown away: nothing has been applied yet, or the caller takes it back."""
         self._droppable = True
         try:
-            self._drop_if_urgent()
+            self._urgent = self._ranks.any("beginning a pass", self._urgent)
+            self._drop_if_urgent(here=True)
             yield
         finally:
             self._droppable = False
 
-    def _drop_if_urgent(self) -> None:
-        if self._urgent and self._droppable:
+    def _drop_if_urgent(self, here: bool = False) -> None:
+        if self._urgent and self._droppable and (here or self._ranks.size == 1):
             raise KeyboardInterrupt("the turn in flight was dropped; the turns before it are applied")
 
     def _handle(self, _signal: int, _frame: object) -> None:

@@ -21,6 +21,7 @@ from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.replays import PastRequests
 from stableedit_cpp.model.capture import CapturedTurn
 from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["NoStep", "Solution", "Solver", "Statistic"]
@@ -202,22 +203,24 @@ class Solver:
         """
         if editors is None:
             editors = self.module_editors if ridge == 1.0 else self._with_ridge(self.config.ridge * ridge)
-        updates: dict[str, LowRankUpdate] = {}
+        modules = [module for group in self.groups.values() for module in group]
+        devices = {m.name: captured.keys[group[0].name].device for group in self.groups.values() for m in group}
+
+        def one(number: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+            module = modules[number]
+            device = devices[module.name]  # that of the group's statistics
+            keys, gradients = captured.keys[module.name].to(device), captured.value_gradients[module.name].to(device)
+            update = editors[module.name].compute_update(keys, gradients, mode)
+            decrease = first_order_decrease(update, keys, gradients) if self.step is not None else 0.0
+            home = module.weight.device
+            return update.left.to(home), update.right.to(home), decrease
+
+        found = ranks().shared("solving", [module.shape[0] for module in modules], one)
+        self._renew_whiteners(captured, mode)
         decrease = 0.0
-        for modules in self.groups.values():
-            device = captured.keys[modules[0].name].device  # that of the group's statistics
-            for module in modules:
-                keys, gradients = (
-                    captured.keys[module.name].to(device),
-                    captured.value_gradients[module.name].to(device),
-                )
-                update = editors[module.name].compute_update(keys, gradients, mode)
-                if self.step is not None:
-                    decrease += first_order_decrease(update, keys, gradients)
-                home = module.weight.device
-                if home != device:
-                    update = LowRankUpdate(update.left.to(home), update.right.to(home))
-                updates[module.name] = update
+        for _, _, part in found:
+            decrease += part
+        updates = {m.name: LowRankUpdate(left, right) for m, (left, right, _) in zip(modules, found, strict=True)}
         size = step * (self.config.step_size if self.step is None else self._choose(captured.loss, decrease))
         factor = step if self.step is None else size
         return Solution(
@@ -225,6 +228,14 @@ class Solver:
             size,
             self.config.ridge * ridge,
         )
+
+    def _renew_whiteners(self, captured: CapturedTurn, mode: str | None) -> None:
+        """Where this process has solved for no module of a group, which other processes have, renew the whitener that
+        solving renews where that is due."""
+        if ranks().size > 1:
+            for group, (module, *_) in self.groups.items():
+                row = captured.value_gradients[module.name][:1]
+                self.normalizers[group].normalize_value_gradients(row.to(captured.keys[module.name].device), mode)
 
     def _choose(self, loss: float, decrease: float) -> float:
         try:

@@ -15,8 +15,10 @@ from stableedit_cpp.data.superseding import replaces
 from stableedit_cpp.editors.ahead import AHEAD, ahead, prepared
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.interrupt import EditInterrupted, InterruptGuard
+from stableedit_cpp.editors.together import check_weights
 from stableedit_cpp.editors.turn import Turn
 from stableedit_cpp.editors.work import Work
+from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.tokens import TokenSequence
 
 __all__ = ["names_of", "run_stream", "turns_of"]
@@ -85,6 +87,7 @@ def run_stream(
         disable=None if progress is None else not progress,
         leave=True,
     )
+    probing = ranks().by_lead("beginning a stream", lambda: not bar.disable)
     try:
         with bar, InterruptGuard() as guard, ahead(ready, AHEAD) if long else nullcontext(ready) as ready:
             for whole, part, sequences in ready:
@@ -96,12 +99,13 @@ def run_stream(
                     if turn.final:
                         report.turns.append(turn.report)
                         report.seconds += time.perf_counter() - start
-                if not bar.disable:  # not in the seconds: the speed is the same with and without a terminal
+                check_weights(work.weights, len(report.turns))
+                if probing:  # not in the seconds: the speed is the same with and without a terminal
                     efficacy = float(work.accuracy(sequences[:_PROBE]).mean())
                     turn.report.efficacy_after = None if math.isnan(efficacy) else efficacy
                     bar.set_postfix(efficacy=f"{efficacy:.2f}", refresh=False)
                 bar.update(whole.stop - whole.start)
-                if guard.requested:
+                if guard.asked():
                     raise EditInterrupted(
                         f"stopped after turn {len(report.turns)}{of}, which was finished and applied: "
                         f"{whole.stop} of {len(requests)} requests are edited",

@@ -22,6 +22,7 @@ from stableedit_cpp.editors.work import Guard, Work
 from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.evaluation.generation import generate_continuations
 from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import trusted
 
@@ -102,11 +103,15 @@ class Turn:
                 companion.begin(self.sequences, work.solver.past_requests or PastRequests())
             passes = self._passes(interrupts, bar, keep=followers.hear_turns)
         turn = AppliedTurn(self.kind, self.requests, passes, self.report)
-        followers.applied(turn)
-        with undisturbed():  # nothing may come between what is written down and what stays in the model
+        ranks().everywhere("applying a turn", lambda: followers.applied(turn))
+
+        def record() -> None:
             followers.record(turn)
             change.settle()
             self.final = True
+
+        with undisturbed():  # nothing may come between what is written down and what stays in the model
+            ranks().lead_first("recording a turn", record)
         return turn
 
     def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:

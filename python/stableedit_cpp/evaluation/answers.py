@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from stableedit_cpp.errors import ModelBroken
-from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.running import AnswerBatch, read_batches
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -80,7 +80,8 @@ def read_answers(
     groups = list(sharing.values())
     different = [sequences[group[0]] for group in groups]
     found: list[ReadAnswer | None] = [None] * len(sequences)
-    for batch in batches(model, different, max_tokens=max_tokens, trunk=trunk):
+
+    def read(batch: AnswerBatch) -> list[tuple[int, ReadAnswer]]:
         logits = batch.logits.to(torch.promote_types(batch.logits.dtype, torch.float32))
         members, rows, begin = [], [], 0
         for index, size in zip(batch.indices, batch.sizes, strict=True):
@@ -94,10 +95,18 @@ def read_answers(
         likely = (logits[place, token].double() - normalizer[place]).cpu()
         top = logits.argmax(-1)[place].cpu()
         sizes = [len(sequences[member].answer) for member in members]
-        for member, *parts in zip(members, top.split(sizes), likely.split(sizes), strict=True):
-            found[member] = ReadAnswer(*parts)
+        return [
+            (member, ReadAnswer(*parts))
+            for member, *parts in zip(members, top.split(sizes), likely.split(sizes), strict=True)
+        ]
+
+    def done(indices: Sequence[int]) -> None:
         if on_done is not None:
-            on_done(len(members))
+            on_done(sum(len(groups[index]) for index in indices))
+
+    for _, answers in read_batches(model, different, read, max_tokens=max_tokens, trunk=trunk, on_done=done):
+        for member, answer in answers:
+            found[member] = answer
     return found
 
 

@@ -13,8 +13,9 @@ from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
 from stableedit_cpp.evaluation.continuing import continued, generation_prefix
 from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
 from stableedit_cpp.model.kind import check_tokenizer, language_model
+from stableedit_cpp.model.shares import shared_passes
 from stableedit_cpp.model.tokens import TokenSequence, context_length, pack, prompt_ids
-from stableedit_cpp.model.untouched import untouched
+from stableedit_cpp.model.untouched import input_device, untouched
 
 __all__ = [
     "Continuation",
@@ -136,28 +137,28 @@ def write_greedily(
     """
     ends = list(dict.fromkeys([*stop_tokens(model, tokenizer), *([] if end is None else [end])]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    found: list[Written | None] = [None] * len(prompts)
 
-    def write(indices: list[int]) -> None:
+    def write(indices: Sequence[int]) -> list[Written]:
         watch, room = _Watch(), max(max_new_tokens[index] for index in indices)
         chosen = [prompts[index] for index in indices]
         output, width = continued(model, chosen, prefix, max_new_tokens=room, logits_processor=[watch])
-        rows = output[:, width:].tolist()
-        for index, row, broken in zip(indices, rows, watch.by_row(), strict=True):
-            found[index] = _up_to_the_end(row[: max_new_tokens[index]], broken, ends)
+        rows = zip(indices, output[:, width:].tolist(), watch.by_row(), strict=True)
+        written = [_up_to_the_end(row[: max_new_tokens[index]], broken, ends) for index, row, broken in rows]
+        if len({len(prompt) for prompt in chosen}) > 1:
+            # Some models, MPT among them, answer NaN to padding on the left: these prompts are asked alone.
+            written = [write([index])[0] if one.broken else one for index, one in zip(indices, written, strict=True)]
+        return written
 
     with untouched(model), _greedy(model.generation_config, eos_token_id=ends or None, pad_token_id=pad):
         prefix = generation_prefix(model, prompts, max(max_new_tokens, default=0))
-        for indices in _batches(prompts, max_new_tokens, max_tokens, context_length(model)):
-            write(indices)
-            if len({len(prompts[index]) for index in indices}) > 1:
-                # Some models, MPT among them, answer NaN to padding on the left: these prompts are asked alone.
-                for index in indices:
-                    if found[index].broken:
-                        write([index])
-            if on_done is not None:
-                on_done(len(indices))
-    return found
+        run = list(_batches(prompts, max_new_tokens, max_tokens, context_length(model)))
+        how = {"max_tokens": max_tokens, "skip": len(prefix or ()), "device": input_device(model)}
+        done = None if on_done is None else lambda indices: on_done(len(indices))
+        parts = shared_passes("writing answers", run, prompts, write, on_done=done, **how)
+    found: dict[int, Written] = {}
+    for indices, part in zip(run, parts, strict=True):
+        found |= zip(indices, part, strict=True)
+    return [found[index] for index in range(len(prompts))]
 
 
 def _up_to_the_end(tokens: list[int], broken: list[bool], ends: Sequence[int]) -> Written:

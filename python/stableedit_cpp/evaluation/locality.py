@@ -12,7 +12,7 @@ from torch import nn
 from stableedit_cpp.evaluation.answers import refuse_broken
 from stableedit_cpp.evaluation.divergence import kl_divergence, log_probabilities
 from stableedit_cpp.evaluation.generation import write_greedily
-from stableedit_cpp.model.running import batches
+from stableedit_cpp.model.running import AnswerBatch, read_batches
 from stableedit_cpp.model.tokens import TokenSequence, context_length
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -143,19 +143,26 @@ def locality(
             )
             broken = [f"unrelated prompt {owners[part[i]][0]}" for i, rows in enumerate(expected) if rows.isnan().any()]
             refuse_broken(shown, broken, len(part), "the unedited model")
-        for batch in batches(model, part, max_tokens=max_tokens, trunk=trunk):
+
+        def read(batch: AnswerBatch, expected: list[torch.Tensor] = expected) -> list[torch.Tensor]:
             after = log_probabilities(batch.logits)
             before = torch.cat([expected[index] for index in batch.indices]).to(after.device)
             kl = kl_divergence(before, after)
             agrees = (before.argmax(-1) == after.argmax(-1)).double().cpu()
             agrees[kl.isnan()] = 0.0  # the top choice among NaN is none
-            for index, rows, distances in zip(
-                batch.indices, agrees.split(batch.sizes), kl.split(batch.sizes), strict=True
-            ):
-                values = [rows.min(), rows.mean(), distances.mean()]
-                found[:, owners[part[index]]] = torch.stack(values).unsqueeze(1)
+            return [
+                torch.stack([rows.min(), rows.mean(), distances.mean()])
+                for rows, distances in zip(agrees.split(batch.sizes), kl.split(batch.sizes), strict=True)
+            ]
+
+        def done(indices: Sequence[int], part: list[TokenSequence] = part) -> None:
             if on_done is not None:
-                on_done(sum(len(owners[part[index]]) for index in batch.indices))
+                on_done(sum(len(owners[part[index]]) for index in indices))
+
+        how = {"max_tokens": max_tokens, "trunk": trunk, "on_done": done}
+        for indices, values in read_batches(model, part, read, **how):
+            for index, value in zip(indices, values, strict=True):
+                found[:, owners[part[index]]] = value.unsqueeze(1)
     return Locality(*found)
 
 
@@ -175,11 +182,16 @@ def answer_log_probabilities(
             them, in float32 or better.
     """
     found: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(sequences)
-    for batch in batches(model, sequences, max_tokens=max_tokens, trunk=trunk):
+
+    def read(batch: AnswerBatch) -> list[torch.Tensor]:
         rows = log_probabilities(batch.logits)
         rows = rows if kept_as is None else rows.to("cpu", kept_as)
-        for index, part in zip(batch.indices, rows.split(batch.sizes), strict=True):
-            found[index] = part if kept_as is None else part.clone()  # without the rest of the batch
+        parts = rows.split(batch.sizes)
+        return [part if kept_as is None else part.clone() for part in parts]  # without the rest of the batch
+
+    for indices, parts in read_batches(model, sequences, read, max_tokens=max_tokens, trunk=trunk):
+        for index, part in zip(indices, parts, strict=True):
+            found[index] = part
     return found
 
 

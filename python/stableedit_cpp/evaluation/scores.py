@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +10,14 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.data.spool import Spool
-from stableedit_cpp.data.stream import as_stream, parts_of
+from stableedit_cpp.data.stream import as_stream, digest_of, parts_of
 from stableedit_cpp.evaluation.asking import ALL_PROBES, PROBES, Asking, names_of_scores
 from stableedit_cpp.evaluation.locality import Reference, UneditedAnswers
 from stableedit_cpp.evaluation.totals import Score, Totals, mean_and_error
 from stableedit_cpp.files.words import with_nearest
 from stableedit_cpp.model.form import find_form
 from stableedit_cpp.model.kind import check_tokenizer, language_model
+from stableedit_cpp.model.ranks import Distributed, data_parallel
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["DEFAULT_METRICS", "METRICS", "PROBES", "Score", "Scores", "check_metrics", "evaluate", "mean_and_error"]
@@ -142,6 +143,7 @@ def evaluate(
     allow_broken: bool = False,
     details: bool | None = None,
     progress: bool | None = None,
+    distributed: Distributed = None,
 ) -> Scores:
     """Score a model on edit requests, edited or not.
 
@@ -176,6 +178,7 @@ def evaluate(
         details: keep the values of each request (``Scores.per_request``), which takes about 2 KB of memory each; None
             keeps them unless the requests are such a long stream.
         progress: show a bar; None shows it on a terminal.
+        distributed: as ``Editor`` has it: share the work with other processes, which make the same call.
 
     Raises:
         ValueError: for what is no causal language model; a bad request, or a prompt and answer longer than the model's
@@ -192,10 +195,18 @@ def evaluate(
     requests = as_stream(requests, progress=progress)
     form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=end_of_answer)
     asking = Asking(model, tokenizer, metrics, reference, form, max_tokens_per_forward, trunk, allow_broken)
+    with data_parallel(distributed) as group:
+        if group.size > 1:
+            group.check_same({"requests": digest_of(requests)}, "give all of them the same")
+        return _scores(asking, requests, details, progress if group.lead else False)
+
+
+def _scores(asking: Asking, requests: Sequence[EditRequest], details: bool | None, progress: bool | None) -> Scores:
     shown = None if progress is None else not progress
+    metrics, with_locality = asking.metrics, asking.reference is not None
     if not isinstance(requests, Spool):
         asked = asking.ask(requests)
-        names = names_of_scores(asked.probes, metrics, reference is not None)
+        names = names_of_scores(asked.probes, metrics, with_locality)
         with tqdm(total=asked.prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
             return Scores(names, asking.score(asked, names, bar))
     probes, prompts = set(), 0
@@ -204,7 +215,7 @@ def evaluate(
             asked = asking.ask(part, begin, requests.places(begin, begin + len(part)))
             probes, prompts = probes | asked.probes, prompts + asked.prompts
             bar.update(len(part))
-    names = names_of_scores(probes, metrics, reference is not None)
+    names = names_of_scores(probes, metrics, with_locality)
     totals, kept = Totals(names), []
     with tqdm(total=prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
         for begin, part in parts_of(requests):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from stableedit_cpp.model.attached import forward_hook
 from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.prefix import shared_prefix
+from stableedit_cpp.model.shares import shared_passes
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first
 from stableedit_cpp.model.top_tokens import TopTokens, divergence, joined
 from stableedit_cpp.model.trunk import TrunkCache, pack_apart
@@ -117,6 +119,16 @@ class _Tap:
         return rows if rows.dtype == torch.float64 else rows.float()
 
 
+class _Rows(NamedTuple):
+    """Of one forward pass: the loss of each answer token and whether the model was right, and of each module its rows,
+    by name."""
+
+    losses: torch.Tensor
+    hits: torch.Tensor
+    keys: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
 def capture(
     model: nn.Module,
     modules: Sequence[EditModule],
@@ -158,9 +170,6 @@ def capture(
         weights = torch.full((len(sequences),), weight, dtype=torch.float64, device="cpu")
         group = torch.zeros(len(sequences), dtype=torch.long, device="cpu")
     taps = [_Tap(module) for module in modules]
-    pieces: dict[str, tuple[list, list]] = {tap.name: ([], []) for tap in taps}
-    losses: list[torch.Tensor] = []
-    hits: list[torch.Tensor] = []
     device = input_device(model)
     with ExitStack() as stack:
         linears = stack.enter_context(untouched(model))
@@ -172,7 +181,8 @@ def capture(
         for tap in taps:
             stack.enter_context(forward_hook(tap.module, tap))
         run = pack_apart(sequences, max_tokens, trunk, skip=skip, device=device)
-        for indices in run:
+
+        def one(indices: Sequence[int]) -> _Rows:
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device, skip=skip)
             positions = batch.positions
@@ -184,9 +194,10 @@ def capture(
                 tap.batch, tap.positions, tap.output = batch, positions, None
             wanted = None if reference is None else joined(reference[index] for index in indices)
             logits = answer_logits(model, batch, trunk, chosen, prefix and prefix.past(batch))
-            loss, hit = _backward(logits, taps, batch, pieces, wanted)
-            losses.append(loss)
-            hits.append(hit)
+            return _backward(logits, taps, batch, wanted)
+
+        how = {"max_tokens": max_tokens, "device": device, "trunk": trunk, "skip": skip}
+        parts = shared_passes("capturing", run, sequences, one, **how)
 
     answer = torch.tensor([index for index in order for _ in sequences[index].answer], dtype=torch.long, device="cpu")
     request = answer
@@ -196,11 +207,12 @@ def capture(
     ran = [index for indices in run for index in indices]
     by_answer = _in_order(order, ran, [len(sequence.answer) for sequence in sequences])
     by_row = _in_order(order, ran, [len(_all_rows(s)) for s in sequences]) if prompt_rows else by_answer
-    loss, hit = torch.cat(losses).cpu()[by_answer], torch.cat(hits).cpu()[by_answer]
-    keys = {name: torch.cat(piece[0])[by_row] for name, piece in pieces.items()}
+    loss = torch.cat([part.losses for part in parts]).cpu()[by_answer]
+    hit = torch.cat([part.hits for part in parts]).cpu()[by_answer]
+    keys = {tap.name: torch.cat([part.keys[tap.name] for part in parts])[by_row] for tap in taps}
     # All answer tokens of a request have one loss weight, so the weight can be applied to the finished gradient; that
     # keeps small numbers out of a half-precision backward pass.
-    gradients = {name: torch.cat(piece[1])[by_row] for name, piece in pieces.items()}
+    gradients = {tap.name: torch.cat([part.gradients[tap.name] for part in parts])[by_row] for tap in taps}
     gradients = {name: g * weights[request].to(g).unsqueeze(1) for name, g in gradients.items()}
     _check_finite(loss, answer, names, "loss")
     for what, tensors in (("key", keys), ("value gradient", gradients)):
@@ -237,10 +249,8 @@ def _backward(
     logits: torch.Tensor,
     taps: Sequence[_Tap],
     batch: Batch,
-    pieces: dict[str, tuple[list, list]],
     reference: TopTokens | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collect the rows of one forward pass; returns the loss and whether the model was right, per answer token."""
+) -> _Rows:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = batch.labels.to(logits.device)
     loss = F.cross_entropy(logits, labels, reduction="none") if reference is None else divergence(reference, logits)
@@ -248,11 +258,12 @@ def _backward(
     if unused:
         raise ValueError(f"edit_modules: {', '.join(unused)} took no part in the forward pass")
     gradients = torch.autograd.grad(loss.sum(), [tap.output for tap in taps])
+    rows = _Rows(loss.detach(), logits.argmax(-1) == labels, {}, {})
     for tap, gradient in zip(taps, gradients, strict=True):
-        pieces[tap.name][0].append(tap.keys)
-        pieces[tap.name][1].append(tap.select(gradient))
+        rows.keys[tap.name] = tap.keys
+        rows.gradients[tap.name] = tap.select(gradient)
         tap.keys = tap.output = tap.batch = None
-    return loss.detach(), logits.argmax(-1) == labels
+    return rows
 
 
 def _all_rows(sequence: TokenSequence) -> range:

@@ -95,6 +95,23 @@ class TrunkCache:
         empty._states, empty.bytes, empty.max_bytes = {}, 0, sys.maxsize
         return empty
 
+    def states(self, sequences: Sequence[TokenSequence]) -> dict[tuple[int, ...], torch.Tensor]:
+        """What is kept of these, by token ids: for the caches of other processes."""
+        return {one.ids: self._states[one.ids] for one in sequences if one in self}
+
+    def take(self, parts: Sequence[dict[tuple[int, ...], torch.Tensor]]) -> None:
+        """Hold these ``states``, batch by batch in this order, as if every batch had run here; those of batches that
+        did are among them."""
+        for ids in {ids for part in parts for ids in part} & self._states.keys():
+            state = self._states.pop(ids)
+            self.bytes -= state.numel() * state.element_size()
+        for part in parts:
+            for ids, state in part.items():
+                size = state.numel() * state.element_size()
+                if ids not in self._states and self.bytes + size <= self.max_bytes:
+                    self._states[ids] = state
+                    self.bytes += size
+
     def clear(self) -> None:
         """Forget everything, e.g. after the trunk was changed on purpose."""
         self._states.clear()
