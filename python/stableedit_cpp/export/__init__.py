@@ -6,6 +6,7 @@ report = se.export.export_lora(change, "adapter/", keep=0.95)
 """
 
 from stableedit_cpp.export.change import ModelChange, change_between, change_from_patch, change_of
+from stableedit_cpp.export.checkpoint import apply_delta_to_checkpoint
 from stableedit_cpp.export.delta import apply_delta, change_from_delta, export_delta
 from stableedit_cpp.export.hub import push_to_hub
 from stableedit_cpp.export.kept import evaluate_change, rank_for_efficacy
@@ -21,6 +22,7 @@ __all__ = [
     "ModelChange",
     "Provenance",
     "apply_delta",
+    "apply_delta_to_checkpoint",
     "change_between",
     "change_from_delta",
     "change_from_patch",

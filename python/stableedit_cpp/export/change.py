@@ -14,10 +14,18 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_cpp.core import Patch, WeightChange
 from stableedit_cpp.editors import Editor
 from stableedit_cpp.export.truncation import Spectrum, decompose
-from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.model.modules import EditModule
 
-__all__ = ["ModelChange", "change_between", "change_from_patch", "change_of", "change_to", "weight_change"]
+__all__ = [
+    "ModelChange",
+    "change_between",
+    "change_from_patch",
+    "change_of",
+    "change_to",
+    "digests_by_dtype",
+    "weight_change",
+]
 
 _NOTHING = "the edited model is the base model, bit for bit: there is nothing to export"
 
@@ -33,6 +41,8 @@ class ModelChange:
             float64 model), before any rounding to half precision where that is known.
         others: names of changed tensors that are not the weight of a linear map.
         skeleton: makes the model without its weights, on the meta device; None where it is not known.
+        replaced: ``digests_by_dtype`` of what the base model has in the place of ``tensors``: by them it is known in
+            another dtype, and in files.
     """
 
     base_digest: str
@@ -40,6 +50,7 @@ class ModelChange:
     modules: dict[str, WeightChange]
     others: list[str]
     skeleton: Callable[[], nn.Module] | None = field(default=None, compare=False, repr=False)
+    replaced: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> str:
@@ -87,7 +98,8 @@ def change_of(editor: Editor) -> ModelChange:
     with editor.unedited() as base:
         digest = model_digest(base)
     modules = {module.name: weight_change(module, differences[module.name]) for module in changed}
-    return ModelChange(digest, tensors, modules, [], skeleton_of(editor.model))
+    before = {f"{module.name}.weight": originals[module.name] for module in changed}
+    return ModelChange(digest, tensors, modules, [], skeleton_of(editor.model), digests_by_dtype(before))
 
 
 def change_between(base: nn.Module, edited: nn.Module) -> ModelChange:
@@ -133,7 +145,8 @@ def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChan
         else:
             others.append(name)
     kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    return ModelChange(model_digest(base), kept, modules, others, skeleton_of(base))
+    before = digests_by_dtype({name: state[name] for name in tensors})
+    return ModelChange(model_digest(base), kept, modules, others, skeleton_of(base), before)
 
 
 def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
@@ -151,12 +164,21 @@ def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
     missing = [name for name in patch.modules if f"{name}.weight" not in base.state_dict()]
     if missing:
         raise ValueError(f"the patch changes {missing[0]}, which the base model does not have")
+    before = digests_by_dtype({f"{name}.weight": base.get_submodule(name).weight for name in patch.modules})
     tensors = {}
     for name, change in patch.modules.items():
         weight = base.get_submodule(name).weight.detach().to("cpu", copy=True)
         change.to(torch.device("cpu")).add_to(weight)
         tensors[f"{name}.weight"] = weight
-    return ModelChange(digest, tensors, dict(patch.modules), [], skeleton_of(base))
+    return ModelChange(digest, tensors, dict(patch.modules), [], skeleton_of(base), before)
+
+
+def digests_by_dtype(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """BLAKE2b over the ``tensor_digests`` of some named tensors, rounded to each dtype that models are run in."""
+    return {
+        str(dtype).removeprefix("torch."): joint_digest({name: tensor.to(dtype) for name, tensor in tensors.items()})
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
 
 
 def skeleton_of(model: nn.Module) -> Callable[[], nn.Module] | None:

@@ -6,6 +6,8 @@ difference in half precision is rounded, and one in float32 takes twice the spac
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from stableedit_cpp.export.card import Card, loading_the_base, write_card
 from stableedit_cpp.export.change import ModelChange, change_to
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
-from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.files.digest import joint_digest, model_digest
 
-__all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta"]
+__all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta", "fits_rounded", "read_delta"]
 
 DELTA_FILE = "delta.safetensors"
 _FORMAT, _VERSION = "stableedit-delta", "1"
@@ -35,6 +37,7 @@ def export_delta(
     """
     provenance = replace(provenance or Provenance(), base_digest=change.base_digest)
     metadata = {"format": _FORMAT, "version": _VERSION, "base_digest": change.base_digest}
+    metadata["replaced"] = json.dumps(change.replaced)
     if provenance.base_model:
         metadata["base_model"] = provenance.base_model
     load = loading_the_base(provenance.base_model, change.dtype)
@@ -48,12 +51,14 @@ def export_delta(
         write_card(scratch, Card("delta", summary, load, "stableedit_cpp", facts), provenance)
 
 
-def apply_delta(model: torch.nn.Module, path: str | Path) -> list[str]:
+def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = False) -> list[str]:
     """Turn a base model into the edited one, in place and bit for bit.
 
     Args:
         model: the base model in its dtype, on any device.
         path: delta.safetensors, or the directory it is in.
+        any_dtype: the base model may be in another dtype, e.g. bfloat16 where float32 was edited; it becomes the edited
+            model rounded to that. It is known by the tensors that are replaced then, and the others are not looked at.
 
     Returns:
         Names of the tensors that were replaced.
@@ -62,13 +67,36 @@ def apply_delta(model: torch.nn.Module, path: str | Path) -> list[str]:
         OSError: if the file cannot be read.
         ValueError: if it is damaged or no delta, or belongs to another base model; the model is as before then.
     """
-    change = change_from_delta(model, path)
+    change = change_from_delta(model, path, any_dtype=any_dtype)
     change.apply_to(model)
     return sorted(change.tensors)
 
 
-def change_from_delta(base: torch.nn.Module, path: str | Path) -> ModelChange:
+def change_from_delta(base: torch.nn.Module, path: str | Path, *, any_dtype: bool = False) -> ModelChange:
     """What a delta changes in its base model. Arguments and errors as ``apply_delta``; nothing is applied."""
+    path, tensors, metadata = read_delta(path)
+    expected, found = metadata.get("base_digest", ""), model_digest(base)
+    state = base.state_dict()
+    if found != expected:
+        here = {name: state[name] for name in tensors if name in state}
+        rounded = fits_rounded(metadata, tensors, here)
+        if rounded is None or not any_dtype:
+            name = f"{metadata['base_model']!r}" if "base_model" in metadata else "another model"
+            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{path} belongs to another base model: {name} in {dtype}, with digest {expected[:16]}..., but this "
+                f"model has {found[:16]}...; "
+                + ("load that one, unedited" if rounded is None else "that one in another dtype takes any_dtype=True")
+            )
+        tensors = rounded
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
+            raise ValueError(f"{path}: the tensor {name} does not fit the model that its base_digest names")
+    return change_to(base, tensors)
+
+
+def read_delta(path: str | Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
+    """(file, new values by name, metadata) of a delta. Errors as ``apply_delta``."""
     path = Path(path)
     path = path / DELTA_FILE if path.is_dir() else path
     tensors, metadata = core.load_safetensors(path)
@@ -77,16 +105,22 @@ def change_from_delta(base: torch.nn.Module, path: str | Path) -> ModelChange:
             f"{path} is no delta of version {_VERSION} (format {metadata.get('format')!r}, version "
             f"{metadata.get('version')!r}); expected what stableedit export --format delta writes"
         )
-    expected, found = metadata.get("base_digest", ""), model_digest(base)
-    if found != expected:
-        name = f"{metadata['base_model']!r}" if "base_model" in metadata else "another model"
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{path} belongs to another base model: {name} in {dtype}, with digest {expected[:16]}..., but this model "
-            f"has {found[:16]}...; load that one, unedited"
-        )
-    state = base.state_dict()
-    for name, tensor in tensors.items():
-        if name not in state or state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-            raise ValueError(f"{path}: the tensor {name} does not fit the model that its base_digest names")
-    return change_to(base, tensors)
+    return path, tensors, metadata
+
+
+def fits_rounded(
+    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """The new values in the dtype of a base model; None where that is not the one that was edited, in some dtype.
+
+    Args:
+        base: what it has in the place of ``tensors``, as far as it does.
+    """
+    dtypes = {tensor.dtype for tensor in base.values()}
+    if base.keys() != tensors.keys() or len(dtypes) != 1:
+        return None
+    dtype = dtypes.pop()
+    expected = json.loads(metadata.get("replaced", "{}")).get(str(dtype).removeprefix("torch."))
+    if expected is None or joint_digest(base) != expected:
+        return None
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}

@@ -49,7 +49,8 @@ def load_export(
         path: for which ``export_kind`` is not None.
         load_base: loads a model by its name and dtype.
         base: where the base model is; None is where the export says.
-        dtype: of the model; "auto" is that of the base model, or of the tensors of a delta.
+        dtype: of the model; "auto" is that of the base model, or of the tensors of a delta. A delta is rounded to
+            another one.
 
     Raises:
         ValueError: where the export does not say what its base is, belongs to another model, or its adapter does not
@@ -60,14 +61,14 @@ def load_export(
     base = base or recorded
     if base is None:
         raise ValueError(f"{path} does not say which model it belongs to; name it with base (--base)")
-    if kind == "delta":
+    if kind == "delta" and dtype == "auto":
         dtype = next(iter(core.load_safetensors(file)[0].values())).dtype
     try:
         model, tokenizer = load_base(base, dtype)
     except ValueError as error:
         raise ValueError(f"{path} is a {kind} that belongs to {base}, which cannot be had: {error}") from error
     if kind == "delta":
-        apply_delta(model, file)
+        apply_delta(model, file, any_dtype=True)
     elif kind == "patch":
         change_from_patch(model, core.load_patch(file)).apply_to(model)
     else:

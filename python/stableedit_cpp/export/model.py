@@ -13,9 +13,9 @@ from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.model.load import drop_gguf_marks
 
-__all__ = ["export_model", "write_model"]
+__all__ = ["LOAD_MODEL", "export_model", "write_model"]
 
-_LOAD = """\
+LOAD_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".")
@@ -48,4 +48,4 @@ def write_model(model: torch.nn.Module, tokenizer, directory: Path, provenance: 
     tokenizer.save_pretrained(directory)
     copy_what_lies_beside(model, directory)
     facts = {"edited_digest": model_digest(model)}
-    write_card(directory, Card("model", "The whole edited model.", _LOAD, "transformers", facts), provenance)
+    write_card(directory, Card("model", "The whole edited model.", LOAD_MODEL, "transformers", facts), provenance)

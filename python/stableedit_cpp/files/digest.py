@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["file_digest", "fingerprint", "model_digest", "tensor_digest", "tensor_digests", "tokenizer_digest"]
+__all__ = [
+    "file_digest",
+    "fingerprint",
+    "joint_digest",
+    "model_digest",
+    "tensor_digest",
+    "tensor_digests",
+    "tokenizer_digest",
+]
 
 _SIZE = 32  # bytes
 _CHUNK = 1 << 20
@@ -41,10 +49,7 @@ def model_digest(model: torch.nn.Module, exclude: Iterable[str] = ()) -> str:
     for name in exclude:
         if tensors.pop(name, None) is None:
             raise ValueError(f"exclude: the model has no parameter or buffer {name!r}")
-    whole = hashlib.blake2b(digest_size=_SIZE)
-    for name, digest in tensor_digests(tensors, lambda name: _in_memory(model, name, tensors[name])).items():
-        whole.update(f"{name} {digest}\n".encode())
-    return whole.hexdigest()
+    return joint_digest(tensors, lambda name: _in_memory(model, name, tensors[name]))
 
 
 def tensor_digests(
@@ -55,6 +60,12 @@ def tensor_digests(
     names, fetch = sorted(tensors), fetch or tensors.__getitem__
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib and copies to the host release the GIL
         return dict(zip(names, pool.map(lambda name: tensor_digest(fetch(name), name), names), strict=True))
+
+
+def joint_digest(tensors: Mapping[str, torch.Tensor], fetch: Callable[[str], torch.Tensor] | None = None) -> str:
+    """BLAKE2b over the names and ``tensor_digests`` of some tensors; 64 hexadecimal digits."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in tensor_digests(tensors, fetch).items())
+    return hashlib.blake2b(lines.encode(), digest_size=_SIZE).hexdigest()
 
 
 def tensor_digest(tensor: torch.Tensor, name: str = "the tensor") -> str:
