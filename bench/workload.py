@@ -20,8 +20,13 @@ from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 # Random-weight models by name; --config also takes a file with such a dictionary.
 _LLAMA = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768}
 _MISTRAL = {"model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336}
+# The shapes of Llama 3.2's small ones, whose embeddings are tied.
+_LLAMA_3 = _LLAMA | {"vocab_size": 128256, "intermediate_size": 8192, "num_key_value_heads": 8}
+_LLAMA_3 |= {"tie_word_embeddings": True}
 CONFIGS = {
     "tiny": _LLAMA | {"num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "llama-1.2b": _LLAMA_3 | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "llama-3b": _LLAMA_3 | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24},
     "mistral-7b": _MISTRAL | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
     "mistral-7b-8-layers": _MISTRAL | {"num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 8},
 }

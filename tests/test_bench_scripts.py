@@ -86,6 +86,11 @@ RUNS = {
         ["--shape", "smollm2-135m", "--modules", 1, "--rows", 40, "--turns", 1, "--exact-turns", 1],
     ),
     "evaluation": ("identical_scores", [*TINY, "--requests", 6, "--edits", 2, "--evaluations", 2]),
+    "large_model": (
+        "mathematics_share",
+        ["--config", "tiny", "--requests", 4, "--turns", 2, "--published-turns", 1, "--data", "{place}"]
+        + ["--tokenizer", "{place}/model", "--base-rows", 300],
+    ),
     "located_targets": ("speedup", ["--model", "{place}/model", "--data", "{place}", "--requests", 3, "--steps", 3]),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
