@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/
 LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp vendor sdist docs site clean
+.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp gpu vendor sdist docs site clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
@@ -42,6 +42,7 @@ help:
 	@echo "make valgrind  C++ tests under valgrind (VALGRIND_TESTS=..., a GoogleTest filter)"
 	@echo "make fuzz      libFuzzer on the readers of files, for FUZZ_SECONDS=600"
 	@echo "make bench-cpp google-benchmark on the C++ core, one operation at a time (BENCH_ARGS='--benchmark_filter=Ridge')"
+	@echo "make gpu       on a machine with CUDA: the tests that need it, and all speed benchmarks into bench/results/gpu"
 	@echo "make vendor    headers of Eigen and nlohmann/json into third_party, for builds without a network"
 	@echo "make sdist     the source distribution in dist/, with these headers; installed once, offline, as a check"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
@@ -125,6 +126,10 @@ bench-cpp: $(STAMPS)/tools $(STAMPS)/system
 	cmake -S . -B build/bench -G Ninja --log-level=WARNING -DSTABLEEDIT_BENCHMARKS=ON
 	cmake --build build/bench
 	build/bench/cpp/bench/stableedit_bench --benchmark_out=$(or $(JSON),build/bench/core.json) --benchmark_out_format=json $(BENCH_ARGS)
+
+# Choose some with e.g. `make gpu GPU_ARGS='--only editing_math large_model_7b'`. The environment's torch has to be a CUDA build.
+gpu: $(STAMPS)/package $(STAMPS)/model
+	@python bench/gpu.py --data $(DATA) $(GPU_ARGS)
 
 # --- headers that are not ours, and a source distribution that has them ---
 

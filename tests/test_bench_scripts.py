@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from stableedit_cpp import StableEdit, StableEditConfig, load_model, read_requests
 from support.exports import TAKES
@@ -88,8 +90,19 @@ RUNS = {
     "evaluation": ("identical_scores", [*TINY, "--requests", 6, "--edits", 2, "--evaluations", 2]),
     "large_model": (
         "mathematics_share",
-        ["--config", "tiny", "--requests", 4, "--turns", 2, "--published-turns", 1, "--data", "{place}"]
-        + ["--tokenizer", "{place}/model", "--base-rows", 300],
+        [
+            *TINY[2:4],
+            "--tokenizer",
+            "{place}/model",
+            "--config",
+            "tiny",
+            "--requests",
+            4,
+            "--turns",
+            2,
+            "--base-rows",
+            99,
+        ],
     ),
     "located_targets": ("speedup", ["--model", "{place}/model", "--data", "{place}", "--requests", 3, "--steps", 3]),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
@@ -115,7 +128,33 @@ RUNS = {
 
 
 def test_all_run_but_those_that_need_more():
-    assert set(SCRIPTS) - set(RUNS) == {"charts", "rivals", "server", "ultraeditbench"}
+    assert set(SCRIPTS) - set(RUNS) == {"charts", "gpu", "rivals", "server", "ultraeditbench"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so all would run")
+def test_gpu_says_that_there_is_none(scripts, monkeypatch, tmp_path, capsys):
+    call(scripts("gpu"), monkeypatch, "--output", tmp_path / "gpu")
+    assert capsys.readouterr().out.startswith("There is no CUDA device here")
+    assert not (tmp_path / "gpu").exists()
+
+
+def test_gpu_asks_for_what_the_scripts_take(scripts, monkeypatch, tmp_path):
+    """Whose parsers see every command that it would run."""
+
+    class Parsed(Exception):
+        pass
+
+    def parsed(parser: argparse.ArgumentParser) -> None:
+        options = real(parser)
+        assert options.device == "cuda" and Path(options.json).parent == tmp_path
+        raise Parsed
+
+    gpu, real = scripts("gpu"), argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    for name in (*gpu.SCRIPTS, *gpu.WITH_DATA):
+        _, script, *arguments = gpu.command(name, "data", tmp_path)
+        with pytest.raises(Parsed):
+            call(scripts(Path(script).stem), monkeypatch, *arguments)
 
 
 @pytest.mark.parametrize("name", RUNS)
