@@ -420,7 +420,7 @@ class TestCommandLine:
 
     def test_a_session_measures_with_its_warm_up(self, work, capsys):
         assert self.call("session create s", "--config", "config.json", "--warm-up", "many.json") == 0
-        assert "The session edits model.layers." in capsys.readouterr().out
+        assert "The session edits model.layers." in capsys.readouterr().err
         names = SessionView("s").manifest["config"]["edit_modules"]
         assert all(name.startswith("model.layers.") for name in names)
 

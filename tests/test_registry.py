@@ -155,7 +155,6 @@ class TestAStrangersEditor:
         before = editor.model.get_submodule(MODULES[0]).weight.clone()
         editor.edit([{"prompt": "Gold is", "target": "blue"}])
         assert not torch.equal(editor.model.get_submodule(MODULES[0]).weight, before)
-        for command in ("edit", "bench"):
-            with pytest.raises(SystemExit) as end:
-                main([command, "--help"])
-            assert end.value.code == 0 and "no normalization at all" in " ".join(capsys.readouterr().out.split())
+        capsys.readouterr()
+        assert main(["editors"]) == 0
+        assert "no normalization at all" in capsys.readouterr().out

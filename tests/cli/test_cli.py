@@ -25,6 +25,7 @@ COMMANDS = [
     "train-hypernetwork",
     "evaluate",
     "export",
+    "editors",
     "datasets",
     "bench",
     "side-effects",
@@ -46,6 +47,35 @@ def test_help_has_an_example(capsys, command):
     assert f"  stableedit {command}" in example
 
 
+def test_help_waits_for_no_torch():
+    """--help of every command, and of one within a command, in one process that has loaded neither torch nor numpy."""
+    program = (
+        "import sys\nfrom stableedit_cpp.cli import main\n"
+        f"for words in {[[command] for command in COMMANDS] + [['session', 'edit']]!r}:\n"
+        "    try:\n        main([*words, '--help'])\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_editors(capsys):
+    assert main(["editors", "--json"]) == 0
+    listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert listed["one-pass"]["editor"] == "stableedit" and listed["memit-seq"]["config"]["editor"] == "memit"
+    assert main(["editors"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ *{name} ", out, re.MULTILINE) for name in listed)
+
+
+def test_an_unknown_editor_is_named_before_anything_is_read(work, capsys):
+    arguments = ["edit", "--model", "m", "--requests", "r", "--output", "o"]
+    assert main([*arguments, "--editor", "no-such-editor"]) == 2
+    assert "unknown editor 'no-such-editor'" in assert_one_error(capsys.readouterr().err)
+    assert main([*arguments, "--preset", "one_pas"]) == 2
+    assert "one-pass" in assert_one_error(capsys.readouterr().err)
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
@@ -65,7 +95,6 @@ def test_help_lists_the_commands(capsys):
         ["evaluate", "--model", "m", "--requests", "r.json", "--limit", "0"],
         ["evaluate", "--model", "m", "--requests", "r.json", "--limit", "many"],
         ["edit", "--model", "m", "--requests", "r", "--output", "o", "--step-size", "small"],
-        ["edit", "--model", "m", "--requests", "r", "--output", "o", "--editor", "no-such-editor"],
         ["edit", "--model", "m", "--requests", "r", "--output", "o", "--turn-size", "-1"],
         ["edit", "--model", "m", "--requests", "r", "--output", "o", "--edit-modules"],
         ["evaluate", "--model", "m", "--requests", "r.json", "--dtype", "int8"],
@@ -127,11 +156,11 @@ def test_nobody_reads_the_output_of_python_dash_m(work):
 def test_evaluate(model_directory, work, capsys):
     arguments = ["evaluate", "--model", str(model_directory), "--requests", "requests.json", "--device", "cpu"]
     assert main([*arguments, "--output", "new/scores.json"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     expected = se.evaluate(tiny_model("llama"), tiny_tokenizer(bos=True), REQUESTS, progress=False)
     assert str(expected) in out
-    assert "locality: not scored; say with --reference which the unedited model is" in out
-    assert "scores and per-request values are in new/scores.json" in out
+    assert "locality: not scored; say with --reference which the unedited model is" in err
+    assert "scores and per-request values are in new/scores.json" in err
     document = json.loads(Path("new/scores.json").read_text(encoding="utf-8"))
     assert {name: document[name] for name in expected.to_dict()} == expected.to_dict()
     assert [record["id"] for record in document["per_request"]] == [request["id"] for request in REQUESTS]

@@ -129,14 +129,26 @@ def test_export(session, model_directory, capsys):
         torch.testing.assert_close(weight, (exported[name] + base[name]) / 2)
 
 
+def test_results_as_json_alone_on_stdout(session, capsys):
+    """Notes, bars and warnings go elsewhere, so that the output of each can be read by a program."""
+    capsys.readouterr()
+    assert session("edit", "s", "--device", "cpu", "--requests", "requests.json", "--limit", 3, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["edit"]["edits"] == 3 and document["status"]["edits"] == 3 and document["status"]["writer"] is None
+    assert session("rollback", "s", "--device", "cpu", "--to-turn", 0, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["turn"] == 0
+    assert session("verify", "s", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
 def test_the_same_file_again(session, capsys):
     """What was done is skipped and counted; what is left is edited in the turns it would have been in."""
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json", "--limit", 3) == 0
     capsys.readouterr()
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json", "--warm-up", "warm_up.json") == 0
-    out = capsys.readouterr().out
-    assert "3 requests of requests.json are done and skipped" in out
-    assert "4 requests of the warm-up file are done and skipped" in out
+    out, err = capsys.readouterr()
+    assert "3 requests of requests.json are done and skipped" in err
+    assert "4 requests of the warm-up file are done and skipped" in err
     assert "5 edits in" in out
     assert session("edit", "s", "--device", "cpu", "--requests", "requests.json") == 0
     assert "0 edits in" in capsys.readouterr().out
@@ -152,9 +164,9 @@ def test_a_file_again_after_a_revert(session, capsys):
     assert session("revert", "s", "--device", "cpu", "f1", "--only-take-out") == 0
     capsys.readouterr()
     assert session(*edit) == 0
-    out = capsys.readouterr().out
-    assert "2 requests of requests.json are done and skipped" in out
-    assert "1 of requests.json: the id was used before, so the request is edited under a new one: f1-2" in out
+    out, err = capsys.readouterr()
+    assert "2 requests of requests.json are done and skipped" in err
+    assert "1 of requests.json: the id was used before, so the request is edited under a new one: f1-2" in err
     assert "1 edits in" in out
     assert [request.id for request in SessionView("s").current_requests()] == ["f0", "f2", "f1-2"]
 
@@ -177,7 +189,7 @@ def test_ctrl_c_keeps_what_is_done(session, monkeypatch, capsys):
     assert "stableedit: interrupted: stopped after turn 4, which is done: 6 of 8 requests are edited" in error
     assert "Traceback" not in error
     assert session(*edit) == 0
-    assert "6 requests of requests.json are done and skipped" in capsys.readouterr().out
+    assert "6 requests of requests.json are done and skipped" in capsys.readouterr().err
     assert len(SessionView("s").current_requests()) == 8
 
 

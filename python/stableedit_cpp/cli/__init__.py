@@ -1,4 +1,4 @@
-"""The ``stableedit`` command: one file a subcommand, each with ``add_parser`` and ``run``."""
+"""The ``stableedit`` command: of each subcommand what it takes, in ``arguments/``, and a file with what it does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from stableedit_cpp.cli.together import joined, speaker
 __all__ = ["main"]
 
 
-# What `stableedit --help` lists. A command's file is imported when it is called: all of them together load torch,
-# transformers and more for three seconds.
+# What `stableedit --help` lists. What a command does is imported when it is done: torch and transformers take seconds,
+# which no --help shall wait for.
 _COMMANDS = {
     "demo": "teach a small language model what happened after its training, then a stream of facts",
     "edit": "edit a model with a file of requests and save the result",
@@ -28,6 +28,7 @@ _COMMANDS = {
     "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
     "statistics": "gather second moments of keys and value gradients over text, for editors that hold updates off it",
     "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF",
+    "editors": "list the editors, and their settings by name",
     "datasets": "list the known data set formats, or look into a file",
     "bench": "edit streams of requests and measure along them",
     "side-effects": "measure perplexity, downstream tasks and hidden states, before and after editing",
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser(argv).parse_args(argv)
         check_outputs(options)
         with plain_warnings(), joined(options):
-            status = options.run(options)
+            status = importlib.import_module(f"stableedit_cpp.cli.{_file(options.command)}").run(options)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return status
     except KeyboardInterrupt as error:
@@ -87,8 +88,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     called = next((word for word in words if not word.startswith("-")), None)
     for name, summary in _COMMANDS.items():
         if name == called:
-            command = importlib.import_module(f"stableedit_cpp.cli.{name.replace('-', '_')}")
-            command.add_parser(commands).set_defaults(run=command.run, command=name)
+            arguments = importlib.import_module(f"stableedit_cpp.cli.arguments.{_file(name)}")
+            arguments.add_parser(commands).set_defaults(command=name)
         else:
             commands.add_parser(name, help=summary)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
@@ -96,6 +97,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
         argcomplete.autocomplete(parser)
     return parser
+
+
+def _file(name: str) -> str:
+    return name.replace("-", "_")
 
 
 class _CmakePrefix(argparse.Action):

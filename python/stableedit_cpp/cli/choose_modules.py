@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 
 from torch import nn
 
-from stableedit_cpp.cli.datasets import add_format_options, reading_settings
-from stableedit_cpp.cli.options import (
-    FILES,
-    add_editor_options,
-    add_model_options,
-    editor_config,
-    load,
-    new_parser,
-    positive,
-)
+from stableedit_cpp.cli.datasets import reading_settings
+from stableedit_cpp.cli.options import editor_config, load, note, show
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditorConfig, ModuleChoice, choose_modules, remembered_choice
 from stableedit_cpp.editors.choice import ENOUGH
 from stableedit_cpp.model.ranks import ranks
 
-__all__ = ["add_choice_option", "add_parser", "choose_for", "run"]
-
-_EXAMPLE = """\
-  stableedit choose-modules --model smollm2-135m --requests edits.jsonl
-  stableedit choose-modules --model smollm2-135m --requests zsre_edit.json --limit 64 --json
-
-  Tries a few sets of modules, depth by depth, on up to 64 of the requests, and takes each trial back. The star marks
-  the set that is chosen; what was measured on 50 requests or more is remembered for this model, and
-  `stableedit edit` edits in it."""
-
-
-def add_parser(commands) -> argparse.ArgumentParser:
-    parser = new_parser(commands, "choose-modules", "measure which modules of a model take edits best", _EXAMPLE)
-    add_model_options(parser)
-    parser.add_argument("--requests", required=True, metavar="FILE", help=FILES)
-    parser.add_argument("--limit", type=positive, metavar="N", help="look only at the first N requests")
-    add_format_options(parser)
-    add_editor_options(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    return parser
+__all__ = ["choose_for", "run"]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,17 +24,8 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
     choice = choose_modules(model, tokenizer, requests, config, cached=False)
     document = {"model": options.model, "requests": options.requests, **choice.to_dict()}
-    print(json.dumps(document, indent=2, ensure_ascii=False) if options.json else choice)
+    show(options, document, choice)
     return 0
-
-
-def add_choice_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--choose-modules",
-        action=argparse.BooleanOptionalAction,
-        help="measure which modules are best, or take those named or the fixed rule (default: measure where none are "
-        "named, the step size is automatic and there are 50 requests or more, unless it was measured before)",
-    )
 
 
 def choose_for(
@@ -87,9 +49,7 @@ def choose_for(
             return found, f"{found.why}, measured earlier"
         if len(requests) < ENOUGH:
             return None, f"the fixed rule; {ENOUGH} requests or more are needed to measure"
-    print(
-        "stableedit: measuring which modules take edits best; --no-choose-modules takes a fixed rule", file=sys.stderr
-    )
+    note("stableedit: measuring which modules take edits best; --no-choose-modules takes a fixed rule")
     try:
         found = choose_modules(model, tokenizer, requests, config, cached=False)
     except ValueError as error:

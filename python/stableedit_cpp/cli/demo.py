@@ -7,25 +7,12 @@ import json
 import time
 from importlib import resources
 
-from stableedit_cpp.cli.options import add_model_options, load, new_parser, positive
+from stableedit_cpp.cli.options import load
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import StableEdit
 from stableedit_cpp.evaluation import Scores, evaluate, generate
 from stableedit_cpp.files.table import Table, label, score
-from stableedit_cpp.model.load import SMOLLM2
-
-_EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json"
-
-
-def add_parser(commands) -> argparse.ArgumentParser:
-    summary = "teach a small language model what happened after its training, then a stream of facts"
-    parser = new_parser(commands, "demo", summary, _EXAMPLE)
-    add_model_options(parser, default=SMOLLM2)
-    parser.add_argument("--stream", metavar="FILE", help="also edit a stream of requests (e.g. ZsRE) and score it")
-    parser.add_argument("--warm-up", metavar="FILE", help="training stream for the warm-up before it")
-    parser.add_argument("--limit", type=positive, default=100, metavar="N", help="requests of each (default 100)")
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:

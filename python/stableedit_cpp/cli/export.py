@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from stableedit_cpp import core
-from stableedit_cpp.cli.export_options import ADAPTERS, KEEP, add_export_options, check_export_options
+from stableedit_cpp.cli.arguments.export import ADAPTERS, KEEP
+from stableedit_cpp.cli.export_options import check_export_options
 from stableedit_cpp.cli.hub_options import push
-from stableedit_cpp.cli.options import DTYPES, add_trust_option, load_any, new_parser
+from stableedit_cpp.cli.options import DTYPES, load_any, show
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import parse_fields, read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -40,36 +41,6 @@ from stableedit_cpp.export.patch import PATCH_FILE
 from stableedit_cpp.export.truncation import choose_rank, truncate
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache
-
-_EXAMPLE = """\
-  stableedit export --base smollm2-135m --edited edited/ --format lora --keep 0.95 --output adapter/
-  stableedit export --base smollm2-135m --edited edited/ --format lora --keep-efficacy 0.95 --requests edits.jsonl \\
-      --output adapter/
-  stableedit export --base smollm2-135m --edited edited/ --format gguf --dtype float16 --output gguf/
-  stableedit export --base smollm2-135m --edited edited/ --format lora --output adapter/ --push-to-hub OWNER/NAME
-
-  The adapter loads with peft.PeftModel.from_pretrained(base_model, "adapter/"); README.md in it says so."""
-
-
-def add_parser(commands) -> argparse.ArgumentParser:
-    summary = "ship an edited model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF"
-    parser = new_parser(commands, "export", summary, _EXAMPLE)
-    parser.add_argument(
-        "--edited",
-        required=True,
-        metavar="PATH",
-        help="what stableedit edit wrote; or a delta or patch exported before",
-    )
-    parser.add_argument("--base", required=True, metavar="MODEL", help="the model that was edited, as for edit --model")
-    parser.add_argument(
-        "--any-base",
-        action="store_true",
-        help="export the difference to --base also where that is not known to be the model that was edited",
-    )
-    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
-    add_trust_option(parser)
-    add_export_options(parser)
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -128,11 +99,17 @@ def export(
     else:
         adapter = export_lora if options.format == "lora" else export_gguf_lora
         report = adapter(change, options.output, rank=rank, keep=keep, dtype=dtype, **common)
-    for name, found in scores.items():
-        print(f"{name}:\n{found}")
-    print(_summary(options, change, report))
-    if address := push(options):
-        print(f"It is on the hub: {address}")
+    address = push(options)
+    document = {
+        "format": options.format,
+        "output": options.output,
+        "modules": list(change.modules),
+        "report": None if report is None else report.to_dict(),
+        "scores": {name: found.to_dict() for name, found in scores.items()},
+        "hub": address,
+    }
+    lines = [*(f"{name}:\n{found}" for name, found in scores.items()), _summary(options, change, report)]
+    show(options, document, "\n".join([*lines, *([f"It is on the hub: {address}"] if address else [])]))
 
 
 def _scores(

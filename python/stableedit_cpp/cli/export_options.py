@@ -1,55 +1,14 @@
-"""What all that exports needs to know, and what can be said of it before anything is loaded."""
+"""What can be said of an export before anything is loaded."""
 
 from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.hub_options import add_hub_options, check_hub_options
-from stableedit_cpp.cli.options import DTYPES, OWN_TEMPLATE, add_form_options, positive
-from stableedit_cpp.export.lora import SERVED_RANKS
+from stableedit_cpp.cli.arguments.export import ADAPTERS
+from stableedit_cpp.cli.hub_options import check_hub_options
 from stableedit_cpp.files.atomic import check_new_directory
 
-__all__ = ["ADAPTERS", "FORMATS", "KEEP", "add_export_options", "check_export_options"]
-
-FORMATS = ("model", "delta", "patch", "lora", "gguf", "gguf-lora")
-ADAPTERS = ("lora", "gguf-lora")
-KEEP = 0.95  # share of the norm that an adapter keeps, if nothing is said
-
-
-def add_export_options(parser: argparse.ArgumentParser) -> None:
-    """What all that exports needs to know."""
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=FORMATS,
-        help="whole model; changed tensors, bit for bit; patch for libstableedit; LoRA adapter of PEFT; whole model or "
-        "LoRA adapter for llama.cpp",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="new directory, with a model card")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
-    parser.add_argument("--rank", type=positive, metavar="N", help="of every module of an adapter or patch")
-    parser.add_argument(
-        "--round-rank",
-        action="store_true",
-        help=f"round the rank of an adapter up to one for which vLLM reserves memory: {str(SERVED_RANKS)[1:-1]}",
-    )
-    parser.add_argument(
-        "--keep",
-        type=float,
-        metavar="X",
-        help=f"smallest rank that keeps this share of the changes' norm (adapters: {KEEP})",
-    )
-    parser.add_argument(
-        "--keep-efficacy", type=float, metavar="X", help="smallest rank that keeps this share of the efficacy"
-    )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="auto", help="of an adapter or GGUF file (default: the model's)"
-    )
-    parser.add_argument("--requests", metavar="FILE", help="score base, edited and exported model on these edits")
-    parser.add_argument("--fields", metavar="MAP", help="their fields, e.g. prompt=question,target=answer")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
-    add_form_options(parser, chat=f"as it was edited, where that is known, or else {OWN_TEMPLATE}", end=None)
-    add_hub_options(parser)
+__all__ = ["check_export_options"]
 
 
 def check_export_options(options: argparse.Namespace) -> None:

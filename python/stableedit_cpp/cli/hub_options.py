@@ -1,22 +1,12 @@
-"""``--push-to-hub`` of what exports: its options, what can be known beforehand, and the upload."""
+"""``--push-to-hub`` of what exports: what can be known beforehand, and the upload."""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["add_hub_options", "check_hub_options", "push"]
+__all__ = ["check_hub_options", "push"]
 
 _OTHERS = ("private", "token", "revision", "create_pr", "commit_message")
-
-
-def add_hub_options(parser: argparse.ArgumentParser) -> None:
-    hub = parser.add_argument_group("the Hugging Face hub")
-    hub.add_argument("--push-to-hub", metavar="REPO", help="upload the output directory, e.g. to OWNER/NAME")
-    hub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    hub.add_argument("--token", metavar="TOKEN", help="default: that of hf auth login, or HF_TOKEN")
-    hub.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if it is not there")
-    hub.add_argument("--create-pr", action="store_true", default=None, help="propose the upload as a pull request")
-    hub.add_argument("--commit-message", metavar="TEXT", help="default: what is uploaded")
 
 
 def check_hub_options(options: argparse.Namespace) -> None:

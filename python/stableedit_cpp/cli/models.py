@@ -13,37 +13,11 @@ from stableedit_cpp.editors.registry import parse_config
 from stableedit_cpp.export.loading import export_kind, load_export
 from stableedit_cpp.export.provenance import read_provenance
 from stableedit_cpp.lifelong import LifelongSession, SessionView
-from stableedit_cpp.model.load import SMOLLM2, load_model
+from stableedit_cpp.model.load import load_model
 
-__all__ = ["DTYPES", "add_model_options", "add_trust_option", "config_of", "default_device", "load", "load_any"]
+__all__ = ["DTYPES", "config_of", "default_device", "load", "load_any"]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    parser.add_argument(
-        "--model",
-        required=default is None,
-        default=default,
-        help=f"directory of a saved model, hub name, .gguf file or {SMOLLM2}; an exported adapter, delta or patch, "
-        "or a session" + (f" (default {default})" if default else ""),
-    )
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="base model of an adapter, delta, patch or session, if it is not where that says",
-    )
-    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="load the weights as (default: as saved)")
-    add_trust_option(parser)
-
-
-def add_trust_option(parser) -> None:
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the code that comes with a model, if its author is trusted",
-    )
 
 
 def default_device(options: argparse.Namespace) -> str:

@@ -20,7 +20,17 @@ from stableedit_cpp.model.kind import check_tokenizer, language_model
 from stableedit_cpp.model.ranks import Distributed, data_parallel
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["DEFAULT_METRICS", "METRICS", "PROBES", "Score", "Scores", "check_metrics", "evaluate", "mean_and_error"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "METRICS",
+    "PROBES",
+    "Score",
+    "Scores",
+    "check_metrics",
+    "evaluate",
+    "known_metrics",
+    "mean_and_error",
+]
 
 METRICS = ("accuracy", "exact_match", "generation", "locality")
 DEFAULT_METRICS = ("accuracy", "generation")  # and locality wherever the unedited model is known
@@ -226,10 +236,18 @@ def _scores(asking: Asking, requests: Sequence[EditRequest], details: bool | Non
 
 
 def check_metrics(metrics: Collection[str], reference: Reference | None) -> tuple[str, ...]:
+    """As ``known_metrics``; raises also for locality without a reference."""
+    metrics = known_metrics(metrics)
+    if "locality" in metrics and reference is None:
+        raise ValueError("locality compares with the unedited model: give reference=editor.unedited, or that model")
+    return metrics
+
+
+def known_metrics(metrics: Collection[str]) -> tuple[str, ...]:
     """The metrics by their names in ``METRICS``; "exact-match", as the command line has it, is "exact_match".
 
     Raises:
-        ValueError: for an unknown metric, or locality without a reference.
+        ValueError: for an unknown metric.
     """
     if isinstance(metrics, str):
         raise ValueError(f"metrics must be a list of names, not the text {metrics!r}")
@@ -237,6 +255,4 @@ def check_metrics(metrics: Collection[str], reference: Reference | None) -> tupl
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {with_nearest(metric, METRICS)}")
-    if "locality" in metrics and reference is None:
-        raise ValueError("locality compares with the unedited model: give reference=editor.unedited, or that model")
     return metrics

@@ -5,26 +5,9 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.export import export
-from stableedit_cpp.cli.export_options import add_export_options, check_export_options
-from stableedit_cpp.cli.session.common import add_opening_options, new_action, opened
+from stableedit_cpp.cli.export_options import check_export_options
+from stableedit_cpp.cli.session.common import opened
 from stableedit_cpp.export import Provenance, change_of
-
-_EXPORT = """\
-  stableedit session export edits/ --format model --output edited/
-  stableedit session export edits/ --format lora --keep 0.95 --output adapter/"""
-
-
-def add_parsers(actions) -> None:
-    summary = "ship the model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF"
-    parser = new_action(actions, "export", summary, _EXPORT, export_session)
-    add_export_options(parser)
-    parser.add_argument(
-        "--shrink",
-        type=float,
-        metavar="X",
-        help="ship only this share of the whole change, e.g. 0.85",
-    )
-    add_opening_options(parser)
 
 
 def export_session(options: argparse.Namespace) -> int:
