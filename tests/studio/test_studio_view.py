@@ -62,7 +62,7 @@ def test_words_are_text_not_html():
     assert "✗ &lt;a&gt;: &lt;b&gt;no&lt;/b&gt;" in text
     assert "&lt;u&gt;note" in text
     assert "✓ &lt;later&gt;" in text
-    assert worker.close(10)
+    worker.close()
 
 
 def test_charts_say_what_they_show():

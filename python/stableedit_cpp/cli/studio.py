@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import signal
 import threading
@@ -11,36 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from stableedit_cpp.cli.options import add_guard_options, load, new_parser, positive, set_guard
+from stableedit_cpp.cli.options import load, set_guard
 from stableedit_cpp.cli.sentence import sentence
-from stableedit_cpp.cli.session.common import add_opening_options, opened
+from stableedit_cpp.cli.session.common import opened
 from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.lifelong.view import check_directory
 from stableedit_cpp.studio.addresses import is_loopback, listening
 from stableedit_cpp.studio.desk import Desk
 from stableedit_cpp.studio.serving import check_packages, serving
-
-_EXAMPLE = """\
-  stableedit studio edits/                          # a session that is there
-  stableedit studio edits/ --model smollm2-135m     # or a new one, with the default editor
-  ssh -L 7860:localhost:7860 HOST                   # the page of another machine, at home
-
-  Ctrl-C ends it after the turn in flight. A crash loses at most that turn; give a file again to go on with it."""
-
-
-def add_parser(commands) -> argparse.ArgumentParser:
-    summary = "edit on a page in the browser: ask, edit, audit, repair, revert, roll back, export"
-    parser = new_parser(commands, "studio", summary, _EXAMPLE)
-    parser.add_argument("directory", metavar="DIR", help="directory of the session; with --model, also a new one")
-    parser.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860 on")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
-    )
-    parser.add_argument("--token", help="that visitors need with another --host (default: one is made and printed)")
-    parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
-    add_guard_options(parser)
-    add_opening_options(parser)
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,7 +34,11 @@ def run(options: argparse.Namespace) -> int:
                 if not options.no_browser and is_loopback(options.host):
                     webbrowser.open(address)
                 threading.Event().wait()
-            print("Ending after the turn in flight ...", flush=True)
+            print("Ending after the turn in flight; Ctrl-C again drops it", flush=True)
+            try:
+                desk.worker.close()
+            except KeyboardInterrupt:
+                os._exit(130)  # as a crash would; a session that is closed amid a turn could be none
     return 0
 
 

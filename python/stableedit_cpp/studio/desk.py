@@ -92,10 +92,10 @@ class Desk(Follower):
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """The turn in flight is done before the session is closed; Ctrl-C does not wait for it, and it is dropped."""
-        if self.worker.close():
-            self.session.editor.followers.remove(self)
-            self.session.close()
+        """The turn in flight is done before the session is closed."""
+        self.worker.close()
+        self.session.editor.followers.remove(self)
+        self.session.close()
         self._warnings.__exit__(None, None, None)
 
     # --- what may be asked for ---
@@ -196,9 +196,11 @@ class Desk(Follower):
                 report = self.session.repair(progress=True)
             except Stopped:
                 raise Stopped(f"stopped after turn {self.session.history.turn}; what is repaired stays") from None
-            turn, after = self.session.history.turn, report.after
-            self.known.note_audit(turn, after.entries)
-            self.known.end_audit(turn, len(after.entries) - len(after.forgotten), len(after.entries))
+            turn, lost = self.session.history.turn, set(report.after.forgotten)
+            ids = [request.id for request in self.session.current_requests()]
+            held = [id for index, id in enumerate(ids) if index not in lost]
+            self.known.note_turn(turn, held, [ids[index] for index in lost])
+            self.known.end_audit(turn, len(held), len(ids))
         return str(report)
 
     def _revert(self, id: str) -> str:

@@ -93,16 +93,15 @@ class Worker:
             if job.state == "waiting":
                 self._end(job, "stopped", "it had not begun")
 
-    def close(self, timeout: float | None = None) -> bool:
-        """Begin nothing more, stop what runs after its turn, and wait for that; False if it takes longer (seconds)."""
+    def close(self) -> None:
+        """Begin nothing more, stop what runs after its turn, and wait for that."""
         with self._change:
             self._closing = True
             for job in self.jobs:
                 if not job.over.is_set():
                     self.stop(job)
             self._change.notify()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._thread.join()
 
     def breathe(self) -> None:
         """Called by a long job between two turns: does the quick jobs that wait.

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stableedit_cpp.export import Provenance, change_of, export_delta, export_lora, export_model, export_patch
+from stableedit_cpp.export import (
+    Provenance,
+    change_of,
+    export_delta,
+    export_gguf,
+    export_lora,
+    export_model,
+    export_patch,
+)
 from stableedit_cpp.lifelong import LifelongSession
 
 __all__ = ["KINDS", "exports_of", "ship"]
@@ -14,6 +22,7 @@ KINDS = {
     "delta": "the changed tensors, bit for bit",
     "lora": "a LoRA adapter that keeps 95 % of the change",
     "patch": "a patch for libstableedit",
+    "gguf": "a GGUF file of the whole model for llama.cpp",
 }
 _KEEP = 0.95  # of the norm of the change, as `stableedit session export` has it
 
@@ -50,6 +59,8 @@ def ship(session: LifelongSession, kind: str) -> str:
     how = {"provenance": provenance, "overwrite": True}
     if kind == "model":
         export_model(session.model, editor.tokenizer, directory, **how)
+    elif kind == "gguf":
+        export_gguf(session.model, editor.tokenizer, directory, **how)
     elif kind == "delta":
         export_delta(change, directory, **how)
     elif kind == "lora":
