@@ -11,12 +11,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from stableedit_cpp.model.split import Columns, columns_of, held, why_not_split
+
 __all__ = ["EditModule", "describe_linear_maps", "find_modules", "is_linear"]
 
 
 @dataclass(frozen=True)
 class EditModule:
-    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d")."""
+    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d").
+
+    Attributes:
+        columns: those of the weight that this process holds, where it is split over processes; None where it is whole.
+    """
 
     name: str
     module: nn.Module
@@ -26,13 +32,18 @@ class EditModule:
         return "conv1d" if isinstance(self.module, Conv1D) else "linear"
 
     @property
-    def weight(self) -> nn.Parameter:
-        return self.module.weight
+    def weight(self) -> torch.Tensor:
+        """The parameter; where it is split, what this process has of it, ``[v, k']``, sharing its memory."""
+        return held(self.module.weight)
+
+    @property
+    def columns(self) -> Columns | None:
+        return columns_of(self.module.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(k, v): dimensions of key and value gradient."""
-        rows, columns = self.weight.shape
+        """(k, v): dimensions of key and value gradient, of the whole weight."""
+        rows, columns = self.module.weight.shape
         return (rows, columns) if self.layout == "conv1d" else (columns, rows)
 
 
@@ -45,7 +56,7 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
-            linear map, quantised, tied to another parameter, or not loaded.
+            linear map, quantised, tied to another parameter, not loaded, or split over processes other than by columns.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     modules = dict(model.named_modules())
@@ -100,7 +111,10 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
             f"{name} is a {type(inner).__name__}, not a linear map; choose an nn.Linear or Conv1D. The model has:\n"
             f"{describe_linear_maps(model)}"
         )
-    weight = inner.weight
+    split = why_not_split(inner)
+    if split is not None:
+        raise ValueError(f"{name} {split}")
+    weight = module.weight
     plain = type(weight.data) is torch.Tensor
     if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
         kind = str(weight.dtype) if plain else type(weight.data).__name__
@@ -109,7 +123,7 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
         )
     if weight.is_meta:
         raise ValueError(f"{name} is not in memory (meta device); load the model so that this module is not offloaded")
-    sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() == weight.data_ptr()]
+    sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if held(p).data_ptr() == weight.data_ptr()]
     others = [n for n in sharing if n != f"{name}.weight"]
     if others:
         raise ValueError(f"{name} shares its weight with {', '.join(others)}; editing it would change these as well")

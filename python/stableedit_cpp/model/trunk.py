@@ -19,6 +19,7 @@ from torch import nn
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
 from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.split import held
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -272,7 +273,7 @@ class TrunkCache:
                 continue
             if parameter.is_meta:
                 raise ValueError(f"{name} is not in memory (offloaded), so changes of it would go unseen")
-            digest.update(fingerprint(parameter))
+            digest.update(fingerprint(held(parameter)))
         if self.read is not None:
             self.read[self._depth] = digest.digest()
         return digest.digest()
