@@ -51,7 +51,8 @@ def main() -> None:
     requests = zsre(options, options.requests)
     trunk = TrunkCache.where_possible(base, find_modules(base, list(change.modules)))
     unedited = evaluate(base, tokenizer, requests, trunk=trunk, progress=False)
-    with swapped({base.get_parameter(name): tensor for name, tensor in change.tensors.items()}):
+    values = {name.removesuffix(".weight"): tensor for name, tensor in change.tensors.items()}
+    with swapped({module: values[module.name] for module in find_modules(base, list(values))}):
         edited = evaluate(base, tokenizer, requests, trunk=trunk, progress=False)
 
     if edited.efficacy <= unedited.efficacy:

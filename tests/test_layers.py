@@ -22,7 +22,6 @@ LAYERS = [
     ["sideeffects"],
     ["experiments"],
     ["report"],
-    ["studio"],
     ["cli"],
     ["__main__"],
 ]

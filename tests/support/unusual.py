@@ -94,8 +94,8 @@ def state_beside_the_states(_directory: Path) -> nn.Module:
 UNUSUAL = {
     "parameter without dimension": (parameter_without_dimension, DOWN, True),
     "float32 norms": (float32_norms, "transformer.h.[12].mlp.c_proj", True),
-    "offloaded": (offloaded, DOWN, False),
-    "offloaded above": (offloaded_above, DOWN, False),
+    "offloaded": (offloaded, DOWN, True),
+    "offloaded above": (offloaded_above, DOWN, True),
     "four streams": (four_streams, DOWN, False),
     "list of states": (list_of_states, "transformer.h.[12].mlp.c_proj", False),
     "state beside the states": (state_beside_the_states, DOWN, False),

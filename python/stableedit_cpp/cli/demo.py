@@ -22,10 +22,9 @@ def run(options: argparse.Namespace) -> int:
 
     print(f"Loading {options.model} ...", flush=True)
     model, tokenizer = load(options)
-    original = {name: tensor.clone() for name, tensor in model.state_dict().items()} if stream else {}
     _facts(model, tokenizer)
     if stream:
-        model.load_state_dict(original)
+        model, tokenizer = load(options)  # the facts are not to be in it
         _stream(model, tokenizer, warm_up, stream)
     print(f"\nDone in {time.perf_counter() - start:.0f} s.")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from stableedit_cpp.cli.placement import default_device, placement
 from stableedit_cpp.editors import EditorConfig
 from stableedit_cpp.editors.registry import parse_config
 from stableedit_cpp.export.loading import export_kind, load_export
@@ -18,11 +19,6 @@ from stableedit_cpp.model.load import load_model
 __all__ = ["DTYPES", "config_of", "default_device", "load", "load_any"]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def default_device(options: argparse.Namespace) -> str:
-    """``--device``, or what it says without one."""
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
@@ -36,13 +32,13 @@ def load_any(
     """(model, tokenizer) of what a name stands for.
 
     Args:
-        options: with ``device`` and ``trust_remote_code``.
+        options: of ``add_placement_options`` and ``add_trust_option``.
         base: of an export or a session, where it is not where that says.
 
     Raises:
         ValueError: as ``load_model`` and ``load_export``; for a session as ``LifelongSession.open``.
     """
-    how = {"device": default_device(options), "trust_remote_code": options.trust_remote_code}
+    how = {**placement(options), "trust_remote_code": options.trust_remote_code}
     if _is_session(name):
         found = SessionView(name).manifest["model"]
         if not (base or found["source"]):

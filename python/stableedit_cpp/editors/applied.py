@@ -48,7 +48,7 @@ class AppliedPass:
             ridges: of each module, where modules have ridges of their own; ``Editor.contribution`` knows.
         """
         return {
-            name: contribution(update, owned, keys=self.captured.keys[name])
+            name: contribution(update, owned, keys=self.captured.keys[name].to(update.left.device))
             if self.past_keys
             else contribution(update, owned, ridge=self.ridge if ridges is None else ridges[name])
             for name, update in self.updates.items()

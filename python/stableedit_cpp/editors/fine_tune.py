@@ -115,7 +115,7 @@ class _Weights(Trainable):
         return list(self._leaves.values())
 
     def forward(self, module: EditModule) -> Forward:
-        leaf, bias, flipped = self._leaves[module.name], module.module.bias, module.layout == "conv1d"
+        leaf, bias, flipped = self._leaves[module.name], module.bias, module.layout == "conv1d"
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             weight = leaf.to(hidden.dtype)

@@ -69,8 +69,8 @@ class LocateSolver(Solver):
     def begin_all(self, text: TextStatistics, modules: Sequence[EditModule]) -> None:
         """Take the statistics of all modules."""
         for module in modules:
-            dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-            self.begin(module.name, text.second_moment(module.name).to(module.weight.device), dtype)
+            dtype = torch.float64 if module.dtype == torch.float64 else torch.float32
+            self.begin(module.name, text.second_moment(module.name).to(module.device), dtype)
         self._mark.set({module.name: text.second_moment(module.name).diagonal() for module in modules})
 
     @property

@@ -109,6 +109,7 @@ class LocateTurn(Turn):
                 share = work.config.step_size * step / (len(work.weights.modules) - number)
                 residual = ((targets.z - states) * share).to(keys.device)
                 update, keys = work.solver.solve_located(module.name, keys, residual, ridge)
+                update = module.at_home(update)
             with report.timed("apply"):
                 work.weights[module.name].check(update)
                 work.weights.apply({module.name: update})

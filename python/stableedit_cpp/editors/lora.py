@@ -132,9 +132,12 @@ def _stand_in(module: EditModule, weight: torch.Tensor) -> nn.Module:
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(stand_in, hooks, OrderedDict())
     stand_in._parameters = dict(module.module._parameters)
-    start = weight.to(module.weight.dtype)
-    if not torch.equal(start, module.weight):
-        stand_in.__dict__.pop("forward", None)  # a faster one, which is bound to the module's own weight
+    start = weight.to(module.dtype)
+    if module.offloaded is not None or not torch.equal(start, module.weight):
+        # A faster one, which is bound to the module's own weight, or accelerate's, which fetches that.
+        stand_in.__dict__.pop("forward", None)
+        if module.bias is not None:
+            stand_in._parameters["bias"] = nn.Parameter(module.bias.detach(), requires_grad=False)
         stand_in._parameters["weight"] = nn.Parameter(start, requires_grad=False)
     return stand_in
 

@@ -12,7 +12,7 @@ from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["OriginalWeights", "swapped"]
 
-Values = dict[torch.nn.Parameter, torch.Tensor]
+Values = dict[EditModule, torch.Tensor]
 
 
 class OriginalWeights:
@@ -29,7 +29,7 @@ class OriginalWeights:
     def __init__(self, modules: Sequence[EditModule]) -> None:
         self._modules = modules
         self._kept: dict[str, torch.Tensor] = {}
-        self._shown: Values = {}  # what the modules are to hold again
+        self._shown: dict[EditModule, object] = {}  # what the modules are to hold again
 
     def __bool__(self) -> bool:
         return bool(self._kept)
@@ -52,7 +52,7 @@ class OriginalWeights:
                 f"{', '.join(weights) or 'none'}"
             )
         for module in self._modules:
-            given, own = weights[module.name], module.weight
+            given, own = weights[module.name], module.module.weight
             if given.shape != own.shape or given.dtype != own.dtype:
                 raise ValueError(
                     f"the original weight of {module.name} must be {tuple(own.shape)} {own.dtype} as the module's, "
@@ -72,24 +72,25 @@ class OriginalWeights:
         """Within this context the modules hold their original weights; after it, bit for bit what they held before."""
         if self._shown or not self._kept:  # inside another such block, or nothing was edited yet
             return nullcontext()
-        return swapped({module.weight: self._kept[module.name] for module in self._modules}, self._shown)
+        return swapped({module: self._kept[module.name] for module in self._modules}, self._shown)
 
 
 @contextmanager
-def swapped(values: Values, before: Values | None = None) -> Iterator[None]:
-    """Within this context parameters hold other values; after it, bit for bit what they held before.
+def swapped(values: Values, before: dict[EditModule, object] | None = None) -> Iterator[None]:
+    """Within this context modules hold other weights; after it, bit for bit what they held before.
 
-    What they held waits in host memory; the parameters stay the same tensors at the same addresses.
+    What they held waits in host memory, or in a file where they are offloaded to the disk; parameters in memory stay
+    the same tensors at the same addresses.
 
     Args:
-        values: of the parameters' shapes; any device and dtype.
+        values: of the weights' shapes; any device and dtype.
         before: gets what is to be put back, and is empty once it was.
     """
     before = {} if before is None else before
     try:
-        for parameter, value in values.items():
-            before[parameter] = parameter.detach().to("cpu", copy=True)
-            parameter.detach().copy_(value)
+        for module, value in values.items():
+            before[module] = module.kept()
+            module.write(value)
         yield
     finally:
         try:
@@ -100,7 +101,7 @@ def swapped(values: Values, before: Values | None = None) -> Iterator[None]:
             raise
 
 
-def _put_back(before: Values) -> None:
-    for parameter, value in before.items():
-        parameter.detach().copy_(value)
+def _put_back(before: dict[EditModule, object]) -> None:
+    for module, kept in before.items():
+        module.put_back(kept)
     before.clear()

@@ -43,7 +43,7 @@ class Solution(NamedTuple):
     """What a pass adds to the weights.
 
     Attributes:
-        updates: by module name, on the module's device.
+        updates: by module name, where the module's weight is changed.
         step_size, ridge: that they were solved with.
     """
 
@@ -110,7 +110,7 @@ class Solver:
     def devices(self) -> dict[str, torch.device]:
         """Where each part of the statistics lives, by the same names."""
         homes = {
-            name: modules[0].weight.device
+            name: modules[0].device
             for group, modules in self.groups.items()
             for name in (f"normalizer/{group}", *(f"past_keys/{module.name}" for module in modules))
         }
@@ -212,7 +212,7 @@ class Solver:
             keys, gradients = captured.keys[module.name].to(device), captured.value_gradients[module.name].to(device)
             update = editors[module.name].compute_update(keys, gradients, mode)
             decrease = first_order_decrease(update, keys, gradients) if self.step is not None else 0.0
-            home = module.weight.device
+            home = module.home
             return update.left.to(home), update.right.to(home), decrease
 
         found = ranks().shared("solving", [module.shape[0] for module in modules], one)

@@ -103,7 +103,8 @@ class _TrainedTurn(Turn):
     def _solve(self, captured: CapturedTurn, number: int) -> Solution:
         work, report, config = self.work, self.report, self.work.config
         solver: TrainedSolver = work.solver
-        masters = {name: weight.master for name, weight in work.weights.items()}
+        # Where the modules run, which is elsewhere for weights that are offloaded.
+        masters = {module.name: work.weights[module.name].master.to(module.device) for module in work.weights.modules}
         begin = masters
         if config.cumulative and self.kind != "repair":
             begin = {name: work.weights.originals[name].to(master) for name, master in masters.items()}
@@ -116,7 +117,9 @@ class _TrainedTurn(Turn):
             updates, report.losses = train(work.model, make, sequences, names, config, drawn_by(self.sequences), **how)
             updates = updates if begin is masters else self._from_present(updates, begin)
             self._trained = {
-                module.name: rect(updates[module.name], masters[module.name], config.keep_share, module.layout)
+                module.name: module.at_home(
+                    rect(updates[module.name], masters[module.name], config.keep_share, module.layout)
+                )
                 for module in work.weights.modules
             }
         with report.timed("apply"):
@@ -130,7 +133,7 @@ class _TrainedTurn(Turn):
         """What takes the present weights to where updates of those that training began with lead."""
         found = dict(updates)
         for module in self.work.weights.modules:
-            present = self.work.weights[module.name].master
+            present = self.work.weights[module.name].master.to(begin[module.name].device)
             if not torch.equal(begin[module.name], present):
                 learnt = updates[module.name].dense()
                 learnt = learnt.t() if module.layout == "conv1d" else learnt

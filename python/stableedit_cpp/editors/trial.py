@@ -63,12 +63,12 @@ class Trials:
 
         A set that cannot be edited gives a trial with the reason.
         """
-        weights = [module.weight for module in find_modules(self._model, modules)]
+        found = find_modules(self._model, modules)
         config = dataclasses.replace(
             self._config, edit_modules=modules, max_passes=min(passes, self._config.max_passes)
         )
         start = time.perf_counter()
-        with swapped({weight: weight.detach() for weight in weights}), warnings.catch_warnings():
+        with swapped({module: module.weight.detach() for module in found}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # who edits in earnest hears them
             try:
                 shares, drift, seconds = self._edit(config, requests)

@@ -46,7 +46,6 @@ class UltraEdit(Editor):
     config: UltraEditConfig
     config_class = UltraEditConfig
     solver_class = DiagonalSolver
-    edits_split = True
 
 
 register_editor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -46,7 +46,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
         self.originals = OriginalWeights(modules)
         self.followers = Followers()
         self._held: dict[str, MasterWeight] = {}
-        self._columns = {module.name: module.columns for module in modules if module.columns is not None}
+        self._places: dict[str, tuple] = {}  # of the weights that are held
         self.revision = 0
         self.known: Mapping[str, bytes] = {}
         self._open: str | None = None  # the change that is under way
@@ -120,11 +120,6 @@ class EditedWeights(Mapping[str, MasterWeight]):
             self.followers.after(what, by)
         return result
 
-    def check(self, updates: Mapping[str, LowRankUpdate]) -> None:
-        """Raise what ``apply`` would raise for these updates."""
-        for name, update in updates.items():
-            self._held[name].check(self._own(name, update))
-
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> None:
         """Add updates by module name; within ``change``.
 
@@ -133,13 +128,15 @@ class EditedWeights(Mapping[str, MasterWeight]):
         """
         self._check_open()
         for name, update in updates.items():
-            self._held[name].apply(self._own(name, update))
+            self._held[name].apply(update)
+        self._settle(updates)
         self.known = self._fingerprints()
 
     def load(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Take over masters by module name, from any device; within ``change``."""
         self._check_open()
         self._write(masters)
+        self._settle()
         self.known = self._fingerprints()
 
     def add(self, updates: Mapping[str, LowRankUpdate]) -> None:
@@ -154,6 +151,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
                 for name, weight in self.items():
                     weight.master.sub_(self._difference(name), alpha=1.0 - share)
                     weight.live.copy_(weight.master)
+            self._settle()
             self.known = self._fingerprints()
 
         self.change(work, "shrinking what was added")
@@ -181,31 +179,38 @@ class EditedWeights(Mapping[str, MasterWeight]):
             for part, before in checkpoint.statistics:
                 part.restore(before)
             self._write(checkpoint.masters)
+            for module in self.modules:
+                if module.name in checkpoint.files:
+                    module.put_back(checkpoint.files[module.name])
             self.known = checkpoint.known
 
     def _write(self, masters: Mapping[str, torch.Tensor]) -> None:
+        """Into memory; ``_settle`` what rests elsewhere."""
         with torch.no_grad():
             for name, weight in self._held.items():
                 weight.master.copy_(masters[name])
                 weight.live.copy_(weight.master)
 
-    def _own(self, name: str, update: LowRankUpdate) -> LowRankUpdate:
-        """What this process adds of an update to what it holds of a weight."""
-        columns = self._columns.get(name)
-        return update if columns is None else columns.of(update)
+    def _settle(self, names: Collection[str] | None = None) -> None:
+        """Write what is held here of weights on the disk to where they rest."""
+        for module in self.modules:
+            if module.on_disk and (names is None or module.name in names):
+                module.write(self._held[module.name].live)
 
     def _difference(self, name: str) -> torch.Tensor:
         master = self._held[name].master
         return master - self.originals[name].to(master)
 
     def _hold(self, module: EditModule, changed: bool) -> MasterWeight:
-        held, live = self._held.get(module.name), module.weight
-        if held is not None and not changed and _place(held.live) == _place(live):
+        held, place = self._held.get(module.name), module.place
+        if held is not None and not changed and self._places[module.name] == place:
             return held
         with torch.inference_mode(False):  # the caller may leave it before the next edit
+            live = module.weight.to(module.home, copy=module.on_disk)
             fresh = MasterWeight(live, module.layout, exact_revert=False)
             if held is not None and not changed:  # moved: a half-precision weight does not say all of its master
                 fresh.master.copy_(held.master)
+        self._places[module.name] = place
         return fresh
 
     def _fingerprints(self) -> dict[str, bytes]:
@@ -217,7 +222,8 @@ class EditedWeights(Mapping[str, MasterWeight]):
 
 
 class Checkpoint:
-    """Weights and statistics at one moment. Statistics cost nothing to keep, weights a copy of their masters.
+    """Weights and statistics at one moment. Statistics cost nothing to keep, weights a copy of their masters; of those
+    on the disk also the files, so that going back needs no room there.
 
     Attributes:
         settled: whether the change that began here stands, whatever fails from now on.
@@ -226,6 +232,7 @@ class Checkpoint:
     def __init__(self, weights: EditedWeights) -> None:
         self._weights = weights
         self.masters = {name: weight.master.clone() for name, weight in weights.items()}
+        self.files = {module.name: module.kept() for module in weights.modules if module.on_disk}
         self.known = weights.known
         self.statistics = [(part, part.copy()) for part in weights.statistics.values()]
         self.settled = False
@@ -241,7 +248,3 @@ class Checkpoint:
             ValueError: if a follower refuses.
         """
         self._weights.change(lambda _: self._weights.put_back(self), "going back to a checkpoint")
-
-
-def _place(weight: torch.Tensor) -> tuple[torch.device, int]:
-    return weight.device, weight.data_ptr()

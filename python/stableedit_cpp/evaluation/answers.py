@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from stableedit_cpp.errors import ModelBroken
+from stableedit_cpp.files.offloaded import present
 from stableedit_cpp.model.running import AnswerBatch, read_batches
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
@@ -197,7 +198,7 @@ def refuse_broken(model: torch.nn.Module, broken: Sequence[str], count: int, wha
     """
     if not broken:
         return
-    weights = [name for name, weight in model.named_parameters() if not _finite(weight)]
+    weights = [name for name, weight in model.named_parameters() if not _finite(present(model, name, weight))]
     if weights:
         more = f" and {len(weights) - 1} other weights" if len(weights) > 1 else ""
         cause = f"NaN or infinity is in {weights[0]}{more}; load the model anew"
@@ -210,7 +211,7 @@ def refuse_broken(model: torch.nn.Module, broken: Sequence[str], count: int, wha
 
 
 def _finite(weight: torch.Tensor) -> bool:
-    """Offloaded weights cannot be looked at, and those of a few bits hold no NaN."""
-    if weight.device.type == "meta" or not weight.is_floating_point() or weight.element_size() < 2:
+    """What is nowhere cannot be looked at, and weights of a few bits hold no NaN."""
+    if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
         return True
     return bool(weight.isfinite().all())

@@ -111,7 +111,7 @@ class Geometry:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Go on from ``state_dict``; the editor's own state is there already."""
-        homes = {module.name: module.weight.device for module in self._editor.modules}
+        homes = {module.name: module.home for module in self._editor.modules}
         updates: dict[str, Update] = {}
         for component, factors in state.items():
             if component.startswith("geometry/"):

@@ -143,9 +143,8 @@ def _trial(
     except (NotFiniteError, torch.linalg.LinAlgError) as error:
         return {"score": None, "reason": str(error), "seconds": time.perf_counter() - start}
     finally:
-        with torch.no_grad():
-            for module in editor.modules:
-                module.weight.copy_(originals[module.name])
+        for module in editor.modules:
+            module.write(originals[module.name])
     means = {name: found["mean"] for name, found in scores.items() if found["mean"] is not None}
     return {
         "score": run.search.score_of(means),

@@ -67,7 +67,7 @@ class StreamRun:
         self.trunk, self._editing_trunk, self._siblings = trunk, editing_trunk, siblings
         self._snapshot_seconds, self._keep_state, self._progress = snapshot_seconds, keep_state, progress
         self._turn_size = settings.editor.config.turn_size
-        self._cost = Cost(self.editor.modules[0].weight.device)
+        self._cost = Cost(self.editor.modules[0].device)
         self._geometry = Geometry(self.editor, settings.geometry, settings.source.seed) if settings.geometry else None
         how = {"trunk": trunk, "answers": answers, "progress": progress}
         self._checkpoints = Checkpoints(settings, directory, self.editor, self._cost, **how)
@@ -92,9 +92,8 @@ class StreamRun:
                 self.directory.document["convergence"] = self._convergence.fit(self.editor)
             self.directory.finish(self._cost.to_dict(), keep_state=self._keep_state)
         finally:
-            with torch.no_grad():
-                for module in self.editor.modules:
-                    module.weight.copy_(originals[module.name])
+            for module in self.editor.modules:
+                module.write(originals[module.name])
 
     def _do(self) -> None:
         checkpoints = self._checkpoints

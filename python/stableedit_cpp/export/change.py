@@ -15,6 +15,7 @@ from stableedit_cpp.core import Patch, WeightChange
 from stableedit_cpp.editors import Editor
 from stableedit_cpp.export.truncation import Spectrum, decompose
 from stableedit_cpp.files.digest import joint_digest, model_digest
+from stableedit_cpp.files.offloaded import Offloaded, present_state
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = [
@@ -80,7 +81,8 @@ class ModelChange:
         state = base.state_dict()
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                state[name].copy_(tensor)
+                offloaded = Offloaded.find(base, name)
+                state[name].copy_(tensor) if offloaded is None else offloaded.write(tensor.to(state[name].dtype))
 
 
 def change_of(editor: Editor) -> ModelChange:
@@ -108,7 +110,7 @@ def change_between(base: nn.Module, edited: nn.Module) -> ModelChange:
     Raises:
         ValueError: if they are no versions of one model (a tensor's name, shape or dtype differs), or equal.
     """
-    before, after = base.state_dict(), edited.state_dict()
+    before, after = (present_state(model) for model in (base, edited))
     unmatched = before.keys() ^ after.keys()
     if unmatched:
         raise ValueError(f"the edited model is no edit of the base model: only one of them has {min(unmatched)}")
@@ -119,7 +121,7 @@ def change_between(base: nn.Module, edited: nn.Module) -> ModelChange:
                 f"the edited model is no edit of the base model: {name} is {tuple(new.shape)} {new.dtype} in the "
                 f"edited model and {tuple(old.shape)} {old.dtype} in the base model"
             )
-    return change_to(base, {name: new for name, new in after.items() if not _same_bits(before[name], new)})
+    return change_to(base, {name: after[name] for name in before if not _same_bits(before[name], after[name])})
 
 
 def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChange:
@@ -133,7 +135,7 @@ def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChan
     """
     if not tensors:
         raise ValueError(_NOTHING)
-    state = base.state_dict()
+    state = present_state(base)
     modules: dict[str, WeightChange] = {}
     others: list[str] = []
     for name, new in tensors.items():
@@ -161,13 +163,14 @@ def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
             f"the patch was made for another base model: that of {patch.base_model or 'unknown name'} has digest "
             f"{patch.base_digest[:16]}..., this one has {digest[:16]}..."
         )
-    missing = [name for name in patch.modules if f"{name}.weight" not in base.state_dict()]
+    state = present_state(base)
+    missing = [name for name in patch.modules if f"{name}.weight" not in state]
     if missing:
         raise ValueError(f"the patch changes {missing[0]}, which the base model does not have")
-    before = digests_by_dtype({f"{name}.weight": base.get_submodule(name).weight for name in patch.modules})
+    before = digests_by_dtype({name: state[name] for name in (f"{one}.weight" for one in patch.modules)})
     tensors = {}
     for name, change in patch.modules.items():
-        weight = base.get_submodule(name).weight.detach().to("cpu", copy=True)
+        weight = state[f"{name}.weight"].detach().to("cpu", copy=True)
         change.to(torch.device("cpu")).add_to(weight)
         tensors[f"{name}.weight"] = weight
     return ModelChange(digest, tensors, dict(patch.modules), [], skeleton_of(base), before)

@@ -19,6 +19,7 @@ from stableedit_cpp.export.change import ModelChange, change_to
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import joint_digest, model_digest
+from stableedit_cpp.files.offloaded import present_state
 
 __all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta", "fits_rounded", "read_delta"]
 
@@ -76,7 +77,7 @@ def change_from_delta(base: torch.nn.Module, path: str | Path, *, any_dtype: boo
     """What a delta changes in its base model. Arguments and errors as ``apply_delta``; nothing is applied."""
     path, tensors, metadata = read_delta(path)
     expected, found = metadata.get("base_digest", ""), model_digest(base)
-    state = base.state_dict()
+    state = present_state(base)
     if found != expected:
         here = {name: state[name] for name in tensors if name in state}
         rounded = fits_rounded(metadata, tensors, here)

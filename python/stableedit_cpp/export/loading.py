@@ -77,6 +77,11 @@ def load_export(
         except ImportError:
             raise ValueError(f"{path} is a LoRA adapter, which is read with peft: pip install peft") from None
         device = next(model.parameters()).device
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"{path} is a LoRA adapter, which is merged into weights in memory, and parts of {base} are offloaded; "
+                "load it without a device_map that offloads"
+            )
         model = PeftModel.from_pretrained(model, str(file), torch_device=str(device)).merge_and_unload()
     return model.eval(), tokenizer
 

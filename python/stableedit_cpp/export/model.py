@@ -11,6 +11,7 @@ from stableedit_cpp.export.card import Card, write_card
 from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.files.offloaded import present_state
 from stableedit_cpp.model.load import drop_gguf_marks
 
 __all__ = ["LOAD_MODEL", "export_model", "write_model"]
@@ -44,7 +45,10 @@ def export_model(
 def write_model(model: torch.nn.Module, tokenizer, directory: Path, provenance: Provenance) -> None:
     """The same into a directory that is there."""
     drop_gguf_marks(model)
-    model.save_pretrained(directory)
+    # transformers knows of what its own device_map has offloaded, and of nothing else.
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    state = dict(present_state(model)) if offloaded and not hasattr(model, "hf_device_map") else None
+    model.save_pretrained(directory, state_dict=state)
     tokenizer.save_pretrained(directory)
     copy_what_lies_beside(model, directory)
     facts = {"edited_digest": model_digest(model)}

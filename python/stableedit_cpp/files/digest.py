@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from stableedit_cpp.files.offloaded import present
+
 __all__ = [
     "file_digest",
     "fingerprint",
@@ -49,7 +51,7 @@ def model_digest(model: torch.nn.Module, exclude: Iterable[str] = ()) -> str:
     for name in exclude:
         if tensors.pop(name, None) is None:
             raise ValueError(f"exclude: the model has no parameter or buffer {name!r}")
-    return joint_digest(tensors, lambda name: _in_memory(model, name, tensors[name]))
+    return joint_digest(tensors, lambda name: present(model, name, tensors[name]))
 
 
 def tensor_digests(
@@ -79,17 +81,6 @@ def tensor_digest(tensor: torch.Tensor, name: str = "the tensor") -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=_SIZE)
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _in_memory(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the state dict; one that accelerate has offloaded from where it keeps it."""
-    place, _, own = name.rpartition(".")
-    hook = getattr(model.get_submodule(place), "_hf_hook", None) if tensor.is_meta else None
-    for part in getattr(hook, "hooks", [hook]):  # one, or several in a row
-        kept = getattr(part, "weights_map", None)
-        if kept is not None:
-            return kept[own]
-    return tensor
 
 
 def fingerprint(tensor: torch.Tensor) -> bytes:

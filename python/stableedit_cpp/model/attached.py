@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["for_this_thread", "forward_hook", "forward_pre_hook", "replaced_forward", "replacement"]
+__all__ = ["beneath_hook", "for_this_thread", "forward_hook", "forward_pre_hook", "replaced_forward", "replacement"]
 
 
 class _While:
@@ -32,7 +32,7 @@ def for_this_thread(function: Callable, otherwise: Callable | None = None, *, du
             return function(*args, **kwargs)
         return None if otherwise is None else otherwise(*args, **kwargs)
 
-    chosen.alive = alive
+    chosen.alive, chosen.otherwise = alive, otherwise
     return chosen
 
 
@@ -46,18 +46,33 @@ def replacement(module: nn.Module) -> Callable | None:
     return found
 
 
+def beneath_hook(module: nn.Module) -> Callable | None:
+    """The forward that accelerate's hook calls, once it has fetched what is offloaded (``_old_forward``); None without
+    a hook, or where somebody has put another forward over it. One of ours that was left behind is taken away."""
+    outer, inner = replacement(module), getattr(module, "_old_forward", None)
+    if inner is None or getattr(outer, "args", None) != (module,):
+        return None
+    while not getattr(inner, "alive", lambda: True)():
+        inner = module._old_forward = inner.otherwise
+    return inner
+
+
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Shadow a module's forward for a while; the module keeps its hooks and attributes, which the model looks at."""
-    before, during = replacement(module), _While()
-    module.forward = for_this_thread(forward, otherwise=module.forward, during=during)
+def replaced_forward(module: nn.Module, forward: Callable, seat: str = "forward") -> Iterator[None]:
+    """Shadow a module's forward for a while; the module keeps its hooks and attributes, which the model looks at.
+
+    Args:
+        seat: the attribute that is called.
+    """
+    before, during = replacement(module) if seat == "forward" else getattr(module, seat), _While()
+    setattr(module, seat, for_this_thread(forward, otherwise=getattr(module, seat), during=during))
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            delattr(module, seat)
         else:
-            module.forward = before
+            setattr(module, seat, before)
 
 
 @contextmanager

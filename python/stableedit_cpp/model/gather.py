@@ -22,7 +22,6 @@ from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
-from stableedit_cpp.model.split import refuse_split
 from stableedit_cpp.model.text_statistics import Place, TextStatistics, load_statistics
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
@@ -81,7 +80,6 @@ def gather_statistics(
     check_whole("max_tokens", max_tokens)
     check_writable_file(output, "output")
     modules = find_modules(model, default_edit_modules(model) if edit_modules is None else edit_modules)
-    refuse_split(modules, "gathering statistics of text")
     limit = context_length(model) or _WINDOW
     if window is not None and window > limit:
         raise ValueError(f"window is {window}, more than the model's context of {limit}")
@@ -226,8 +224,8 @@ def _keys(
         stack.enter_context(torch.no_grad())
         mask: torch.Tensor
 
-        def take(name: str, _module: torch.nn.Module, inputs: tuple, _output: torch.Tensor) -> None:
-            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        def take(name: str, _module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1]).to(output.device)
             if len(rows) != mask.numel():
                 raise ValueError(f"edit_modules: {name} does not see every token once, so it has no statistics")
             found[name].append(rows[mask.flatten().to(rows.device)])

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stableedit_cpp.model.attached import replaced_forward, replacement
+from stableedit_cpp.files.offloaded import Offloaded
+from stableedit_cpp.model.attached import beneath_hook, replaced_forward, replacement
 from stableedit_cpp.model.tokens import Batch
 
 __all__ = ["Linears"]
@@ -26,7 +27,8 @@ class Linears:
     """Within ``replaced``, the plain ``nn.Linear`` modules of a model run through here.
 
     Their weights must not require a gradient; subclasses, and modules whose forward somebody else has replaced, are
-    left alone. Results differ from PyTorch's in the last bits, as between any two matrix libraries.
+    left alone; beneath a hook of accelerate's they run through here as well. Results differ from PyTorch's in the last
+    bits, as between any two matrix libraries.
     """
 
     def __init__(self) -> None:
@@ -41,8 +43,12 @@ class Linears:
     def replaced(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for module in model.modules():
-                if type(module) is nn.Linear and replacement(module) is None:
+                if type(module) is not nn.Linear:
+                    continue
+                if replacement(module) is None:
                     stack.enter_context(replaced_forward(module, _Forward(self, module)))
+                elif getattr(beneath_hook(module), "__func__", None) is nn.Linear.forward:
+                    stack.enter_context(replaced_forward(module, _Forward(self, module), "_old_forward"))
             yield
 
     def rows(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -55,35 +61,48 @@ class Linears:
 class _Forward:
     def __init__(self, linears: Linears, module: nn.Linear) -> None:
         self.linears, self.module = linears, module
+        self.offloaded = Offloaded.of(module)
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's own name for it
         weight, bias = self.module.weight, self.module.bias
         if input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
             return F.linear(input, weight, bias)
         if input.requires_grad and torch.is_grad_enabled():
-            return _Linear.apply(input, weight, bias, self.linears.rows(input))
+            return _Linear.apply(input, weight, bias, self.linears.rows(input), self.offloaded)
         return _product(input, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """Derivative for the input alone, at the given rows alone; elsewhere it is reported as zero."""
+    """Derivative for the input alone, at the given rows alone; elsewhere it is reported as zero.
+
+    An offloaded weight is fetched anew when its turn comes in the backward pass: the graph would hold those of all
+    layers where they run, which is what there is no room for.
+    """
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor | None
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        offloaded: Offloaded | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, rows)
+        ctx.offloaded = offloaded
+        ctx.save_for_backward(None if offloaded is not None else weight, rows)
         return _product(hidden, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, rows = ctx.saved_tensors
+        if weight is None:
+            weight = ctx.offloaded.read().to(gradient.device)
         if rows is None:
-            return _product(gradient, weight.t()), None, None, None
+            return _product(gradient, weight.t()), None, None, None, None
         result = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
         chosen = gradient.reshape(-1, gradient.shape[-1])[rows]
         result.view(-1, weight.shape[1])[rows] = _product(chosen, weight.t())
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -60,13 +60,13 @@ def read_at_the_end(
         stack.enter_context(torch.no_grad())
         if trunk is not None:
             trunk.check(sequences)
-        device = input_device(model)
+        device, runs_on = input_device(model), module.device
         for indices in pack_apart(sequences, max_tokens, trunk, device=device):
             chosen = [sequences[index] for index in indices]
             batch = collate(chosen, device)
 
             def of_module(_module: nn.Module, args: tuple, kwargs: dict, batch: Batch = batch) -> None:
-                keys.append(rows_of(args[0], batch))
+                keys.append(rows_of(args[0].to(runs_on), batch))
 
             def of_layer(_layer: nn.Module, args: tuple, kwargs: dict, batch: Batch = batch) -> None:
                 states.append(rows_of(hidden_of(args, kwargs), batch))

@@ -11,21 +11,23 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from stableedit_cpp.model.split import Columns, columns_of, held, why_not_split
+from stableedit_cpp.core import LowRankUpdate
+from stableedit_cpp.files.offloaded import Offloaded
 
 __all__ = ["EditModule", "describe_linear_maps", "find_modules", "is_linear"]
 
 
 @dataclass(frozen=True)
 class EditModule:
-    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d").
-
-    Attributes:
-        columns: those of the weight that this process holds, where it is split over processes; None where it is whole.
-    """
+    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d")."""
 
     name: str
     module: nn.Module
+
+    @property
+    def offloaded(self) -> Offloaded | None:
+        """Where accelerate keeps the weight; None where that is in memory."""
+        return Offloaded.of(self.module)
 
     @property
     def layout(self) -> str:
@@ -33,18 +35,83 @@ class EditModule:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The parameter; where it is split, what this process has of it, ``[v, k']``, sharing its memory."""
-        return held(self.module.weight)
+        """The parameter; one that is offloaded as it rests, in host memory itself and from the disk a copy. To change
+        it wherever it is: ``write``."""
+        offloaded = self.offloaded
+        return self.module.weight if offloaded is None else offloaded.read()
 
     @property
-    def columns(self) -> Columns | None:
-        return columns_of(self.module.weight)
+    def bias(self) -> torch.Tensor | None:
+        """Where the module runs; None where it has none."""
+        offloaded = Offloaded.of(self.module, "bias")
+        return self.module.bias if offloaded is None else offloaded.read().to(offloaded.device)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(k, v): dimensions of key and value gradient, of the whole weight."""
+        """(k, v): dimensions of key and value gradient."""
         rows, columns = self.module.weight.shape
         return (rows, columns) if self.layout == "conv1d" else (columns, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.module.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module runs: where its keys and value gradients are, and statistics of them."""
+        offloaded = self.offloaded
+        return self.module.weight.device if offloaded is None else offloaded.device
+
+    @property
+    def home(self) -> torch.device:
+        """Where the weight is changed: where it is, or in host memory if it is offloaded."""
+        return self.module.weight.device if self.offloaded is None else torch.device("cpu")
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the weight is in a file: what memory has of it is a copy."""
+        offloaded = self.offloaded
+        return offloaded is not None and offloaded.on_disk
+
+    @property
+    def place(self) -> tuple:
+        """What tells where the weight is from other places."""
+        offloaded = self.offloaded
+        if offloaded is not None:
+            return offloaded.place
+        return self.module.weight.device, self.module.weight.data_ptr()
+
+    def at_home(self, update: LowRankUpdate) -> LowRankUpdate:
+        """An update where the weight is changed."""
+        home = self.home
+        if update.left.device == home:
+            return update
+        return LowRankUpdate(update.left.to(home), update.right.to(home))
+
+    def kept(self) -> object:
+        """What ``put_back`` goes back to: a copy of the weight in host memory, or the file that it is in."""
+        offloaded = self.offloaded
+        return self.module.weight.detach().to("cpu", copy=True) if offloaded is None else offloaded.kept()
+
+    @torch.no_grad()
+    def put_back(self, kept: object) -> None:
+        """Let the weight be what it was, bit for bit."""
+        offloaded = self.offloaded
+        self.module.weight.copy_(kept) if offloaded is None else offloaded.put_back(kept)
+
+    @torch.no_grad()
+    def write(self, values: torch.Tensor) -> None:
+        """Let the weight hold these values, from any device; on the disk the whole file or none of it.
+
+        Raises:
+            OSError: if the disk does not take it; the weight is as it was then.
+        """
+        offloaded = self.offloaded
+        if offloaded is not None:
+            offloaded.write(values.to(self.dtype))
+        elif self.module.weight.data_ptr() != values.data_ptr():
+            self.module.weight.copy_(values.to(self.dtype))
 
 
 def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditModule]:
@@ -56,7 +123,7 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
-            linear map, quantised, tied to another parameter, not loaded, or split over processes other than by columns.
+            linear map, quantised, tied to another parameter, or not loaded.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     modules = dict(model.named_modules())
@@ -111,22 +178,35 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
             f"{name} is a {type(inner).__name__}, not a linear map; choose an nn.Linear or Conv1D. The model has:\n"
             f"{describe_linear_maps(model)}"
         )
-    split = why_not_split(inner)
-    if split is not None:
-        raise ValueError(f"{name} {split}")
-    weight = module.weight
+    weight = inner.weight
     plain = type(weight.data) is torch.Tensor
     if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
         kind = str(weight.dtype) if plain else type(weight.data).__name__
         raise ValueError(
             f"{name} has quantised weights ({kind}); load the model in float32, bfloat16 or float16 to edit it"
         )
-    if weight.is_meta:
-        raise ValueError(f"{name} is not in memory (meta device); load the model so that this module is not offloaded")
-    sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if held(p).data_ptr() == weight.data_ptr()]
-    others = [n for n in sharing if n != f"{name}.weight"]
+    offloaded = module.offloaded
+    if weight.is_meta and (offloaded is None or not offloaded.writable):
+        raise ValueError(
+            f"{name} is not in memory (meta device), and not where device_map, cpu_offload or disk_offload of "
+            "accelerate keep weights, so it cannot be changed; load the model with one of these, or without"
+        )
+    others = [other for other in _sharing(model, module) if other != f"{name}.weight"]
     if others:
         raise ValueError(f"{name} shares its weight with {', '.join(others)}; editing it would change these as well")
+
+
+def _sharing(model: nn.Module, module: EditModule) -> list[str]:
+    """Names of the parameters that are one with the weight of a module."""
+    parameters, offloaded = dict(model.named_parameters(remove_duplicate=False)), module.offloaded
+    if offloaded is None:
+        return [name for name, part in parameters.items() if part.data_ptr() == module.weight.data_ptr()]
+    elsewhere = {name: Offloaded.find(model, name) for name in parameters}
+    found = [name for name, other in elsewhere.items() if other is not None and other.shares_with(offloaded)]
+    # On the disk each has a file of its own; what is meant to be one is the model's to say.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [pair for pair in tied.items() if f"{module.name}.weight" in pair]
+    return [*found, *(name for pair in pairs for name in pair if name in parameters)]
 
 
 def _expand_braces(pattern: str) -> list[str]:

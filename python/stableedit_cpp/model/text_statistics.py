@@ -141,7 +141,7 @@ class TextStatistics:
 
     def to(self, modules: Sequence[EditModule]) -> TextStatistics:
         """Each part on the device of its module, where further rows will come from."""
-        devices = {module.name: module.weight.device for module in modules}
+        devices = {module.name: module.device for module in modules}
         parts = {
             field: {
                 name: type(part).from_state_dict({key: t.to(devices[name]) for key, t in part.state_dict().items()})

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from stableedit_cpp.files.digest import fingerprint
+from stableedit_cpp.files.offloaded import Offloaded
 from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
 from stableedit_cpp.model.modules import EditModule
-from stableedit_cpp.model.split import held
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -259,7 +259,7 @@ class TrunkCache:
 
     def _weights_fingerprint(self) -> bytes:
         """Depends on every weight outside the layers that edits may change, embeddings of positions included, at the
-        cost of reading them once.
+        cost of reading them once; those that accelerate keeps on the disk are not read, their files are looked at.
 
         Raises:
             ValueError: for weights that are not in memory.
@@ -271,9 +271,13 @@ class TrunkCache:
         for name, parameter in self._model.named_parameters():
             if id(parameter) in above:
                 continue
-            if parameter.is_meta:
-                raise ValueError(f"{name} is not in memory (offloaded), so changes of it would go unseen")
-            digest.update(fingerprint(held(parameter)))
+            offloaded = Offloaded.find(self._model, name)
+            if parameter.is_meta and offloaded is None:
+                raise ValueError(f"{name} is not in memory, so changes of it would go unseen")
+            if offloaded is not None and offloaded.on_disk:
+                digest.update(offloaded.stamp())
+            else:
+                digest.update(fingerprint(parameter if offloaded is None else offloaded.read()))
         if self.read is not None:
             self.read[self._depth] = digest.digest()
         return digest.digest()

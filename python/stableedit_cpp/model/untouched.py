@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from stableedit_cpp.files.offloaded import execution_device
 from stableedit_cpp.model.linears import Linears
 
 __all__ = ["input_device", "untouched"]
@@ -60,6 +61,5 @@ def input_device(model: nn.Module) -> torch.device:
     embeddings = model.get_input_embeddings()
     device = embeddings.weight.device
     if device.type == "meta":  # offloaded: accelerate fetches the weights to where it runs the module
-        hook = getattr(embeddings, "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        return execution_device(embeddings) or torch.device("cpu")
     return device

@@ -13,6 +13,7 @@ from stableedit_cpp.cli.arguments.options import (
     new_parser,
     positive,
 )
+from stableedit_cpp.cli.arguments.placement import add_placement_options
 
 FORMATS = ("model", "delta", "patch", "lora", "gguf", "gguf-lora")
 ADAPTERS = ("lora", "gguf-lora")
@@ -43,7 +44,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         action="store_true",
         help="export the difference to --base also where that is not known to be the model that was edited",
     )
-    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    add_placement_options(parser)
     add_trust_option(parser)
     add_export_options(parser)
     return parser

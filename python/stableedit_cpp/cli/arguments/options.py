@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from stableedit_cpp.cli.arguments.placement import add_placement_options
+
 __all__ = [
     "DTYPES",
     "FILES",
@@ -187,7 +189,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str | None = 
         metavar="MODEL",
         help="base model of an adapter, delta, patch or session, if it is not where that says",
     )
-    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    add_placement_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="load the weights as (default: as saved)")
     add_trust_option(parser)
 

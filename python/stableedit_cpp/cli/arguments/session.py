@@ -19,8 +19,7 @@ from stableedit_cpp.cli.arguments.options import (
     new_parser,
     positive,
 )
-
-__all__ = ["add_opening_options", "add_parser"]
+from stableedit_cpp.cli.arguments.placement import add_placement_options
 
 _EXAMPLE = """\
   stableedit session create edits/ --model smollm2-135m --warm-up training.json
@@ -51,10 +50,9 @@ def _action(actions, name: str, summary: str, example: str, action: str) -> argp
     return parser
 
 
-def add_opening_options(parser: argparse.ArgumentParser) -> None:
-    """Of commands that open a session for writing."""
+def _add_opening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="where the session's model is now (default: where it was created from)")
-    parser.add_argument("--device", help="torch device, e.g. cuda (default: cuda if there is one, else cpu)")
+    add_placement_options(parser)
     add_trust_option(parser)
     parser.add_argument(
         "--inexact",
@@ -99,7 +97,7 @@ def _add_begin(actions) -> None:
     _add_warm_up(parser)
     add_guard_options(parser)
     add_json_option(parser)
-    add_opening_options(parser)
+    _add_opening(parser)
 
 
 def _add_warm_up(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +117,7 @@ def _add_hold(actions) -> None:
     parser.add_argument("--sample", type=positive, metavar="N", help="look at so many current requests (default: all)")
     _add_least(parser)
     add_json_option(parser)
-    add_opening_options(parser)
+    _add_opening(parser)
 
     summary = "score the current edits: efficacy, generalization, specificity, free answers, locality"
     parser = _action(actions, "evaluate", summary, _EVALUATE, "hold.evaluate")
@@ -128,7 +126,7 @@ def _add_hold(actions) -> None:
     add_form_options(parser, chat="as the session edits", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_json_option(parser)
-    add_opening_options(parser)
+    _add_opening(parser)
 
     parser = _action(actions, "repair", "solve again for current edits that were forgotten", _REPAIR, "hold.repair")
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="at most (default 1)")
@@ -136,7 +134,7 @@ def _add_hold(actions) -> None:
     _add_least(parser)
     add_json_option(parser)
     add_guard_options(parser)
-    add_opening_options(parser)
+    _add_opening(parser)
 
 
 def _add_least(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +187,7 @@ def _add_ship(actions) -> None:
         metavar="X",
         help="ship only this share of the whole change, e.g. 0.85",
     )
-    add_opening_options(parser)
+    _add_opening(parser)
 
 
 _ROLLBACK = "  stableedit session rollback edits/ --to-turn 12    # see: stableedit session log edits/"
@@ -203,7 +201,7 @@ def _add_undo(actions) -> None:
     parser = _action(actions, "rollback", summary, _ROLLBACK, "undo.rollback")
     parser.add_argument("--to-turn", type=int, required=True, metavar="N", help="0 is before the first")
     add_json_option(parser)
-    add_opening_options(parser)
+    _add_opening(parser)
 
     summary = "take requests out of the model and bring the unedited answers back"
     parser = _action(actions, "revert", summary, _REVERT, "undo.revert")
@@ -219,7 +217,7 @@ def _add_undo(actions) -> None:
         "--only-take-out", action="store_true", help="only take out what they added; do not bring answers back"
     )
     add_json_option(parser)
-    add_opening_options(parser)
+    _add_opening(parser)
 
 
 def _count(text: str) -> int | None:

@@ -90,7 +90,7 @@ class HyperSolver(DiagonalSolver):
         return super().statistics() | networks
 
     def devices(self) -> dict[str, torch.device]:
-        homes = {f"hypernetwork/{group}": modules[0].weight.device for group, modules in self.groups.items()}
+        homes = {f"hypernetwork/{group}": modules[0].device for group, modules in self.groups.items()}
         return super().devices() | homes
 
     def ridges(self, ridge: float) -> dict[str, float]:
@@ -123,7 +123,6 @@ class HyperSolver(DiagonalSolver):
     def _network(self, group: str) -> HyperNetwork:
         if group not in self.networks:
             config, modules = self.config, self.groups[group]
-            weight = modules[0].weight
             self.networks[group] = HyperNetwork.untrained(
                 sum(modules[0].shape),
                 len(modules),
@@ -132,7 +131,7 @@ class HyperSolver(DiagonalSolver):
                 step_size=config.step_size,
                 ridge=config.ridge,
                 seed=config.seed,
-                dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-                device=weight.device,
+                dtype=torch.float64 if modules[0].dtype == torch.float64 else torch.float32,
+                device=modules[0].device,
             )
         return self.networks[group]

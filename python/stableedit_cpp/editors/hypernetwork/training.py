@@ -154,8 +154,7 @@ class Training:
         how = {"max_tokens": config.max_tokens_per_forward, "trunk": self.trunk}
         references = answer_distributions(editor.model, prompts.unrelated, **how)
         before = None if config.keeps_edits else Checkpoint(weights)
-        homes = {module.name: module.weight.device for module in editor.modules}
-        weights.apply({n: LowRankUpdate(u.left.to(homes[n]), u.right.to(homes[n])) for n, u in updates.items()})
+        weights.apply({module.name: module.at_home(updates[module.name]) for module in editor.modules})
         self._loss(prompts, references, through, turn)
         if before is not None:
             weights.put_back(before)

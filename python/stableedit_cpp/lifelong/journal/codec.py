@@ -76,17 +76,25 @@ def decode_updates(
     }
 
 
-def decode_turn(content: dict, tensors: Mapping[str, torch.Tensor], homes: Mapping[str, torch.device]) -> AppliedTurn:
-    """What ``encode_turn`` wrote with factors."""
+def decode_turn(
+    content: dict,
+    tensors: Mapping[str, torch.Tensor],
+    homes: Mapping[str, torch.device],
+    devices: Mapping[str, torch.device],
+) -> AppliedTurn:
+    """What ``encode_turn`` wrote with factors: updates where the weights are, by module name, and what was captured on
+    the ``devices`` that the modules run on."""
     passes = []
     for number in range(content["passes"]):
         updates = decode_updates(tensors, homes, f"{number}/")
         captured = CapturedTurn(
             keys={
-                name: tensors.get(f"{number}/{name}/keys", tensors[f"{number}/{name}/right"]).to(home)
-                for name, home in homes.items()
+                name: tensors.get(f"{number}/{name}/keys", tensors[f"{number}/{name}/right"]).to(device)
+                for name, device in devices.items()
             },
-            value_gradients={name: tensors[f"{number}/{name}/gradients"].to(home) for name, home in homes.items()},
+            value_gradients={
+                name: tensors[f"{number}/{name}/gradients"].to(device) for name, device in devices.items()
+            },
             request=tensors[f"{number}/captured/request"],
             micro_batch=tensors[f"{number}/captured/micro_batch"],
             losses=torch.empty(0, device="cpu"),

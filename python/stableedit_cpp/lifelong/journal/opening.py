@@ -106,7 +106,7 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
             )
         if found != unedited:  # the editor takes what it is given for the original, unless told better
             originals = view.snapshots.load(0, view.history.states[0])["weights"]
-            dtypes = {module.name: module.weight.dtype for module in editor.modules}
+            dtypes = {module.name: module.dtype for module in editor.modules}
             editor.keep_original_weights({name: weight.to(dtypes[name]) for name, weight in originals.items()})
 
     editor.weights.change(work, "opening a session")

@@ -108,11 +108,12 @@ def _redo(view: SessionView, editor: Editor, step: Step) -> None:
 
 
 def _decode(view: SessionView, editor: Editor, step: Step) -> AppliedTurn:
-    return decode_turn(step.record.content, view.journal.tensors(step.record), _homes(editor))
+    devices = {module.name: module.device for module in editor.modules}
+    return decode_turn(step.record.content, view.journal.tensors(step.record), _homes(editor), devices)
 
 
 def _homes(editor: Editor) -> dict[str, torch.device]:
-    return {module.name: module.weight.device for module in editor.modules}
+    return {module.name: module.home for module in editor.modules}
 
 
 @contextmanager
