@@ -11,7 +11,8 @@ from datetime import timedelta
 
 __all__ = ["joined", "speaker", "writes"]
 
-_COMMANDS = ("edit", "evaluate")
+_COMMANDS = ("edit", "evaluate", "session")
+_FILES = ("begin", "hold", "undo")  # of cli/session/
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun
 _PATIENCE = "STABLEEDIT_RANK_TIMEOUT"  # seconds
 
@@ -50,6 +51,11 @@ def joined(options: argparse.Namespace) -> Iterator[None]:
         *most, last = _COMMANDS
         raise ValueError(
             f"stableedit {options.command} runs in one process; torchrun is for {', '.join(most)} and {last}"
+        )
+    if options.command == "session" and options.action.partition(".")[0] not in _FILES:
+        raise ValueError(
+            "this command of stableedit session runs in one process; torchrun is for create, edit, audit, evaluate, "
+            "repair, rollback and revert"
         )
     with ExitStack() as stack:
         if not writes():

@@ -104,14 +104,10 @@ class Turn:
             passes = self._passes(interrupts, bar, keep=followers.hear_turns)
         turn = AppliedTurn(self.kind, self.requests, passes, self.report)
         ranks().everywhere("applying a turn", lambda: followers.applied(turn))
-
-        def record() -> None:
+        with undisturbed():  # nothing may come between what is written down and what stays in the model
             followers.record(turn)
             change.settle()
             self.final = True
-
-        with undisturbed():  # nothing may come between what is written down and what stays in the model
-            ranks().lead_first("recording a turn", record)
         return turn
 
     def _passes(self, interrupts: InterruptGuard, bar: tqdm, *, keep: bool) -> list[AppliedPass]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from stableedit_cpp.errors import SessionBusy
 from stableedit_cpp.files.words import now
 
-__all__ = ["WriterLock", "writer"]
+__all__ = ["HeldElsewhere", "WriterLock", "writer"]
 
 _OWNER_SIZE = 256  # bytes, padded with spaces
 _PATIENCE = 1.0  # seconds for those who ask; they need microseconds, unless one was stopped just then
@@ -69,6 +69,13 @@ class WriterLock:
                     fcntl.flock(self._descriptors[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return
                 time.sleep(0.001)
+
+
+class HeldElsewhere:
+    """Stands for a lock that another process holds for this one, too."""
+
+    def release(self) -> None:
+        """Nothing is held here."""
 
 
 def writer(directory: Path) -> str | None:

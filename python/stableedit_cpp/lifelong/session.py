@@ -23,17 +23,18 @@ from stableedit_cpp.editors import (
 from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import DamagedJournal, SessionClosed
 from stableedit_cpp.evaluation import DEFAULT_METRICS, Scores, evaluate
-from stableedit_cpp.files.lock import WriterLock
+from stableedit_cpp.files.lock import HeldElsewhere, WriterLock
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
 from stableedit_cpp.lifelong.journal.codec import encode_updates
-from stableedit_cpp.lifelong.journal.opening import begin, editor_on, recover
+from stableedit_cpp.lifelong.journal.opening import begin, editor_on, held, recover
 from stableedit_cpp.lifelong.journal.restore import forget, restore
 from stableedit_cpp.lifelong.journal.writer import Recorder
 from stableedit_cpp.lifelong.naming import with_ids
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertReport, revert
 from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
+from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["LifelongSession"]
@@ -50,7 +51,7 @@ class LifelongSession(SessionView):
     """
 
     editor: Editor
-    _lock: WriterLock | None = None
+    _lock: WriterLock | HeldElsewhere | None = None
     _exact = True
 
     @classmethod
@@ -85,7 +86,7 @@ class LifelongSession(SessionView):
             SessionWriteError: if the directory cannot be written; nothing is left of it then.
         """
         directory = Path(directory)
-        check_new_directory(directory)
+        ranks().everywhere("looking for a place", lambda: check_new_directory(directory))
         if detail not in ("factors", "requests"):
             raise ValueError(f"detail must be 'factors' or 'requests', not {detail!r}")
         check_whole("snapshot_every", snapshot_every)
@@ -97,8 +98,8 @@ class LifelongSession(SessionView):
                 "the chat template writes today's date into every prompt, so that turns that are edited again on "
                 "another day would be others; detail must be 'factors' then"
             )
-        begin(directory, editor, settings, source)
-        lock = WriterLock(directory)
+        ranks().by_lead("making a session", lambda: begin(directory, editor, settings, source))
+        lock = held(directory)
         try:
             session = cls(directory)
             session._start(editor, lock)
@@ -135,8 +136,9 @@ class LifelongSession(SessionView):
         """
         directory = Path(directory)
         check_directory(directory)
-        lock = WriterLock(directory)
-        try:
+        lock = held(directory)
+
+        def read() -> LifelongSession:
             with tqdm(
                 total=(directory / "journal").stat().st_size,
                 desc="Checking the journal",
@@ -146,7 +148,12 @@ class LifelongSession(SessionView):
                 leave=False,
             ) as bar:
                 session = cls(directory, bar.update)
-            recover(session)
+            if session.writes:
+                recover(session)
+            return session
+
+        try:
+            session = ranks().lead_first("reading the journal", read)
             session._exact = exact
             session._start(editor_on(model, tokenizer, session, exact=exact, progress=progress), lock)
         except BaseException:
@@ -154,7 +161,7 @@ class LifelongSession(SessionView):
             raise
         return session
 
-    def _start(self, editor: Editor, lock: WriterLock) -> None:
+    def _start(self, editor: Editor, lock: WriterLock | HeldElsewhere) -> None:
         self.editor = editor
         self._recorder = Recorder(self, editor)
         self._lock = lock

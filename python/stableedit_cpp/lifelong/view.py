@@ -14,6 +14,7 @@ from stableedit_cpp.lifelong.journal.journal import Damage, Journal
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.status import LogEntry, SessionStatus, describe
+from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["FORMAT", "SessionView", "check_directory", "check_new_directory"]
 
@@ -27,6 +28,7 @@ class SessionView:
     Attributes:
         directory: where it is. journal: its records. history: what they add up to. snapshots: its snapshots.
         manifest: what it was created with.
+        writes: whether this process is the one that writes, of those that edit together (``data_parallel``).
 
     Args:
         on_read: called with a number of bytes while the journal is read.
@@ -37,6 +39,7 @@ class SessionView:
 
     def __init__(self, directory: str | Path, on_read: Callable[[int], object] | None = None) -> None:
         self.directory = Path(directory)
+        self.writes = ranks().lead
         check_directory(self.directory)
         written = writer(self.directory) is not None
         self.journal = Journal(self.directory, on_read)

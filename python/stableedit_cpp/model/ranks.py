@@ -119,11 +119,11 @@ class Ranks:
             raise _raised(told, 0)
         return content
 
-    def lead_first(self, label: str, work: Callable[[], object]) -> None:
-        """Do this in the lead and, once it has succeeded there, in all others."""
-        self.by_lead(label, lambda: work() and None)
-        if not self.lead:
-            work()
+    def lead_first(self, label: str, work: Callable[[], _T]) -> _T:
+        """Do this in the lead and, once it has succeeded there, in all others; returns what it gave in this one."""
+        kept: list[_T] = []
+        self.by_lead(label, lambda: kept.append(work()))
+        return kept[0] if kept else work()
 
     def any(self, label: str, flag: bool) -> bool:
         """Whether the flag is set in one of them."""

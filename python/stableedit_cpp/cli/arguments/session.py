@@ -68,7 +68,10 @@ _EDIT = """\
   stableedit session edit edits/ --requests monday.jsonl
 
   What is done is skipped, so the same file can be given again after a crash; what was reverted or superseded since is
-  edited again. A request is known again by its prompt, its target, its variants and, if it has one, its "id"."""
+  edited again. A request is known again by its prompt, its target, its variants and, if it has one, its "id".
+
+  Shared among 4 processes, of which the first writes (docs/scale.md):
+  torchrun --nproc-per-node 4 -m stableedit_cpp session edit edits/ --requests monday.jsonl"""
 
 
 def _add_begin(actions) -> None:

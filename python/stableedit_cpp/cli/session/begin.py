@@ -11,6 +11,7 @@ from stableedit_cpp.cli.choose_modules import choose_for
 from stableedit_cpp.cli.datasets import reading_settings, warm_up_settings
 from stableedit_cpp.cli.options import editor_config, load, note, set_guard, show
 from stableedit_cpp.cli.session.common import opened
+from stableedit_cpp.cli.together import writes
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditReport
@@ -68,6 +69,8 @@ def _warm_up(session: LifelongSession, requests: list[EditRequest]) -> dict[str,
 
 def _show(options: argparse.Namespace, session: LifelongSession, reports: dict[str, EditReport]) -> None:
     """What was edited, and where the session stands now."""
+    if not writes():  # the one that does may be about to
+        return
     status = session.status()
     document = {name: report.to_dict() for name, report in reports.items()} | {"status": asdict(status)}
     show(options, document, "\n".join(map(str, [*reports.values(), status])))

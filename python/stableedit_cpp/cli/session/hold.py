@@ -6,6 +6,7 @@ import argparse
 
 from stableedit_cpp.cli.options import form_settings, metrics_of, note, set_guard, show
 from stableedit_cpp.cli.session.common import opened
+from stableedit_cpp.cli.together import writes
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 
 
@@ -26,7 +27,7 @@ def evaluate(options: argparse.Namespace) -> int:
         scores = session.evaluate(metrics, **form_settings(options), progress=True)
     document = {"session": options.directory, **scores.to_dict()}
     show(options, document, scores)
-    if options.output:
+    if options.output and writes():
         write_json(options.output, document)
         note(f"scores and per-request values are in {options.output}")
     return 0

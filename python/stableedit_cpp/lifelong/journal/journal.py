@@ -153,6 +153,11 @@ class Journal:
         self.records.append(record)
         return record
 
+    def note(self, record: Record) -> None:
+        """Know of a record that another process has appended."""
+        if record.number == len(self.records):
+            self.records.append(record)
+
     def cut(self, aside: Path) -> None:
         """Remove what cannot be used; its bytes are kept in the file ``aside``.
 

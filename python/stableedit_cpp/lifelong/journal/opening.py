@@ -13,14 +13,16 @@ from stableedit_cpp.editors.weights import Checkpoint
 from stableedit_cpp.errors import DamagedJournal, SessionWriteError
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.environment import environment
+from stableedit_cpp.files.lock import HeldElsewhere, WriterLock
 from stableedit_cpp.files.words import now
 from stableedit_cpp.lifelong.journal.journal import Journal
 from stableedit_cpp.lifelong.journal.restore import restore
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_fingerprints
 from stableedit_cpp.lifelong.journal.writer import append, append_moved
 from stableedit_cpp.lifelong.view import FORMAT, SessionView
+from stableedit_cpp.model.ranks import ranks
 
-__all__ = ["begin", "editor_on", "recover"]
+__all__ = ["begin", "editor_on", "held", "recover"]
 
 
 def begin(directory: Path, editor: Editor, settings: dict[str, object], source: str | None) -> None:
@@ -53,6 +55,17 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
             Snapshots(scratch / "snapshots", settings["keep_snapshots"]).save(0, state)
     except OSError as error:
         raise SessionWriteError(f"the session {directory} cannot be made ({error.strerror or error})") from None
+
+
+def held(directory: Path) -> WriterLock | HeldElsewhere:
+    """The lock of the directory; where processes edit together, the first holds it for all.
+
+    Raises:
+        SessionBusy: if another has it.
+    """
+    taken: list[WriterLock] = []
+    ranks().by_lead("taking the session", lambda: taken.append(WriterLock(directory)))
+    return taken[0] if taken else HeldElsewhere()
 
 
 def recover(view: SessionView) -> None:

@@ -17,6 +17,7 @@ from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import is_state, state_fingerprints
 from stableedit_cpp.lifelong.view import SessionView
+from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["Recorder", "append", "append_moved"]
 
@@ -24,14 +25,15 @@ _REMEDY = "close() the session; opening it again puts the model where it stands"
 
 
 def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | None = None) -> Record:
-    """Append a record to the journal of a session, and to its history.
+    """Append a record to the journal of a session, and to its history. Where processes edit together, the first of them
+    writes, and all go on once it has.
 
     Raises:
         SessionWriteError: if the disk does not take it; the journal is then as it was.
     """
     with InterruptGuard(), undisturbed():  # Ctrl-C comes too late: what is on the disk counts
         try:
-            record = view.journal.append({**content, "time": now()}, tensors)
+            record = ranks().gathered("recording", lambda: _written(view, content, tensors))[0]
         except OSError as error:
             what = f"turn {content['turn']}" if "turn" in content else f"a {content['kind']}"
             raise SessionWriteError(
@@ -39,11 +41,16 @@ def append(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | 
                 "stands as before and can go on once the disk takes it"
             ) from None
         try:
+            view.journal.note(record)
             view.history.add(record)
         except BaseException as error:
             view.journal.stop(f"it is on the disk, but not in the session's memory ({error!r}); reopen the session")
             raise
     return record
+
+
+def _written(view: SessionView, content: dict, tensors: dict[str, torch.Tensor] | None) -> Record | None:
+    return view.journal.append({**content, "time": now()}, tensors) if view.writes else None
 
 
 def append_moved(view: SessionView, editor: Editor) -> None:
@@ -135,6 +142,9 @@ class Recorder(Follower):
     def snapshot(self) -> None:
         """Write the whole state. The turns in it are recorded already, so that a failure is no error but a warning."""
         turn = self.view.history.turn
+        if not self.view.writes:
+            self._snapshot_turn = turn
+            return
         number = self.view.history.steps[turn].record.number if turn else 0
         try:
             self.begin()  # a snapshot of anything else would be of no use
@@ -151,6 +161,8 @@ class Recorder(Follower):
 
     def prune(self) -> None:
         """Remove snapshots that are too many, or of turns that were rolled back."""
+        if not self.view.writes:
+            return
         steps = self.view.history.steps
         self.view.snapshots.prune([0, *(steps[turn].record.number for turn in self.view.history.line)])
 
