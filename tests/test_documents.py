@@ -26,7 +26,18 @@ from support.tiny import FACTS, save_tiny
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = REPOSITORY.parent / "shared/data"
-GUIDES = ["lifelong", "closed-loop", "datasets", "export", "side-effects", "cpp", "rivals", "hypernetworks", "scale"]
+GUIDES = [
+    "lifelong",
+    "studio",
+    "closed-loop",
+    "datasets",
+    "export",
+    "side-effects",
+    "cpp",
+    "rivals",
+    "hypernetworks",
+    "scale",
+]
 PAGES = ["README.md", "docs/index.md", *(f"docs/{name}.md" for name in GUIDES)]
 # What only sets a machine up: the environment of the tests is the result.
 INSTALLING = re.compile(r"^(sudo |pip |make |\. )")

@@ -22,6 +22,7 @@ LAYERS = [
     ["sideeffects"],
     ["experiments"],
     ["report"],
+    ["studio"],
     ["cli"],
     ["__main__"],
 ]

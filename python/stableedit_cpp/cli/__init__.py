@@ -25,6 +25,7 @@ _COMMANDS = {
     "choose-modules": "measure which modules of a model take edits best",
     "train-hypernetwork": "train the hypernetwork of RLEdit or MALMEN",
     "session": "edit for months: journal, audits, rollback, revert, export",
+    "studio": "edit on a page in the browser: ask, edit, audit, repair, revert, roll back, export",
     "evaluate": "score efficacy, generalization, specificity, free answers and locality, with standard errors",
     "statistics": "gather second moments of keys and value gradients over text, for editors that hold updates off it",
     "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF",

@@ -21,6 +21,8 @@ from stableedit_cpp.cli.arguments.options import (
 )
 from stableedit_cpp.cli.arguments.placement import add_placement_options
 
+__all__ = ["add_opening_options", "add_parser"]
+
 _EXAMPLE = """\
   stableedit session create edits/ --model smollm2-135m --warm-up training.json
   stableedit session edit edits/ --requests monday.jsonl
@@ -50,7 +52,8 @@ def _action(actions, name: str, summary: str, example: str, action: str) -> argp
     return parser
 
 
-def _add_opening(parser: argparse.ArgumentParser) -> None:
+def add_opening_options(parser: argparse.ArgumentParser) -> None:
+    """Of commands that open a session for writing."""
     parser.add_argument("--model", help="where the session's model is now (default: where it was created from)")
     add_placement_options(parser)
     add_trust_option(parser)
@@ -100,7 +103,7 @@ def _add_begin(actions) -> None:
     _add_warm_up(parser)
     add_guard_options(parser)
     add_json_option(parser)
-    _add_opening(parser)
+    add_opening_options(parser)
 
 
 def _add_warm_up(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +123,7 @@ def _add_hold(actions) -> None:
     parser.add_argument("--sample", type=positive, metavar="N", help="look at so many current requests (default: all)")
     _add_least(parser)
     add_json_option(parser)
-    _add_opening(parser)
+    add_opening_options(parser)
 
     summary = "score the current edits: efficacy, generalization, specificity, free answers, locality"
     parser = _action(actions, "evaluate", summary, _EVALUATE, "hold.evaluate")
@@ -129,7 +132,7 @@ def _add_hold(actions) -> None:
     add_form_options(parser, chat="as the session edits", end="not")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_json_option(parser)
-    _add_opening(parser)
+    add_opening_options(parser)
 
     parser = _action(actions, "repair", "solve again for current edits that were forgotten", _REPAIR, "hold.repair")
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="at most (default 1)")
@@ -137,7 +140,7 @@ def _add_hold(actions) -> None:
     _add_least(parser)
     add_json_option(parser)
     add_guard_options(parser)
-    _add_opening(parser)
+    add_opening_options(parser)
 
 
 def _add_least(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +193,7 @@ def _add_ship(actions) -> None:
         metavar="X",
         help="ship only this share of the whole change, e.g. 0.85",
     )
-    _add_opening(parser)
+    add_opening_options(parser)
 
 
 _ROLLBACK = "  stableedit session rollback edits/ --to-turn 12    # see: stableedit session log edits/"
@@ -204,7 +207,7 @@ def _add_undo(actions) -> None:
     parser = _action(actions, "rollback", summary, _ROLLBACK, "undo.rollback")
     parser.add_argument("--to-turn", type=int, required=True, metavar="N", help="0 is before the first")
     add_json_option(parser)
-    _add_opening(parser)
+    add_opening_options(parser)
 
     summary = "take requests out of the model and bring the unedited answers back"
     parser = _action(actions, "revert", summary, _REVERT, "undo.revert")
@@ -220,7 +223,7 @@ def _add_undo(actions) -> None:
         "--only-take-out", action="store_true", help="only take out what they added; do not bring answers back"
     )
     add_json_option(parser)
-    _add_opening(parser)
+    add_opening_options(parser)
 
 
 def _count(text: str) -> int | None:

@@ -1,0 +1,65 @@
+"""The page on a port: in a thread of its own, until it is closed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import quote
+
+from stableedit_cpp.studio.addresses import is_loopback
+from stableedit_cpp.studio.desk import Desk
+
+__all__ = ["check_packages", "serving"]
+
+
+def check_packages() -> None:
+    """
+    Raises:
+        ValueError: if a package that makes the page is not installed.
+    """
+    missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the studio needs {' and '.join(missing)}: pip install 'stableedit-cpp[studio]'")
+
+
+@contextmanager
+def serving(desk: Desk, at: socket.socket, token: str | None) -> Iterator[str]:
+    """Serve the page of a desk within this context; yields its address, with the token.
+
+    Args:
+        token: that visitors need; None only on loopback.
+    """
+    # Read when gradio is imported: it asks nobody whether it is the newest, and tells nobody that it is used.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    import gradio
+    import uvicorn
+    from fastapi import FastAPI
+
+    from stableedit_cpp.studio.gate import Gate
+    from stableedit_cpp.studio.page import CSS, make_page, make_theme
+
+    host, port = at.getsockname()[:2]
+    if token is None and not is_loopback(host):
+        raise ValueError(f"{host} can be reached from elsewhere; that needs a token")
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    quiet = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False, "pwa": False}
+    app = gradio.mount_gradio_app(
+        app, make_page(desk), path="/", theme=make_theme(), css=CSS, server_name=host, server_port=port, **quiet
+    )
+    # Tabs keep connections open for as long as they like.
+    config = uvicorn.Config(
+        Gate(app, token=token, port=port), log_level="warning", timeout_graceful_shutdown=1, ws="none"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [at]}, name="stableedit-page", daemon=True)
+    thread.start()
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        yield f"http://{shown}:{port}/" + (f"?token={quote(token)}" if token else "")
+    finally:
+        server.should_exit = True
+        thread.join(5)
