@@ -26,7 +26,7 @@ TREE := build/editable
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CMAKE_FILES := CMakeLists.txt $(wildcard cmake/* cpp/tests/CMakeLists.txt)
 CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/*)
-LINT_PYTHON := $(wildcard python tests bench build_backend cpp/examples cpp/fuzz)
+LINT_PYTHON := $(wildcard python tests bench build_backend examples cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
 .PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp gpu vendor sdist docs site clean

@@ -22,7 +22,7 @@ from support.tiny import save_tiny
 pytestmark = pytest.mark.slow
 
 BENCH = Path(__file__).parent.parent / "bench"
-HELPERS = ("common", "published", "published_math", "roots", "synthetic", "workload")
+HELPERS = ("common", "llama_cpp", "published", "published_math", "roots", "synthetic", "workload")
 SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in HELPERS)
 
 
@@ -106,6 +106,7 @@ RUNS = {
         ],
     ),
     "located_targets": ("speedup", ["--model", "{place}/model", "--data", "{place}", "--requests", 3, "--steps", 3]),
+    "gguf_answers": ("same_answers", [*TINY, "--requests", 2, "--length", 3]),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
     "reading": ("json", ["--records", 1000]),

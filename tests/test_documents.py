@@ -32,6 +32,7 @@ GUIDES = [
     "closed-loop",
     "datasets",
     "export",
+    "serving",
     "side-effects",
     "cpp",
     "rivals",
