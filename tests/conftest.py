@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 # Before torch is loaded. On tiny models a second OpenMP thread only waits, and where the cores have other work
@@ -41,3 +42,18 @@ def default_sigint():
     yield
     handler = signal.signal(signal.SIGINT, before)
     assert handler is signal.default_int_handler  # put back by the editor
+
+
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'test')")
+    if chromium() is None:
+        pytest.skip("there is no Chromium; .ci/system-packages chromium installs it")
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield found
+        found.close()

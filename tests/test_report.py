@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -217,21 +216,6 @@ def test_colors_can_be_told_from_each_other():
 
 
 # --- the page in a browser ---
-
-
-def chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'test')")
-    if chromium() is None:
-        pytest.skip("there is no Chromium; .ci/system-packages chromium installs it")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

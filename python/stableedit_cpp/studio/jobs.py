@@ -24,7 +24,7 @@ class Job:
     """A piece of work.
 
     Attributes:
-        title: what it is, for people.
+        title: what it is, for people. number: of its worker's jobs, from 1 on.
         quick: whether it need not wait for the end of a long job, but only for that of its turn.
         state: "waiting", "running", and in the end "done", "stopped" or "failed".
         said: what came of it, for people; the error's sentence where it failed.
@@ -35,7 +35,7 @@ class Job:
     title: str
     work: Callable[[], object]
     quick: bool = False
-    number: int = field(default_factory=count(1).__next__)
+    number: int = 0
     state: str = "waiting"
     said: str = ""
     notes: list[str] = field(default_factory=list)
@@ -63,6 +63,7 @@ class Worker:
         self._explain = explain
         self._change = threading.Condition(threading.RLock())
         self._closing = False
+        self._numbers = count(1)
         self._innermost: Job | None = None
         self._thread = threading.Thread(target=self._run, name="stableedit-studio", daemon=True)
 
@@ -75,10 +76,10 @@ class Worker:
         Raises:
             RuntimeError: once ``close`` was called.
         """
-        job = Job(title, work, quick)
         with self._change:
             if self._closing:
                 raise RuntimeError("the studio is closing; nothing new is begun")
+            job = Job(title, work, quick, next(self._numbers))
             over = [one for one in self.jobs if one.over.is_set()]
             for old in over[: max(0, len(over) - _KEPT)]:
                 self.jobs.remove(old)

@@ -38,6 +38,8 @@ def make_page(desk: Desk) -> gr.Blocks:
     """The page over a desk; any number of tabs may show it. Every event is also an endpoint of its API."""
     events = Events(desk)
     with gr.Blocks(title=f"{desk.view.directory} · StableEdit studio", analytics_enabled=False) as page:
+        for call in (events.status, events.job, events.rollback):  # for programs; the page asks otherwise
+            gr.api(call, api_name=call.__name__)
         seen = gr.State(0)
         heading = gr.HTML()
         with gr.Group():
@@ -66,9 +68,6 @@ def make_page(desk: Desk) -> gr.Blocks:
             change(events.table, [text, state], [table, shown], api_name=False, **quiet)
         table.select(events.choose, [text, state], [chosen, asked], api_visibility="private", **quiet)
         page.load(events.work, None, [work, stop], api_visibility="private", **quiet)
-        gr.api(events.rollback, api_name="rollback")
-        gr.api(events.status, api_name="status")
-        gr.api(events.job, api_name="job")
     page.queue(default_concurrency_limit=None)
     return page
 

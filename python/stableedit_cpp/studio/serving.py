@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import socket
 import threading
@@ -61,5 +62,6 @@ def serving(desk: Desk, at: socket.socket, token: str | None) -> Iterator[str]:
     try:
         yield f"http://{shown}:{port}/" + (f"?token={quote(token)}" if token else "")
     finally:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # tabs that are still open are no error
         server.should_exit = True
         thread.join(5)
