@@ -109,6 +109,7 @@ RUNS = {
     "gguf_answers": ("same_answers", [*TINY, "--requests", 2, "--length", 3]),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
+    "plan": ("within_aims", [*TINY, "--runs", "one pass", "--share", 0.3]),
     "reading": ("json", ["--records", 1000]),
     "refresh": ("longest_over_median", [*TINY, "--edits", 20, "--warm-up", 10]),
     "rivals_math": (

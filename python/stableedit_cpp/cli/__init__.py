@@ -22,6 +22,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "demo": "teach a small language model what happened after its training, then a stream of facts",
     "edit": "edit a model with a file of requests and save the result",
+    "plan": "say what a stream of edits will need: memory by part, hours, disk",
     "choose-modules": "measure which modules of a model take edits best",
     "train-hypernetwork": "train the hypernetwork of RLEdit or MALMEN",
     "session": "edit for months: journal, audits, rollback, revert, export",

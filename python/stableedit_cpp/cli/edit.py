@@ -11,6 +11,7 @@ from pathlib import Path
 from stableedit_cpp.cli.choose_modules import choose_for
 from stableedit_cpp.cli.datasets import reading_settings, warm_up_settings
 from stableedit_cpp.cli.options import editor_config, load, set_guard, show
+from stableedit_cpp.cli.plan import say_what_it_takes
 from stableedit_cpp.cli.sentence import sentence
 from stableedit_cpp.cli.together import writes
 from stableedit_cpp.core import save_patch
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if options.warm_up:
         report |= {"warm_up_requests": options.warm_up, "warm_up_digest": _digest(options.warm_up)}
 
+    say_what_it_takes(editor, requests)
     stop, said = _work(editor, requests, warm_up, options, report)
     said.insert(0, f"Edited in {as_patterns(report['edit_modules'])} ({why}).")
     if not writes():

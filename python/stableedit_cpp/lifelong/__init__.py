@@ -4,6 +4,7 @@ from stableedit_cpp.editors.guard import Drift, LocalityGuard
 from stableedit_cpp.errors import DamagedJournal, DamagedSnapshot, OtherBits, SessionBusy, SessionWriteError
 from stableedit_cpp.lifelong.audit import AuditEntry, AuditReport, audit
 from stableedit_cpp.lifelong.history import RequestEntry
+from stableedit_cpp.lifelong.plan import Plan, plan_stream
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertedRequest, RevertReport
 from stableedit_cpp.lifelong.session import LifelongSession
@@ -23,6 +24,7 @@ __all__ = [
     "LocalityGuard",
     "LogEntry",
     "OtherBits",
+    "Plan",
     "RepairReport",
     "RequestEntry",
     "RevertReport",
@@ -34,6 +36,7 @@ __all__ = [
     "SnapshotDamaged",
     "VerifyReport",
     "audit",
+    "plan_stream",
     "repair",
     "verify",
 ]
