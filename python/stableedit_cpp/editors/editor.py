@@ -41,6 +41,7 @@ from stableedit_cpp.model.kind import check_editable, check_tokenizer
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
+from stableedit_cpp.model.split import refuse_split
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -68,7 +69,8 @@ class Editor:
             arguments. None edits alone, or within ``data_parallel`` as that says.
 
     A subclass says what is its own: ``config_class``, ``solver_class``, and with ``owns_rows`` whether each row of an
-    update belongs to one request, which can then be taken out alone.
+    update belongs to one request, which can then be taken out alone, and with ``edits_split`` whether it edits weights
+    that are split over processes (``model.split``).
 
     Attributes:
         modules: the modules that are edited.
@@ -85,6 +87,7 @@ class Editor:
     config_class: ClassVar[type[EditorConfig]]
     solver_class: ClassVar[type[Solver]]
     owns_rows: ClassVar[bool] = True
+    edits_split: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -106,6 +109,8 @@ class Editor:
         self.model = model
         self.tokenizer = tokenizer
         self.modules = self.modules_of(model, config)
+        if not self.edits_split:
+            refuse_split(self.modules, f"{type(self).__name__}, unlike StableEdit and UltraEdit,")
         how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
         self.form: Form = find_form(model, tokenizer, **how)
         found = {"edit_modules": [module.name for module in self.modules], "chat_template": self.form.chat}
@@ -276,7 +281,12 @@ class Editor:
         self.weights.keep_originals(weights)
 
     def original_weights(self) -> dict[str, torch.Tensor]:
-        """Unedited weights by module name, in host memory and the layout and dtype of the module; not to be changed."""
+        """Unedited weights by module name, in host memory and the layout and dtype of the module; not to be changed.
+
+        Raises:
+            ValueError: for weights that are split over processes, or within ``unedited()``.
+        """
+        refuse_split(self.modules, "looking at the unedited weights")
         self.weights.attach()
         return {module.name: self.weights.originals[module.name] for module in self.modules}
 
@@ -286,8 +296,9 @@ class Editor:
         In float32 (float64 for a float64 model), from the float32 master of a half-precision weight.
 
         Raises:
-            ValueError: within ``unedited()``.
+            ValueError: for weights that are split over processes, or within ``unedited()``.
         """
+        refuse_split(self.modules, "looking at what was added to the weights")
         return self.weights.changes()
 
     def shrink(self, share: float) -> None:
@@ -361,7 +372,11 @@ class Editor:
         "weights" holds the edited weights by module name (float32 for half-precision ones, from which those are
         rounded), in the layout of the module; "normalizer/<group>" the running statistics and "past_keys/<module>" the
         past keys. They share memory with the editor: look, do not write.
+
+        Raises:
+            ValueError: for weights that are split over processes, or within ``unedited()``.
         """
+        refuse_split(self.modules, "a state")
         self.weights.attach()
         statistics = {name: part.state_dict() for name, part in self.solver.statistics().items()}
         return {"weights": {name: weight.master for name, weight in self.weights.items()}, **statistics}

@@ -9,6 +9,7 @@ import torch
 from stableedit_cpp.files.digest import model_digest, tensor_digests, tokenizer_digest
 from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.split import refuse_split
 
 __all__ = ["check_identity", "edited_weights", "identity"]
 
@@ -26,7 +27,11 @@ def identity(
         modules: that are edited.
         form: of prompts and answers.
         weights: theirs, by module name, if not the present ones.
+
+    Raises:
+        ValueError: for weights that are split over processes.
     """
+    refuse_split(modules, "what tells a model from others")
     return {
         "class": type(model).__name__,
         "dtype": str(modules[0].dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ import torch
 
 from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.split import held
 
 __all__ = ["OriginalWeights", "swapped"]
 
@@ -52,7 +53,7 @@ class OriginalWeights:
                 f"{', '.join(weights) or 'none'}"
             )
         for module in self._modules:
-            given, own = weights[module.name], module.module.weight
+            given, own = weights[module.name], held(module.module.weight)
             if given.shape != own.shape or given.dtype != own.dtype:
                 raise ValueError(
                     f"the original weight of {module.name} must be {tuple(own.shape)} {own.dtype} as the module's, "

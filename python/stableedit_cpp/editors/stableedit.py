@@ -130,6 +130,7 @@ class StableEdit(Editor):
     config: StableEditConfig
     config_class = StableEditConfig
     solver_class = _Solver
+    edits_split = True
 
 
 def _ablation(name: str, summary: str, *, warm_up: bool = True, **changes: object) -> NamedEditor:

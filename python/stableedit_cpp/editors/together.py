@@ -15,6 +15,7 @@ from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.weights import EditedWeights
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.ranks import ranks
+from stableedit_cpp.model.split import refuse_split
 from stableedit_cpp.model.untouched import input_device
 
 __all__ = ["check_together", "check_weights"]
@@ -45,6 +46,7 @@ def check_together(editor: Together, kind: str, requests: Sequence[EditRequest],
         RanksDiffer: naming what differs, and in which process.
         ValueError: for more processes than a turn has requests, or a group that cannot move the model's tensors.
     """
+    refuse_split(editor.weights.modules, "editing with several processes at once (data_parallel)")
     group, config = ranks(), editor.config
     group.serve(input_device(editor.model))
     if group.size > config.turn_size:

@@ -241,8 +241,7 @@ class Turn:
             report.whitening |= work.solver.observe(self.kind, number, captured)
             solution = self._solution(captured, ridge=self._easing())
         with report.timed("apply"):  # much that can go wrong does so here, where nothing has to be taken back
-            for name, update in solution.updates.items():
-                work.weights[name].check(update)
+            work.weights.check(solution.updates)
         return solution
 
     def _apply_pass(self, captured: CapturedTurn, solution: Solution) -> Solution:

@@ -46,6 +46,7 @@ class UltraEdit(Editor):
     config: UltraEditConfig
     config_class = UltraEditConfig
     solver_class = DiagonalSolver
+    edits_split = True
 
 
 register_editor(

@@ -46,6 +46,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
         self.originals = OriginalWeights(modules)
         self.followers = Followers()
         self._held: dict[str, MasterWeight] = {}
+        self._columns = {module.name: module.columns for module in modules if module.columns is not None}
         self._places: dict[str, tuple] = {}  # of the weights that are held
         self.revision = 0
         self.known: Mapping[str, bytes] = {}
@@ -120,6 +121,11 @@ class EditedWeights(Mapping[str, MasterWeight]):
             self.followers.after(what, by)
         return result
 
+    def check(self, updates: Mapping[str, LowRankUpdate]) -> None:
+        """Raise what ``apply`` would raise for these updates."""
+        for name, update in updates.items():
+            self._held[name].check(self._own(name, update))
+
     def apply(self, updates: Mapping[str, LowRankUpdate]) -> None:
         """Add updates by module name; within ``change``.
 
@@ -128,7 +134,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
         """
         self._check_open()
         for name, update in updates.items():
-            self._held[name].apply(update)
+            self._held[name].apply(self._own(name, update))
         self._settle(updates)
         self.known = self._fingerprints()
 
@@ -190,6 +196,11 @@ class EditedWeights(Mapping[str, MasterWeight]):
             for name, weight in self._held.items():
                 weight.master.copy_(masters[name])
                 weight.live.copy_(weight.master)
+
+    def _own(self, name: str, update: LowRankUpdate) -> LowRankUpdate:
+        """What this process adds of an update to what it holds of a weight."""
+        columns = self._columns.get(name)
+        return update if columns is None else columns.of(update)
 
     def _settle(self, names: Collection[str] | None = None) -> None:
         """Write what is held here of weights on the disk to where they rest."""

@@ -19,6 +19,7 @@ from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.prefix import shared_prefix
 from stableedit_cpp.model.shares import shared_passes
+from stableedit_cpp.model.split import join_keys
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, longest_first
 from stableedit_cpp.model.top_tokens import TopTokens, divergence, joined
 from stableedit_cpp.model.trunk import TrunkCache, pack_apart
@@ -215,6 +216,7 @@ def capture(
     # keeps small numbers out of a half-precision backward pass.
     gradients = {tap.name: torch.cat([part.gradients[tap.name] for part in parts])[by_row] for tap in taps}
     gradients = {name: g * weights[request].to(g).unsqueeze(1) for name, g in gradients.items()}
+    keys = join_keys(modules, keys, gradients)
     _check_finite(loss, answer, names, "loss")
     for what, tensors in (("key", keys), ("value gradient", gradients)):
         for name, tensor in tensors.items():

@@ -22,6 +22,7 @@ from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
+from stableedit_cpp.model.split import refuse_split
 from stableedit_cpp.model.text_statistics import Place, TextStatistics, load_statistics
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
@@ -80,6 +81,7 @@ def gather_statistics(
     check_whole("max_tokens", max_tokens)
     check_writable_file(output, "output")
     modules = find_modules(model, default_edit_modules(model) if edit_modules is None else edit_modules)
+    refuse_split(modules, "gathering statistics of text")
     limit = context_length(model) or _WINDOW
     if window is not None and window > limit:
         raise ValueError(f"window is {window}, more than the model's context of {limit}")

@@ -13,13 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.files.offloaded import Offloaded
+from stableedit_cpp.model.split import Columns, columns_of, held, why_not_split
 
 __all__ = ["EditModule", "describe_linear_maps", "find_modules", "is_linear"]
 
 
 @dataclass(frozen=True)
 class EditModule:
-    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d")."""
+    """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d").
+
+    Attributes:
+        columns: those of the weight that this process holds, where it is split over processes; None where it is whole.
+    """
 
     name: str
     module: nn.Module
@@ -35,10 +40,14 @@ class EditModule:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The parameter; one that is offloaded as it rests, in host memory itself and from the disk a copy. To change
-        it wherever it is: ``write``."""
+        """The parameter; where it is split, what this process has of it, ``[v, k']``, sharing its memory. One that
+        is offloaded as it rests, in host memory itself and from the disk a copy. To change it anywhere: ``write``."""
         offloaded = self.offloaded
-        return self.module.weight if offloaded is None else offloaded.read()
+        return held(self.module.weight) if offloaded is None else offloaded.read()
+
+    @property
+    def columns(self) -> Columns | None:
+        return columns_of(self.module.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -48,7 +57,7 @@ class EditModule:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(k, v): dimensions of key and value gradient."""
+        """(k, v): dimensions of key and value gradient, of the whole weight."""
         rows, columns = self.module.weight.shape
         return (rows, columns) if self.layout == "conv1d" else (columns, rows)
 
@@ -80,7 +89,7 @@ class EditModule:
         offloaded = self.offloaded
         if offloaded is not None:
             return offloaded.place
-        return self.module.weight.device, self.module.weight.data_ptr()
+        return self.weight.device, self.weight.data_ptr()
 
     def at_home(self, update: LowRankUpdate) -> LowRankUpdate:
         """An update where the weight is changed."""
@@ -92,13 +101,13 @@ class EditModule:
     def kept(self) -> object:
         """What ``put_back`` goes back to: a copy of the weight in host memory, or the file that it is in."""
         offloaded = self.offloaded
-        return self.module.weight.detach().to("cpu", copy=True) if offloaded is None else offloaded.kept()
+        return self.weight.detach().to("cpu", copy=True) if offloaded is None else offloaded.kept()
 
     @torch.no_grad()
     def put_back(self, kept: object) -> None:
         """Let the weight be what it was, bit for bit."""
         offloaded = self.offloaded
-        self.module.weight.copy_(kept) if offloaded is None else offloaded.put_back(kept)
+        self.weight.copy_(kept) if offloaded is None else offloaded.put_back(kept)
 
     @torch.no_grad()
     def write(self, values: torch.Tensor) -> None:
@@ -110,8 +119,8 @@ class EditModule:
         offloaded = self.offloaded
         if offloaded is not None:
             offloaded.write(values.to(self.dtype))
-        elif self.module.weight.data_ptr() != values.data_ptr():
-            self.module.weight.copy_(values.to(self.dtype))
+        elif self.weight.data_ptr() != values.data_ptr():
+            self.weight.copy_(values.to(self.dtype))
 
 
 def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditModule]:
@@ -123,7 +132,7 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
-            linear map, quantised, tied to another parameter, or not loaded.
+            linear map, quantised, tied to another parameter, not loaded, or split over processes other than by columns.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     modules = dict(model.named_modules())
@@ -178,7 +187,10 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
             f"{name} is a {type(inner).__name__}, not a linear map; choose an nn.Linear or Conv1D. The model has:\n"
             f"{describe_linear_maps(model)}"
         )
-    weight = inner.weight
+    split = why_not_split(inner)
+    if split is not None:
+        raise ValueError(f"{name} {split}")
+    weight = module.weight
     plain = type(weight.data) is torch.Tensor
     if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
         kind = str(weight.dtype) if plain else type(weight.data).__name__
@@ -200,7 +212,7 @@ def _sharing(model: nn.Module, module: EditModule) -> list[str]:
     """Names of the parameters that are one with the weight of a module."""
     parameters, offloaded = dict(model.named_parameters(remove_duplicate=False)), module.offloaded
     if offloaded is None:
-        return [name for name, part in parameters.items() if part.data_ptr() == module.weight.data_ptr()]
+        return [name for name, part in parameters.items() if held(part).data_ptr() == module.weight.data_ptr()]
     elsewhere = {name: Offloaded.find(model, name) for name in parameters}
     found = [name for name, other in elsewhere.items() if other is not None and other.shares_with(offloaded)]
     # On the disk each has a file of its own; what is meant to be one is the model's to say.

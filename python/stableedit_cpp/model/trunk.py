@@ -20,6 +20,7 @@ from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.files.offloaded import Offloaded
 from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
 from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.split import held
 from stableedit_cpp.model.tokens import Batch, TokenSequence, collate, pack
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -277,7 +278,7 @@ class TrunkCache:
             if offloaded is not None and offloaded.on_disk:
                 digest.update(offloaded.stamp())
             else:
-                digest.update(fingerprint(parameter if offloaded is None else offloaded.read()))
+                digest.update(fingerprint(held(parameter) if offloaded is None else offloaded.read()))
         if self.read is not None:
             self.read[self._depth] = digest.digest()
         return digest.digest()
