@@ -25,6 +25,7 @@ _LLAMA_3 = _LLAMA | {"vocab_size": 128256, "intermediate_size": 8192, "num_key_v
 _LLAMA_3 |= {"tie_word_embeddings": True}
 CONFIGS = {
     "tiny": _LLAMA | {"num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "wide": _LLAMA | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 8},
     "llama-1.2b": _LLAMA_3 | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
     "llama-3b": _LLAMA_3 | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24},
     "mistral-7b": _MISTRAL | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},

@@ -122,6 +122,10 @@ RUNS = {
     "session_revert": ("back_share", [*TINY, "--edits", 20, "--warm-up", 10, "--reverts", 2]),
     "stream": ("scores", [*TINY, "--edits", 20, "--warm-up", 10, "--turn-size", 10, "--score"]),
     "take": ("rows", [*TINY, "--rows", "zsre-raw", "--edits", 8, "--skip", 2, "--sample", 4]),
+    "tensor_parallel": (
+        "float64",
+        [*TINY[2:4], "--tokenizer", "{place}/model", "--config", "tiny", "--requests", 4, "--turns", 2],
+    ),
     "threads": (
         "same_weights",
         [*TINY, "--edits", 4, "--turn-size", 2, "--busy", 1, "--rounds", 1, "--ways", "torch's own", "stableedit"],

@@ -177,6 +177,25 @@ def test_what_needs_no_whole_weight(saved, tmp_path):
         )
 
 
+def test_a_process_that_goes_is_said_and_no_turn_is_half_done(saved, tmp_path):
+    """Between the first turn and the second, which the other then cannot run."""
+
+    def work(rank: int) -> dict[str, object]:
+        editor = se.StableEdit(split_model(saved, rank), tiny_tokenizer(), CONFIGS["one pass"], guard=None)
+        editor.edit(FACTS[:5], progress=False)
+        before = [module.weight.clone() for module in editor.modules]
+        if rank == 1:
+            os._exit(1)
+        with pytest.raises(se.RankLost, match=r"a process .* has gone or did not answer in time") as lost:
+            editor.edit(FACTS[5:], progress=False)
+        assert lost.value.report.turns == []
+        assert all(torch.equal(m.weight, w) for m, w in zip(editor.modules, before, strict=True))
+        return {"left": True}
+
+    left, gone = together(2, work, tmp_path)
+    assert left == {"left": True} and gone is None
+
+
 def refused(directory: Path, scratch: Path, rank: int) -> dict[str, str]:
     """What is said of what cannot be done."""
     model, tokenizer = split_model(directory, rank), tiny_tokenizer()

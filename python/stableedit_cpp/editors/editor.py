@@ -41,7 +41,7 @@ from stableedit_cpp.model.kind import check_editable, check_tokenizer
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
-from stableedit_cpp.model.split import refuse_split
+from stableedit_cpp.model.split import refuse_split, who_is_lost
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -501,7 +501,7 @@ class Editor:
         progress: bool | None,
         passes: int | None = None,
     ) -> EditReport:
-        with data_parallel(self.distributed):
+        with data_parallel(self.distributed), who_is_lost(self.modules):
             return self._run_here(requests, kind, trunk, outcomes, progress, passes)
 
     def _run_here(

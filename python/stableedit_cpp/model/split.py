@@ -9,7 +9,8 @@ weight, and past keys, statistics and the step are those of one process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,10 +20,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from stableedit_cpp.core import LowRankUpdate
+from stableedit_cpp.errors import RankLost
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.ranks import Ranks
 
-__all__ = ["Columns", "columns_of", "held", "join_keys", "refuse_split", "why_not_split"]
+__all__ = ["Columns", "columns_of", "held", "join_keys", "refuse_split", "who_is_lost", "why_not_split"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,23 @@ def join_keys(
         found = together.gathered("joining keys", lambda names=names: [keys[name] for name in names])
         whole |= {name: torch.cat(pieces, 1) for name, pieces in zip(names, zip(*found, strict=True), strict=True)}
     return whole
+
+
+@contextmanager
+def who_is_lost(modules: Sequence[Map]) -> Iterator[None]:
+    """What torch.distributed raises within this context, where the model itself exchanges tensors that are split, is
+    said as RankLost; with the ``report`` of what was raised, if it has one."""
+    try:
+        yield
+    except RuntimeError as error:
+        split = any(module.columns is not None for module in modules)
+        words = str(error).lower()
+        if not split or isinstance(error, RankLost) or not any(word in words for word in ("gloo", "nccl", "timed out")):
+            raise
+        lost = RankLost(
+            "a process that holds a part of the model has gone or did not answer in time; the turn in flight was "
+            f"dropped, the turns before it stand in the memory of the others ({str(error).splitlines()[0]:.200})"
+        )
+        if hasattr(error, "report"):
+            lost.report = error.report
+        raise lost from error
