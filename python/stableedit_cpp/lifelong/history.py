@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from stableedit_cpp.data.request import EditRequest, as_requests
-from stableedit_cpp.data.superseding import current_part, replaces
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.statements import Statement, content_digest, digest, statements_of, takes
+from stableedit_cpp.lifelong.entries import Entries, RequestEntry, WarmUp
+from stableedit_cpp.lifelong.index import Index
 from stableedit_cpp.lifelong.journal.codec import decode_requests
 from stableedit_cpp.lifelong.journal.record import Record
-from stableedit_cpp.lifelong.naming import asks_for, with_ids
+from stableedit_cpp.lifelong.pending import pending
 
 __all__ = ["STEPS", "History", "RequestEntry", "Step"]
 
 # A step is what changes the weights, and what a turn number counts: also a repair and a revert are steps.
 STEPS = ("warm_up", "edit", "repair", "revert")
+_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL)"
 
 
 @dataclass(frozen=True)
@@ -26,36 +30,8 @@ class Step:
     record: Record
 
 
-@dataclass
-class RequestEntry:
-    """An edit request and what became of it.
-
-    Attributes:
-        turn: the one it was edited in. repairs: turns that repaired it.
-        superseded_by: id of the last request that asks its prompt, where that replaces it (``data.superseding``).
-        reverted_in: turn of the revert that took it out.
-    """
-
-    id: str
-    request: EditRequest
-    turn: int
-    repairs: list[int] = field(default_factory=list)
-    superseded_by: str | None = None
-    reverted_in: int | None = None
-
-    @property
-    def state(self) -> str:
-        if self.reverted_in is not None:
-            return f"reverted in turn {self.reverted_in}"
-        return f"superseded by {self.superseded_by}" if self.superseded_by else "current"
-
-    @property
-    def current(self) -> bool:
-        return self.state == "current"
-
-
 class History:
-    """Reads the records of a journal in order.
+    """Reads the records of a journal in order, and answers from an index of them.
 
     Attributes:
         steps: all there ever were, by turn number. line: turn numbers of those that are in the model, in order.
@@ -63,16 +39,38 @@ class History:
         cut: by turn number, the number of the rollback record that took a step out.
         entries: the requests of the edits that are in the line, by id, in order.
         warm_up: the warm-up requests in the line, by id, in order.
+
+    Args:
+        records: to begin with, beyond those of the index.
+        index: of earlier records. record: gives one by its number; None keeps those that are added in memory.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.steps: dict[int, Step] = {}
-        self.line: list[int] = []
-        self.states: dict[int, dict[str, str]] = {}
-        self.cut: dict[int, int] = {}
-        self._forget_requests()
-        for record in records:
-            self.add(record)
+    def __init__(
+        self,
+        records: Iterable[Record] = (),
+        *,
+        index: Index | None = None,
+        record: Callable[[int], Record] | None = None,
+    ) -> None:
+        self.index = index or Index.private()
+        self._kept: dict[int, Record] | None = {} if record is None else None
+        self._record = record or self._kept.__getitem__
+        self._decoded: tuple[int, list[EditRequest]] = (-1, [])
+        self._load()
+        for one in records:
+            self.add(one)
+
+    def _load(self) -> None:
+        """What is in memory: a few numbers of each turn."""
+        rows = self.index.rows
+        self._steps = array("Q", (number for (number,) in rows.execute("SELECT record FROM steps ORDER BY turn")))
+        self.cut = dict(rows.execute("SELECT turn, cut FROM steps WHERE cut IS NOT NULL ORDER BY turn"))
+        self.line = [turn for turn in range(1, len(self._steps) + 1) if turn not in self.cut]
+        self._states = dict(rows.execute("SELECT turn, record FROM states"))
+        self.steps: Mapping[int, Step] = _Steps(self._steps, self._record)
+        self.states: Mapping[int, dict[str, str]] = _States(self)
+        self.entries: Mapping[str, RequestEntry] = Entries(self.index, self.request)
+        self.warm_up: Mapping[str, EditRequest] = WarmUp(self.index, self.request)
 
     @property
     def turn(self) -> int:
@@ -82,24 +80,43 @@ class History:
     @property
     def next_turn(self) -> int:
         """Turn numbers are never used twice, not even those of steps that were rolled back."""
-        return len(self.steps) + 1
+        return len(self._steps) + 1
+
+    def number(self, turn: int) -> int:
+        """Of the record of a turn; 0 is before the first."""
+        return self._steps[turn - 1] if turn else 0
 
     def add(self, record: Record) -> None:
+        """Take in the next record."""
+        self.index.change(lambda: self._enter(record))
         content = record.content
-        if "state" in content:
-            self.states[content["turn"]] = content["state"]
         if content["kind"] in STEPS:
-            step = Step(content["turn"], content["kind"], record)
-            self.steps[step.turn] = step
-            self.line.append(step.turn)
-            self._take_in(step)
+            self._steps.append(record.number)
+            self.line.append(content["turn"])
         elif content["kind"] == "rollback":
             keep = self.line_until(content["to_turn"])
             self.cut |= dict.fromkeys(self.line[len(keep) :], record.number)
             self.line = keep
-            self._forget_requests()
-            for turn in self.line:
-                self._take_in(self.steps[turn])
+
+    def _enter(self, record: Record) -> None:
+        """Into the index."""
+        rows, content = self.index.rows, record.content
+        if self._kept is not None:
+            self._kept[record.number] = record
+        place = (record.number, record.end, record.tensor_bytes, record.digest, record.text)
+        rows.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?)", place)
+        kind = content["kind"]
+        if "state" in content and kind not in STEPS:
+            rows.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (content["turn"], record.number))
+            self._states[content["turn"]] = record.number
+        if kind in STEPS:
+            turn = content["turn"]
+            rows.execute("INSERT INTO steps VALUES (?, ?, NULL)", (turn, record.number))
+            self._take_in(kind, turn, record)
+        elif kind == "rollback":
+            query = "UPDATE steps SET cut = ? WHERE turn > ? AND cut IS NULL"
+            rows.execute(query, (record.number, content["to_turn"]))
+            self._take_out(content["to_turn"])
 
     def line_until(self, turn: int) -> list[int]:
         """The steps in the model up to a turn; 0 is the model before the first.
@@ -113,45 +130,67 @@ class History:
             return self.line[: self.line.index(turn) + 1]
         if turn in self.cut:
             raise ValueError(f"turn {turn} was itself rolled back (record {self.cut[turn]}); see the log")
-        raise ValueError(f"there is no turn {turn}; the turns are 0 (before the first) to {len(self.steps)}")
+        raise ValueError(f"there is no turn {turn}; the turns are 0 (before the first) to {len(self._steps)}")
+
+    def request(self, record: int, place: int) -> EditRequest:
+        """One of the requests of a record."""
+        if self._decoded[0] != record:
+            self._decoded = (record, decode_requests(self._record(record).content))
+        return self._decoded[1][place]
 
     def current(self) -> list[EditRequest]:
         """The requests that hold: edited, neither reverted nor superseded; without those variants that a later request
         answers otherwise."""
-        last = {question: edited[-1] for question, edited in self._edited.items() if edited}
-        return [current_part(entry.request, last) for entry in self.entries.values() if entry.current]
+        return list(self.parts(self.current_numbers()))
+
+    def current_numbers(self) -> array:
+        """Numbers of the requests that hold, among all that were edited, in order."""
+        query = "SELECT number FROM requests WHERE NOT warm_up AND superseded_by IS NULL AND reverted_in IS NULL"
+        return array("Q", (number for (number,) in self.index.rows.execute(query + " ORDER BY number")))
+
+    def parts(self, numbers: Iterable[int]) -> Iterator[EditRequest]:
+        """What is to hold of requests that do, by their numbers."""
+        for number in numbers:
+            query = "SELECT record, place FROM requests WHERE number = ?"
+            request = self.request(*self.index.rows.execute(query, (number,)).fetchone())
+            yield self._part(number, request) if request.variants else request
+
+    def _part(self, number: int, request: EditRequest) -> EditRequest:
+        lost = set()
+        for statement in statements_of(request)[1:]:
+            top, last = self._stack(statement.question)[-1][:2]
+            if top != number and takes(last, statement):
+                lost.add(statement.question)
+        left = tuple(pair for pair in request.variants if digest(pair[0].strip()) not in lost)
+        return replace(request, variants=left) if lost else request
+
+    def counts(self) -> dict[str, int]:
+        """How many requests were edited ("edits") or warmed up ("warm_up"), and what became of the edits: "current",
+        "superseded", "reverted"."""
+        query = (
+            "SELECT count(*), count(reverted_in), "
+            "coalesce(sum(superseded_by IS NULL AND reverted_in IS NULL), 0) FROM requests WHERE NOT warm_up"
+        )
+        edits, reverted, current = self.index.rows.execute(query).fetchone()
+        superseded = edits - reverted - current
+        found = {"edits": edits, "reverted": reverted, "current": current, "superseded": superseded}
+        return found | {"warm_up": len(self.warm_up)}
+
+    def reverted(self) -> set[str]:
+        """Ids of the requests that were taken out."""
+        return {id for (id,) in self.index.rows.execute("SELECT id FROM requests WHERE reverted_in IS NOT NULL")}
 
     def pending(
         self, requests: Iterable[EditRequest | Mapping[str, object]], *, warm_up: bool = False
-    ) -> list[EditRequest]:
-        """What a file of requests still asks for, with ids that were not used yet; see ``SessionView.pending``.
-
-        Question by question: what was edited last is compared with how the file's requests begin, and those that it
-        ends with are done. So a file that contradicts itself goes on where it was, and what was reverted, or superseded
-        by a request of another file, is asked for again.
-        """
-        requests = as_requests(requests)
-        known, stacks = (self.warm_up, self._warmed_up) if warm_up else (self.entries, self._edited)
-        asked: dict[str, list[int]] = {}
-        last: dict[str, int] = {}
-        for index, request in enumerate(requests):
-            asked.setdefault(request.question, []).append(index)
-            last |= dict.fromkeys(request.answers, index)
-        left = set()
-        for question, indices in asked.items():
-            edited = [request for request in stacks.get(question, []) if request.question == question]
-            left.update(indices[_done(edited, [requests[index] for index in indices]) :])
-        for question, index in last.items():  # what a variant of another file has replaced since
-            edited = stacks.get(question)
-            if not edited or edited[-1].answers[question] != requests[index].answers[question]:
-                left.add(index)
-        return with_ids([requests[index] for index in sorted(left)], known)
+    ) -> Sequence[EditRequest]:
+        """What a file of requests still asks for, with ids that were not used yet; see ``SessionView.pending``."""
+        return pending(self.index, requests, self.warm_up if warm_up else self.entries, warm_up=warm_up)
 
     def predecessor(self, question: str, without: Container[str] = ()) -> str | None:
         """Id of the request that asked a question last, as its prompt or a variant, or would have ``without`` some."""
-        for request in reversed(self._edited.get(question, [])):
-            if self.entries[request.id].reverted_in is None and request.id not in without:
-                return request.id
+        for _, _, id, reverted, _ in reversed(self._stack(digest(question))):
+            if reverted is None and id not in without:
+                return id
         return None
 
     def holds(self, id: str, question: str) -> bool:
@@ -161,60 +200,133 @@ class History:
     def superseded_by(self, request: EditRequest) -> list[str]:
         """Ids of the current requests that this one would supersede."""
         return [
-            earlier.id
-            for question in request.answers
-            for earlier in self._edited.get(question, [])
-            if earlier.question == question
-            and self.entries[earlier.id].current
-            and replaces(request, earlier, question)
+            id
+            for statement in statements_of(request)
+            for _, earlier, id, reverted, superseded in self._stack(statement.question)
+            if earlier.own and reverted is None and superseded is None and takes(statement, earlier)
         ]
 
-    def _forget_requests(self) -> None:
-        self.entries: dict[str, RequestEntry] = {}
-        self.warm_up: dict[str, EditRequest] = {}
-        # By question, one upon the other: the topmost is current. What is reverted under it stays where it is, since
-        # it was done; what is reverted on top is gone.
-        self._edited: dict[str, list[EditRequest]] = {}
-        self._warmed_up: dict[str, list[EditRequest]] = {}
+    def _stack(self, question: bytes) -> list[tuple[int, Statement, str, int | None, int | None]]:
+        """The edits that ask a question, the topmost last: number, statement, id, and by what it was reverted or
+        superseded."""
+        query = (
+            "SELECT number, own, answer, id, reverted_in, superseded_by FROM statements JOIN requests USING (number) "
+            "WHERE question = ? AND NOT statements.warm_up AND gone_in IS NULL ORDER BY number"
+        )
+        rows = self.index.rows.execute(query, (question,))
+        return [(number, Statement(question, bool(own), answer), *rest) for number, own, answer, *rest in rows]
 
-    def _take_in(self, step: Step) -> None:
-        content = step.record.content
-        if step.kind == "revert":
-            for id in content["requests"]:
-                self.entries[id].reverted_in = step.turn
-            for question in {q for id in content["requests"] for q in self.entries[id].request.answers}:
-                self._settle(question)
+    def _take_in(self, kind: str, turn: int, record: Record) -> None:
+        rows, content = self.index.rows, record.content
+        if kind == "revert":
+            self._revert(content["requests"], turn)
             return
-        for request in decode_requests(content):
-            if step.kind == "warm_up":
-                self.warm_up[request.id] = request
-                for question in request.answers:
-                    self._warmed_up.setdefault(question, []).append(request)
-            elif step.kind == "repair":
-                self.entries[request.id].repairs.append(step.turn)
-            else:
-                self.entries[request.id] = RequestEntry(request.id, request, step.turn)
-                for question in request.answers:
-                    self._edited.setdefault(question, []).append(request)
-                    self._settle(question)
+        requests = decode_requests(content)
+        if kind == "repair":
+            for request in requests:
+                row = rows.execute("SELECT number FROM requests WHERE id = ? AND NOT warm_up", (request.id,)).fetchone()
+                rows.execute("INSERT OR IGNORE INTO repairs VALUES (?, ?)", (row[0], turn))
+            return
+        warm_up = kind == "warm_up"
+        (first,) = rows.execute("SELECT coalesce(max(number) + 1, 0) FROM requests").fetchone()
+        for place, request in enumerate(requests):
+            number = first + place
+            what = (number, warm_up, request.id, turn, record.number, place, content_digest(request))
+            rows.execute(_INSERT, what)
+            for question, own, answer in statements_of(request):
+                before = () if warm_up else self._stack(question)
+                rows.execute(
+                    "INSERT INTO statements VALUES (?, ?, ?, ?, ?, NULL)", (question, number, warm_up, own, answer)
+                )
+                if before:
+                    self._settle(question, turn)
 
-    def _settle(self, question: str) -> None:
-        """The topmost is current; it supersedes those under it whose prompt it takes."""
-        edited = self._edited[question]
-        while edited and self.entries[edited[-1].id].reverted_in is not None:
-            self._supersede(edited.pop(), question, None)
-        for request in edited:
-            self._supersede(request, question, edited[-1])
+    def _revert(self, ids: Sequence[str], turn: int) -> None:
+        rows = self.index.rows
+        numbers = []
+        for id in ids:
+            (number,) = rows.execute("SELECT number FROM requests WHERE id = ? AND NOT warm_up", (id,)).fetchone()
+            rows.execute("UPDATE requests SET reverted_in = ? WHERE number = ?", (turn, number))
+            numbers.append(number)
+        questions = {
+            question
+            for number in numbers
+            for (question,) in rows.execute("SELECT question FROM statements WHERE number = ?", (number,))
+        }
+        for question in questions:
+            self._settle(question, turn)
 
-    def _supersede(self, request: EditRequest, question: str, top: EditRequest | None) -> None:
-        if request.question == question:
-            gone = top is not None and top is not request and replaces(top, request, question)
-            self.entries[request.id].superseded_by = top.id if gone else None
+    def _take_out(self, to_turn: int) -> None:
+        """Forget what came after a turn; what it had superseded or reverted is what it was."""
+        rows = self.index.rows
+        query = "SELECT coalesce((SELECT min(number) FROM requests WHERE turn > ?), max(number) + 1, 0) FROM requests"
+        (first,) = rows.execute(query, (to_turn,)).fetchone()
+        query = (
+            "SELECT DISTINCT question FROM statements WHERE number < :first AND NOT warm_up AND question IN ("
+            "SELECT question FROM statements WHERE number >= :first OR number IN "
+            "(SELECT number FROM requests WHERE reverted_in > :turn))"
+        )
+        touched = [question for (question,) in rows.execute(query, {"first": first, "turn": to_turn})]
+        rows.execute("UPDATE requests SET reverted_in = NULL WHERE reverted_in > ?", (to_turn,))
+        rows.execute("UPDATE statements SET gone_in = NULL WHERE gone_in > ?", (to_turn,))
+        rows.execute("DELETE FROM repairs WHERE turn > ?", (to_turn,))
+        rows.execute("DELETE FROM statements WHERE number >= ?", (first,))
+        rows.execute("DELETE FROM requests WHERE number >= ?", (first,))
+        for question in touched:
+            self._settle(question, to_turn)
+
+    def _settle(self, question: bytes, turn: int) -> None:
+        """The topmost is current; it supersedes those under it whose prompt it takes. What is reverted on top is gone;
+        what is reverted under it stays where it is, since it was done."""
+        rows, stack = self.index.rows, self._stack(question)
+        while stack and stack[-1][3] is not None:
+            number, statement, *_ = stack.pop()
+            rows.execute(
+                "UPDATE statements SET gone_in = ? WHERE number = ? AND question = ?", (turn, number, question)
+            )
+            if statement.own:
+                rows.execute("UPDATE requests SET superseded_by = NULL WHERE number = ?", (number,))
+        for number, statement, _, _, before in stack:
+            top, last = stack[-1][:2]
+            now = top if number != top and takes(last, statement) else None
+            if statement.own and now != before:
+                rows.execute("UPDATE requests SET superseded_by = ? WHERE number = ?", (now, number))
 
 
-def _done(edited: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> int:
-    """How many of the wanted requests, from the first on, are those that were edited last."""
-    for count in range(min(len(edited), len(wanted)), 0, -1):
-        if all(map(asks_for, wanted, edited[-count:])):
-            return count
-    return 0
+class _Steps(Mapping[int, Step]):
+    """By turn number; what a step's record says is read when it is looked at."""
+
+    def __init__(self, numbers: Sequence[int], record: Callable[[int], Record]) -> None:
+        self._numbers, self._record = numbers, record
+
+    def __getitem__(self, turn: int) -> Step:
+        if not 1 <= turn <= len(self._numbers):
+            raise KeyError(turn)
+        record = self._record(self._numbers[turn - 1])
+        return Step(turn, record.content["kind"], record)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(1, len(self._numbers) + 1))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+class _States(Mapping[int, dict[str, str]]):
+    """What the records say of the state after each turn."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def __getitem__(self, turn: int) -> dict[str, str]:
+        history = self._history
+        if turn not in history._states and not 1 <= turn < history.next_turn:
+            raise KeyError(turn)
+        number = history._states.get(turn, history.number(turn))
+        return history._record(number).content["state"]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._history.next_turn))
+
+    def __len__(self) -> int:
+        return self._history.next_turn

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.spool import Seen
+from stableedit_cpp.data.statements import content_digest
 
-__all__ = ["asks_for", "with_ids"]
+__all__ = ["asks_for", "named", "with_ids"]
 
 
 def with_ids(requests: Sequence[EditRequest], taken: Container[str] = ()) -> list[EditRequest]:
@@ -19,8 +21,15 @@ def with_ids(requests: Sequence[EditRequest], taken: Container[str] = ()) -> lis
     Args:
         taken: names that must not be given again; a request that has one of them gets a number, too.
     """
-    named: list[EditRequest] = []
-    given = {request.id for request in requests if request.id is not None}
+    return list(named(requests, {request.id for request in requests if request.id is not None}, taken))
+
+
+def named(requests: Iterable[EditRequest], given: set[str] | Seen, taken: Container[str]) -> Iterator[EditRequest]:
+    """One after the other.
+
+    Args:
+        given: the ids that any of the requests have; names that are given are added. taken: see ``with_ids``.
+    """
     for request in requests:
         stem = request.id
         if stem is None:
@@ -30,14 +39,14 @@ def with_ids(requests: Sequence[EditRequest], taken: Container[str] = ()) -> lis
             number += 1
             name = f"{stem}-{number}"
         given.add(name)
-        named.append(request if name == request.id else dataclasses.replace(request, id=name))
-    return named
+        yield request if name == request.id else dataclasses.replace(request, id=name)
 
 
-def asks_for(request: EditRequest, edited: EditRequest) -> bool:
-    """Whether a request asks for what was edited: the same answer to the same question, with the same variants, and, if
-    it has an id, under that id, or under that with the number that ``with_ids`` gave it."""
-    if request.question != edited.question or request.answers != edited.answers:
+def asks_for(request: EditRequest, id: str, content: bytes) -> bool:
+    """Whether a request asks for what was edited under an id: the same answer to the same question, with the same
+    variants (``content_digest``), and, if it has an id, under that id, or under that with the number that ``with_ids``
+    gave it."""
+    if content_digest(request) != content:
         return False
-    stem, _dash, number = edited.id.rpartition("-")
-    return request.id in (None, edited.id) or (request.id == stem and number.isdigit())
+    stem, _dash, number = id.rpartition("-")
+    return request.id in (None, id) or (request.id == stem and number.isdigit())

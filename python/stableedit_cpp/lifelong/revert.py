@@ -130,7 +130,7 @@ def revert(
     asked = [want or sequence for want, sequence in zip(wanted, own, strict=True)]
     answers_before = work.answers(asked)
 
-    gone = {entry.id for entry in view.history.entries.values() if entry.reverted_in is not None}
+    gone = view.history.reverted()
     for turn in sorted({turn for entry in entries for turn in (entry.turn, *entry.repairs)}, reverse=True):
         work.take_out(applied_turn(view, editor, turn), set(ids), gone)
     passes = work.bring_back([want for want in wanted if want is not None], progress) if bring_back else 0

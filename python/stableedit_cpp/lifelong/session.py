@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from tqdm.auto import tqdm
 
-from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.spool import Spool
+from stableedit_cpp.data.stream import LISTED, as_stream
 from stableedit_cpp.editors import (
     EditInterrupted,
     Editor,
@@ -26,11 +28,13 @@ from stableedit_cpp.evaluation import DEFAULT_METRICS, Scores, evaluate
 from stableedit_cpp.files.lock import HeldElsewhere, WriterLock
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.lifelong.audit import AuditReport, audit
+from stableedit_cpp.lifelong.index import Index
 from stableedit_cpp.lifelong.journal.codec import encode_updates
 from stableedit_cpp.lifelong.journal.opening import begin, editor_on, held, recover
 from stableedit_cpp.lifelong.journal.restore import forget, restore
 from stableedit_cpp.lifelong.journal.writer import Recorder
 from stableedit_cpp.lifelong.naming import with_ids
+from stableedit_cpp.lifelong.pending import with_ids_on_disk
 from stableedit_cpp.lifelong.repair import RepairReport, repair
 from stableedit_cpp.lifelong.revert import RevertReport, revert
 from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
@@ -101,7 +105,7 @@ class LifelongSession(SessionView):
         ranks().by_lead("making a session", lambda: begin(directory, editor, settings, source))
         lock = held(directory)
         try:
-            session = cls(directory)
+            session = cls(directory, index=_index(directory))
             session._start(editor, lock)
         except BaseException:
             lock.release()
@@ -147,7 +151,7 @@ class LifelongSession(SessionView):
                 disable=None if progress is None else not progress,
                 leave=False,
             ) as bar:
-                session = cls(directory, bar.update)
+                session = cls(directory, bar.update, index=_index(directory))
             if session.writes:
                 recover(session)
             return session
@@ -183,6 +187,7 @@ class LifelongSession(SessionView):
             try:
                 self._recorder.stop()
             finally:
+                self.index.detach()
                 self._lock.release()
                 self._lock = None
 
@@ -238,7 +243,7 @@ class LifelongSession(SessionView):
         """
         self._check_open()
         settings = {"sample": sample, "seed": seed, "min_probability": min_probability}
-        return audit(self.editor, self.current_requests(), **settings, trunk=trunk, progress=progress)
+        return audit(self.editor, self._current(), **settings, trunk=trunk, progress=progress)
 
     def evaluate(
         self,
@@ -261,7 +266,7 @@ class LifelongSession(SessionView):
         return evaluate(
             self.model,
             self.editor.tokenizer,
-            self.current_requests(),
+            self._current(),
             metrics=metrics,
             reference=self.editor.unedited if "locality" in metrics else None,
             chat_template=self.editor.form.chat if chat_template is None else chat_template,
@@ -350,9 +355,11 @@ class LifelongSession(SessionView):
                 "after it"
             )
         check_whole("others", others, 0, none=True)
-        rest = [request for request in self.current_requests() if request.id not in ids]
-        if others is not None and others < len(rest):
-            rest = random.Random(seed).sample(rest, others)
+        gone = {self.history.entries.number(id) for id in ids}
+        numbers = [number for number in self.history.current_numbers() if number not in gone]
+        if others is not None and others < len(numbers):
+            numbers = random.Random(seed).sample(numbers, others)
+        rest = list(self.history.parts(numbers))
         self._recorder.begin()
 
         def work(change: Checkpoint) -> RevertReport:
@@ -372,7 +379,7 @@ class LifelongSession(SessionView):
 
     def _run(self, kind: str, requests: Iterable, outcomes: bool | None, progress: bool | None) -> EditReport:
         self._check_open()
-        requests = as_requests(requests)
+        requests = as_stream(requests, progress=progress)
         done = self.history.warm_up if kind == "warm_up" else self.history.entries
         for index, request in enumerate(requests):
             if request.id in done:
@@ -380,7 +387,7 @@ class LifelongSession(SessionView):
                     f"request {index} has the id {request.id!r}, which was edited before; leave out what is done "
                     "(session.pending), solve for it again (session.repair), or give it another id"
                 )
-        requests = with_ids(requests, done)
+        requests = with_ids_on_disk(requests, done) if isinstance(requests, Spool) else with_ids(requests, done)
         call = self.editor.warm_up if kind == "warm_up" else self.editor.edit
         try:
             return call(requests, outcomes=outcomes, progress=progress)
@@ -391,8 +398,19 @@ class LifelongSession(SessionView):
                 interrupt.report,
             ) from None
 
+    def _current(self) -> Sequence[EditRequest]:
+        """The current requests, in memory only while they are few."""
+        numbers = self.history.current_numbers()
+        parts = self.history.parts(numbers)
+        return list(parts) if len(numbers) <= LISTED else Spool(("", request) for request in parts)
+
     def _check_open(self) -> None:
         if self._lock is None:
             raise SessionClosed(f"the session {self.directory} is closed; open it again")
         if self.journal.damage is not None:  # what is in memory need not be what is on the disk
             raise DamagedJournal(f"{self.journal.path}: {self.journal.damage}")
+
+
+def _index(directory: Path) -> Index:
+    """The session's own for the process that writes, and a copy for those that edit together with it."""
+    return Index.on_disk(directory) if ranks().lead else Index.copy_of(directory)

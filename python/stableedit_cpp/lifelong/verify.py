@@ -11,6 +11,7 @@ from pathlib import Path
 from stableedit_cpp.errors import DamagedSnapshot
 from stableedit_cpp.files.lock import WriterLock
 from stableedit_cpp.lifelong.history import STEPS
+from stableedit_cpp.lifelong.index import Index, remove_index
 from stableedit_cpp.lifelong.journal.journal import Damage
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.journal.writer import append
@@ -66,7 +67,9 @@ def verify(directory: str | Path, *, repair: bool = False) -> VerifyReport:
     try:
         # Before the journal: a snapshot that a writer adds meanwhile is of a record that is not read any more.
         numbers = Snapshots(directory / "snapshots", keep=1).numbers()
-        return _verify(SessionView(directory), numbers, repair)
+        if repair:
+            remove_index(directory)
+        return _verify(SessionView(directory, index=Index.private()), numbers, repair)
     finally:
         if lock is not None:
             lock.release()
@@ -97,7 +100,7 @@ def _verify(view: SessionView, numbers: Sequence[int], repair: bool) -> VerifyRe
 
 
 def _bad_snapshots(view: SessionView, numbers: Sequence[int], report: VerifyReport) -> list[Path]:
-    known = {step.record.number: turn for turn, step in view.history.steps.items()} | {0: 0}
+    known = {view.history.number(turn): turn for turn in range(view.history.next_turn)}
     bad = []
     for number in numbers:
         path = view.snapshots.path(number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from stableedit_cpp.data.request import EditRequest
@@ -10,6 +10,7 @@ from stableedit_cpp.errors import DamagedJournal
 from stableedit_cpp.files.lock import writer
 from stableedit_cpp.files.words import check_format
 from stableedit_cpp.lifelong.history import STEPS, History
+from stableedit_cpp.lifelong.index import Index
 from stableedit_cpp.lifelong.journal.journal import Damage, Journal
 from stableedit_cpp.lifelong.journal.record import Record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
@@ -26,33 +27,58 @@ class SessionView:
     """A session directory, read only.
 
     Attributes:
-        directory: where it is. journal: its records. history: what they add up to. snapshots: its snapshots.
-        manifest: what it was created with.
+        directory: where it is. journal: its records. history: what they add up to. index: of that.
+        snapshots: its snapshots. manifest: what it was created with.
         writes: whether this process is the one that writes, of those that edit together (``data_parallel``).
 
     Args:
         on_read: called with a number of bytes while the journal is read.
+        index: of the session; None takes a copy of its own, so that only those records are read that are not in it. An
+            empty one has every record read and checked.
 
     Raises:
         FileNotFoundError: if there is no session. DamagedJournal: if not even its first record can be used.
     """
 
-    def __init__(self, directory: str | Path, on_read: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        on_read: Callable[[int], object] | None = None,
+        *,
+        index: Index | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self.writes = ranks().lead
         check_directory(self.directory)
         written = writer(self.directory) is not None
-        self.journal = Journal(self.directory, on_read)
+        looking_on = index is None
+        self.index = Index.copy_of(self.directory) if index is None else index
+        if self.index.fits(self.directory / "journal", growing=written and looking_on):
+            self._read(on_read)
+        else:
+            self.index.change(lambda: self.index.clear() or self._read(on_read))
         self._written = written or (self.journal.damage is not None and writer(self.directory) is not None)
         if not self.journal.records:
             raise DamagedJournal(
                 f"{self.journal.path}: {self.journal.damage}; without its first record a session is lost"
             )
-        self.manifest = self.journal.records[0].content
-        known = FORMAT | ({"version": 1} if self.manifest.get("version") == 1 else {})
-        check_format(self.manifest, **known, what=f"the session {directory}", writer="`stableedit session create`")
-        self.history = History(self.journal.records)
+        self.manifest = dict(self.journal.records[0].content)
+        self._check_format(self.manifest)
         self.snapshots = Snapshots(self.directory / "snapshots", self.manifest["keep_snapshots"])
+
+    def _read(self, on_read: Callable[[int], object] | None) -> None:
+        """Read what is not in the index."""
+        self.history = History(index=self.index, record=lambda number: self.journal.records[number])
+        self.journal = Journal(self.directory, on_read, self._take, self.index.places())
+
+    def _take(self, record: Record) -> None:
+        if record.number == 0:
+            self._check_format(record.content)
+        self.history.add(record)
+
+    def _check_format(self, manifest: Mapping[str, object]) -> None:
+        known = FORMAT | ({"version": 1} if manifest.get("version") == 1 else {})
+        check_format(manifest, **known, what=f"the session {self.directory}", writer="`stableedit session create`")
 
     @property
     def damage(self) -> Damage | None:
@@ -68,21 +94,22 @@ class SessionView:
 
     def pending(
         self, requests: Iterable[EditRequest | Mapping[str, object]], *, warm_up: bool = False
-    ) -> list[EditRequest]:
+    ) -> Sequence[EditRequest]:
         """What is left of a file of requests, with ids: what is done is left out, what was reverted or superseded since
         is not.
 
         A request is known again by its prompt, its target, its variants and, if it has one, its id; the second of the
         same in the file is the second that was edited. One that is asked for again, or whose id another request had,
-        gets a new id: that with a number, "pope-2".
+        gets a new id: that with a number, "pope-2". Of a long stream (``open_requests``) what is left is on the disk,
+        too.
         """
         return self.history.pending(requests, warm_up=warm_up)
 
     def status(self) -> SessionStatus:
         """Where the session stands."""
-        states = [entry.state.split()[0] for entry in self.history.entries.values()]
+        counts = self.history.counts()
         snapshots = self.snapshots.sizes()
-        line = [0, *(self.history.steps[turn].record.number for turn in self.history.line)]
+        line = [0, *map(self.history.number, self.history.line)]
         last = max((line.index(number) for number in snapshots if number in line), default=0)
         return SessionStatus(
             directory=str(self.directory),
@@ -91,11 +118,7 @@ class SessionView:
             detail=self.manifest["detail"],
             created=self.manifest["time"],
             turn=self.history.turn,
-            edits=len(states),
-            warm_up=len(self.history.warm_up),
-            current=states.count("current"),
-            superseded=states.count("superseded"),
-            reverted=states.count("reverted"),
+            **counts,
             records=len(self.journal.records),
             journal_bytes=self.journal.end,
             snapshots=len(snapshots),
@@ -105,14 +128,20 @@ class SessionView:
             writer=writer(self.directory),
         )
 
-    def log(self) -> list[LogEntry]:
-        """What happened, record by record; also what was rolled back since."""
-        return [self._entry(record) for record in self.journal.records]
+    def log(self, last: int | None = None) -> list[LogEntry]:
+        """What happened, record by record; also what was rolled back since.
+
+        Args:
+            last: only so many records, those at the end.
+        """
+        records = self.journal.records
+        begin = 0 if last is None else max(0, len(records) - last)
+        return [self._entry(records[number]) for number in range(begin, len(records))]
 
     def _entry(self, record: Record) -> LogEntry:
         content = record.content
         kind, turn = content["kind"], content.get("turn")
-        in_model = kind not in STEPS or turn in self.history.line
+        in_model = kind not in STEPS or turn not in self.history.cut
         text = describe(content)
         if not in_model:
             text += f" [rolled back in record {self.history.cut[turn]}]"

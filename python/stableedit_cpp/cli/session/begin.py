@@ -12,11 +12,12 @@ from stableedit_cpp.cli.datasets import reading_settings, warm_up_settings
 from stableedit_cpp.cli.options import editor_config, load, note, set_guard, show
 from stableedit_cpp.cli.session.common import opened
 from stableedit_cpp.cli.together import writes
-from stableedit_cpp.data import read_requests
+from stableedit_cpp.data import open_requests
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import EditReport
 from stableedit_cpp.files.atomic import check_writable_file
 from stableedit_cpp.lifelong import LifelongSession
+from stableedit_cpp.lifelong.pending import renamed
 from stableedit_cpp.lifelong.view import check_new_directory
 from stableedit_cpp.model.outputs import as_patterns
 
@@ -42,7 +43,7 @@ def create(options: argparse.Namespace) -> int:
 
 
 def edit(options: argparse.Namespace) -> int:
-    requests = read_requests(options.requests, options.limit, **reading_settings(options))
+    requests = open_requests(options.requests, options.limit, **reading_settings(options), progress=True)
     warm_up = _read_warm_up(options)
     with opened(options) as session:
         pending = session.pending(requests)
@@ -55,13 +56,13 @@ def edit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_warm_up(options: argparse.Namespace) -> list[EditRequest]:
+def _read_warm_up(options: argparse.Namespace) -> Sequence[EditRequest]:
     if not options.warm_up:
         return []
-    return read_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options))
+    return open_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options), progress=True)
 
 
-def _warm_up(session: LifelongSession, requests: list[EditRequest]) -> dict[str, EditReport]:
+def _warm_up(session: LifelongSession, requests: Sequence[EditRequest]) -> dict[str, EditReport]:
     pending = session.pending(requests, warm_up=True)
     _say_what_is_left(requests, pending, "the warm-up file")
     return {"warm_up": session.warm_up(pending, progress=True)} if pending else {}
@@ -80,8 +81,7 @@ def _say_what_is_left(requests: Sequence[EditRequest], pending: Sequence[EditReq
     skipped = len(requests) - len(pending)
     if skipped:
         note(f"{skipped} request{'s' * (skipped != 1)} of {source} {'is' if skipped == 1 else 'are'} done and skipped")
-    ids = {request.id for request in requests}
-    again = [request.id for request in pending if request.id not in ids and request.id.rpartition("-")[0] in ids]
+    again = renamed(requests, pending)
     if again:
         names = ", ".join(again[:3]) + ", ..." * (len(again) > 3)
         note(f"{len(again)} of {source}: the id was used before, so the request is edited under a new one: {names}")

@@ -22,7 +22,7 @@ def evaluate(options: argparse.Namespace) -> int:
         check_writable_file(options.output)
     metrics = metrics_of(options)
     with opened(options) as session:
-        if not session.current_requests():
+        if not session.history.counts()["current"]:
             raise ValueError(f"the session {options.directory} has no current edits to score")
         scores = session.evaluate(metrics, **form_settings(options), progress=True)
     document = {"session": options.directory, **scores.to_dict()}

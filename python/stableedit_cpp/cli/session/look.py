@@ -30,7 +30,7 @@ def show_log(options: argparse.Namespace) -> int:
             for entry in fields
         ]
     else:
-        entries = view.log()
+        entries = view.log(options.last)
         fields, lines = [dataclasses.asdict(entry) for entry in entries], [str(entry) for entry in entries]
     last = slice(-options.last if options.last else None, None)
     if options.json or lines[last]:

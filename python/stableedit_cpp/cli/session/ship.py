@@ -15,15 +15,15 @@ def export_session(options: argparse.Namespace) -> int:
     if options.shrink is not None and not 0 < options.shrink <= 1:
         raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
     with opened(options) as session:
-        line = [session.history.steps[turn] for turn in session.history.line]
+        turn, counts = session.history.turn, session.history.counts()
         provenance = Provenance(
             base_model=options.model,
             config=session.editor.config,
             edit_modules=[module.name for module in session.editor.modules],
-            edits=len(session.current_requests()),
-            warm_up_edits=len(session.history.warm_up),
+            edits=counts["current"],
+            warm_up_edits=counts["warm_up"],
             share_kept=options.shrink,
-            edited=line[-1].record.content["time"] if line else None,
+            edited=session.history.steps[turn].record.content["time"] if turn else None,
             environment=session.manifest["environment"],
         )
         if options.shrink is not None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
@@ -14,14 +15,17 @@ from typing import BinaryIO
 import torch
 
 from stableedit_cpp.errors import DamagedJournal
+from stableedit_cpp.lifelong.journal.places import Content, Place, Places, Records
 from stableedit_cpp.lifelong.journal.record import (
     START,
     Record,
     UnreadableRecord,
     encode,
     find_mark,
+    read_content,
     read_record,
     read_tensors,
+    text_digest,
 )
 
 __all__ = ["Damage", "Journal"]
@@ -91,19 +95,31 @@ class Journal:
     """The journal of a directory: the files ``journal`` and ``head``.
 
     Attributes:
-        records: all that can be used, in order. damage: why the rest cannot; None if there is no rest.
+        records: all that can be used, in order; what they say is read when it is looked at. places: where they lie.
+        damage: why the rest cannot be used; None if there is no rest.
 
     Args:
         on_read: called with the number of bytes after each record, for a progress bar.
+        on_record: called with each record that is read and checked.
+        known: places of the first records, of somebody who vouches that they are what they were when they were checked.
+            These are not read.
     """
 
-    def __init__(self, directory: Path, on_read: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        on_read: Callable[[int], object] | None = None,
+        on_record: Callable[[Record], object] | None = None,
+        known: Places | None = None,
+    ) -> None:
         self.path = directory / "journal"
         # The head first: meanwhile a writer may append, and a record that is not in the head yet is no damage.
         self._head = _Head(directory / "head")
-        self.records: list[Record] = []
+        self.places = Places() if known is None else known
+        self.records = Records(self.places, self._record)
+        self._last_read: tuple[int, dict] | None = None  # a session looks at its last one again and again
         with self.path.open("rb") as file:
-            self.damage = self._scan(file, on_read)
+            self.damage = self._scan(file, on_read, on_record)
 
     @staticmethod
     def create(directory: Path, content: dict) -> None:
@@ -113,13 +129,30 @@ class Journal:
         Journal(directory).append(content)
 
     @property
-    def _last_digest(self) -> bytes:
-        return self.records[-1].digest if self.records else START
-
-    @property
     def end(self) -> int:
         """Where the usable records end, in bytes."""
-        return self.records[-1].end if self.records else 0
+        return self.places.end
+
+    def content(self, number: int) -> dict:
+        """What a record says. Raises DamagedJournal if it changed since it was checked."""
+        if self._last_read is None or self._last_read[0] != number:
+            place, begin = self.places[number], self.places.begin(number)
+            try:
+                with self.path.open("rb") as file:
+                    found = read_content(file, number, begin, place.end, place.tensor_bytes, place.text)
+            except UnreadableRecord as error:
+                raise DamagedJournal(f"{self.path}: {error}; reopen the session") from None
+            self._last_read = (number, found)
+        return self._last_read[1]
+
+    def _record(self, number: int) -> Record:
+        place, begin = self.places[number], self.places.begin(number)
+        content = Content(partial(self.content, number))
+        return Record(number, begin, place.end - begin, place.digest, content, place.tensor_bytes, place.text)
+
+    def _take(self, record: Record) -> None:
+        self.places.add(Place(record.end, record.tensor_bytes, record.digest, record.text))
+        self._last_read = (record.number, record.content)
 
     def tensors(self, record: Record) -> dict[str, torch.Tensor]:
         """The tensors that go with a record. Raises DamagedJournal if they changed since the journal was opened."""
@@ -138,8 +171,9 @@ class Journal:
         if self.damage is not None:
             raise DamagedJournal(f"{self.path}: {self.damage}; nothing can be appended until that is cut off")
         number, offset = len(self.records), self.end
-        pieces, digest = encode(number, self._last_digest, content, tensors or {})
-        record = Record(number, offset, sum(map(len, pieces)), digest, content, len(pieces[2]))
+        pieces, digest = encode(number, self.places.last_digest, content, tensors or {})
+        size, text = sum(map(len, pieces)), text_digest(pieces[1])
+        record = Record(number, offset, size, digest, content, len(pieces[2]), text)
         with self.path.open("r+b", buffering=0) as file:
             try:
                 file.seek(offset)
@@ -150,13 +184,13 @@ class Journal:
             except BaseException:
                 self._take_back(file)
                 raise
-        self.records.append(record)
+        self._take(record)
         return record
 
     def note(self, record: Record) -> None:
         """Know of a record that another process has appended."""
         if record.number == len(self.records):
-            self.records.append(record)
+            self._take(record)
 
     def cut(self, aside: Path) -> None:
         """Remove what cannot be used; its bytes are kept in the file ``aside``.
@@ -190,12 +224,12 @@ class Journal:
     @property
     def acknowledged(self) -> bool:
         """Whether the head says what the usable records are. It may not yet, after a crash between the two."""
-        return (self._head.records, self._head.digest) == (len(self.records), self._last_digest.hex())
+        return (self._head.records, self._head.digest) == (len(self.records), self.places.last_digest.hex())
 
     def acknowledge(self) -> None:
         """Make the head say what the usable records are."""
         if not self.acknowledged:
-            self._head.write(len(self.records), self._last_digest.hex())
+            self._head.write(len(self.records), self.places.last_digest.hex())
 
     def _take_back(self, file: BinaryIO) -> None:
         """After an append that failed half-way: the head first, so that at no moment a record seems to be lost."""
@@ -206,16 +240,21 @@ class Journal:
         except OSError as error:
             self.stop(f"it was not written to the end and could not be removed ({error.strerror}); reopen the session")
 
-    def _scan(self, file: BinaryIO, on_read: Callable[[int], object] | None) -> Damage | None:
+    def _scan(
+        self,
+        file: BinaryIO,
+        on_read: Callable[[int], object] | None,
+        on_record: Callable[[Record], object] | None,
+    ) -> Damage | None:
         size = os.fstat(file.fileno()).st_size
-        previous = START
         while self.end < size:
             try:
-                record = read_record(file, self.end, len(self.records), previous)
+                record = read_record(file, self.end, len(self.records), self.places.last_digest)
             except UnreadableRecord as error:
                 return self._damage(file, size, str(error))
-            self.records.append(record)
-            previous = record.digest
+            self._take(record)
+            if on_record is not None:
+                on_record(record)
             if on_read is not None:
                 on_read(record.size)
         count = self._head.records
@@ -229,8 +268,9 @@ class Journal:
 
     def _head_fits(self) -> bool:
         count = self._head.records
-        digests = [START, *(record.digest for record in self.records)]
-        return count is not None and count < len(digests) and digests[count].hex() == self._head.digest
+        if count is None or not 0 <= count <= len(self.places):
+            return False
+        return (self.places[count - 1].digest if count else START).hex() == self._head.digest
 
     def _damage(self, file: BinaryIO, size: int, reason: str) -> Damage:
         offset = self.end

@@ -13,14 +13,24 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import safetensors.torch
 import torch
 
-__all__ = ["START", "Record", "UnreadableRecord", "encode", "find_mark", "read_record", "read_tensors"]
+__all__ = [
+    "START",
+    "Record",
+    "UnreadableRecord",
+    "encode",
+    "find_mark",
+    "read_content",
+    "read_record",
+    "read_tensors",
+    "text_digest",
+]
 
 MARK = b"SEjr"
 VERSION = 1
@@ -49,14 +59,16 @@ class Record:
     Attributes:
         number: from 0. offset, size: bytes of the file. digest: of header and content.
         content: what it says. tensor_bytes: size of the tensors that go with it, which ``read_tensors`` reads.
+        text: digest of the content as it is written.
     """
 
     number: int
     offset: int
     size: int
     digest: bytes
-    content: dict
+    content: Mapping[str, object] = field(compare=False)  # its digest is compared
     tensor_bytes: int
+    text: bytes = b""
 
     @property
     def end(self) -> int:
@@ -113,7 +125,28 @@ def read_record(file: BinaryIO, offset: int, number: int | None = None, previous
         raise UnreadableRecord(f"it ends after {file.tell() - offset} of its {size} bytes", torn=True)
     if stored != digest.digest():
         raise UnreadableRecord("its checksum is wrong")
-    return Record(found, offset, size, stored, json.loads(text.decode()), data_size)
+    return Record(found, offset, size, stored, json.loads(text.decode()), data_size, text_digest(text))
+
+
+def read_content(file: BinaryIO, number: int, offset: int, end: int, tensor_bytes: int, expected: bytes) -> dict:
+    """What a record says that was checked before; its tensors are not read.
+
+    Args:
+        number: of the record. offset, end: where it lies. expected: its ``text_digest``.
+
+    Raises:
+        UnreadableRecord: if it is no longer what it was.
+    """
+    file.seek(offset + HEADER_SIZE)
+    text = file.read(end - offset - HEADER_SIZE - tensor_bytes - _DIGEST_SIZE)
+    if text_digest(text) != expected:
+        raise UnreadableRecord(f"record {number} at byte {offset} has changed since it was checked")
+    return json.loads(text.decode())
+
+
+def text_digest(text: bytes | bytearray) -> bytes:
+    """16 bytes, of a record's content as it is written."""
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def read_tensors(file: BinaryIO, record: Record) -> dict[str, torch.Tensor]:

@@ -37,9 +37,9 @@ def restore(
         OtherBits: see ``exact``. DamagedSnapshot: if there is no snapshot to begin from.
     """
     done = _load_snapshot(view, editor, line)
-    steps = [view.history.steps[turn] for turn in line[done:]]
     shown = None if progress is None else not progress
-    for step in tqdm(steps, desc="Replaying", unit="turn", disable=shown, leave=False):
+    for turn in tqdm(line[done:], desc="Replaying", unit="turn", disable=shown, leave=False):
+        step = view.history.steps[turn]
         _redo(view, editor, step)
         if exact and not is_state(editor.state_dict(), view.history.states[step.turn]):
             raise OtherBits(
@@ -69,7 +69,7 @@ def applied_turn(view: SessionView, editor: Editor, turn: int) -> AppliedTurn:
 
 def _load_snapshot(view: SessionView, editor: Editor, line: Sequence[int]) -> int:
     """Load the newest usable snapshot; returns how many steps of the line it holds."""
-    numbers = [0, *(view.history.steps[turn].record.number for turn in line)]
+    numbers = [0, *map(view.history.number, line)]
     for number in reversed(view.snapshots.numbers()):
         if number in numbers:
             done = numbers.index(number)

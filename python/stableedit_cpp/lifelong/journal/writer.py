@@ -70,8 +70,8 @@ class Recorder(Follower):
         self.view = view
         self.editor = editor
         self._config_digest = blake2b(editor.config.to_json().encode(), digest_size=16).hexdigest()
-        numbers = view.snapshots.numbers()
-        held = [turn for turn in view.history.line if view.history.steps[turn].record.number in numbers]
+        numbers = set(view.snapshots.numbers())
+        held = [turn for turn in view.history.line if view.history.number(turn) in numbers]
         self._snapshot_turn = held[-1] if held else 0
         editor.followers.add(self)
 
@@ -145,7 +145,7 @@ class Recorder(Follower):
         if not self.view.writes:
             self._snapshot_turn = turn
             return
-        number = self.view.history.steps[turn].record.number if turn else 0
+        number = self.view.history.number(turn)
         try:
             self.begin()  # a snapshot of anything else would be of no use
             self.view.snapshots.save(number, self.editor.state_dict())
@@ -163,8 +163,8 @@ class Recorder(Follower):
         """Remove snapshots that are too many, or of turns that were rolled back."""
         if not self.view.writes:
             return
-        steps = self.view.history.steps
-        self.view.snapshots.prune([0, *(steps[turn].record.number for turn in self.view.history.line)])
+        history = self.view.history
+        self.view.snapshots.prune({0, *map(history.number, history.line)})
 
     def _append_step(self, content: dict, tensors: dict[str, torch.Tensor]) -> None:
         stamp = {"turn": self.view.history.next_turn, "threads": torch.get_num_threads(), "config": self._config_digest}
