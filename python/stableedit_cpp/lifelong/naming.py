@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Container, Iterable, Iterator, Sequence
 from hashlib import blake2b
 
@@ -39,7 +39,14 @@ def named(requests: Iterable[EditRequest], given: set[str] | Seen, taken: Contai
             number += 1
             name = f"{stem}-{number}"
         given.add(name)
-        yield request if name == request.id else dataclasses.replace(request, id=name)
+        yield request if name == request.id else _renamed(request, name)
+
+
+def _renamed(request: EditRequest, name: str) -> EditRequest:
+    """Not made anew, as ``dataclasses.replace`` does: it was checked when it was made."""
+    found = copy.copy(request)
+    object.__setattr__(found, "id", name)
+    return found
 
 
 def asks_for(request: EditRequest, id: str, content: bytes) -> bool:

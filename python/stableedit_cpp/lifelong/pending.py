@@ -67,10 +67,13 @@ def with_ids_on_disk(
 
 def renamed(requests: Sequence[EditRequest], left: Sequence[EditRequest]) -> list[str]:
     """Ids that requests of a file got in ``pending`` in the place of their own, which were used before."""
-    ids = Seen() if isinstance(requests, Spool) else set()
+    ids, named = Seen() if isinstance(requests, Spool) else set(), False
     for request in requests:
         if request.id is not None:
             ids.add(request.id)
+            named = True
+    if not named:
+        return []
     return [request.id for request in left if request.id not in ids and request.id.rpartition("-")[0] in ids]
 
 

@@ -47,7 +47,8 @@ def edit(options: argparse.Namespace) -> int:
     warm_up = _read_warm_up(options)
     with opened(options) as session:
         pending = session.pending(requests)
-        session.editor.check(pending)
+        if warm_up:  # what is wrong with the requests is said before
+            session.editor.check(pending)
         set_guard(session.editor, options)
         reports = _warm_up(session, warm_up)
         _say_what_is_left(requests, pending, options.requests)
