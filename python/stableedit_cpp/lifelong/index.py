@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from stableedit_cpp.data.spool import scratch_database
 from stableedit_cpp.lifelong.journal.places import Place, Places
+from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["FILE", "Index", "remove_index"]
 
@@ -69,6 +70,11 @@ class Index:
         index = cls(scratch_database())
         index.rows.executescript(_TABLES)
         return index
+
+    @classmethod
+    def to_write(cls, directory: Path) -> Index:
+        """The session's own for the process that writes, and a copy for those that edit together with it."""
+        return cls.on_disk(directory) if ranks().lead else cls.copy_of(directory)
 
     @classmethod
     def on_disk(cls, directory: Path) -> Index:

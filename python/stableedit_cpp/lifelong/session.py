@@ -105,7 +105,7 @@ class LifelongSession(SessionView):
         ranks().by_lead("making a session", lambda: begin(directory, editor, settings, source))
         lock = held(directory)
         try:
-            session = cls(directory, index=_index(directory))
+            session = cls(directory, index=Index.to_write(directory))
             session._start(editor, lock)
         except BaseException:
             lock.release()
@@ -151,7 +151,7 @@ class LifelongSession(SessionView):
                 disable=None if progress is None else not progress,
                 leave=False,
             ) as bar:
-                session = cls(directory, bar.update, index=_index(directory))
+                session = cls(directory, bar.update, index=Index.to_write(directory))
             if session.writes:
                 recover(session)
             return session
@@ -409,8 +409,3 @@ class LifelongSession(SessionView):
             raise SessionClosed(f"the session {self.directory} is closed; open it again")
         if self.journal.damage is not None:  # what is in memory need not be what is on the disk
             raise DamagedJournal(f"{self.journal.path}: {self.journal.damage}")
-
-
-def _index(directory: Path) -> Index:
-    """The session's own for the process that writes, and a copy for those that edit together with it."""
-    return Index.on_disk(directory) if ranks().lead else Index.copy_of(directory)
