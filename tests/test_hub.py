@@ -15,7 +15,8 @@ from stableedit_cpp.export import Provenance, change_of, export_delta, export_lo
 from support.commands import assert_one_error, tree
 from support.exports import edited
 from support.hub_server import TOKEN, hub_server
-from support.tiny import save_tiny
+from support.sessions import create, stream
+from support.tiny import save_tiny, tiny_tokenizer
 
 
 @pytest.fixture
@@ -117,6 +118,16 @@ def test_command(hub, made, monkeypatch, tmp_path, capsys):
     assert main([*arguments, "--overwrite", "--push-to-hub", "lab/facts", "--token", TOKEN]) == 2
     assert "nothing can be pushed to the hub: the hub cannot be reached" in assert_one_error(capsys.readouterr().err)
     assert hub.repositories == {}
+
+
+def test_command_of_a_session(hub, tmp_path, capsys):
+    base = save_tiny(tmp_path / "base")
+    with create(tmp_path / "session", tiny_tokenizer(), source=str(base)) as session:
+        session.edit(stream(2), progress=False)
+    arguments = ["session", "export", str(tmp_path / "session"), "--format", "delta", "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--push-to-hub", "lab/session", "--token", TOKEN]) == 0
+    assert f"It is on the hub: {hub.endpoint}/lab/session/commit/1" in capsys.readouterr().out
+    assert set(hub.files("lab/session")) == {"README.md", "delta.safetensors", "stableedit_export.json"}
 
 
 @pytest.mark.slow
