@@ -22,7 +22,7 @@ pytest.importorskip("peft")
 
 # What both replace by layers with LoRA in models of the Llama kind: packed_modules_mapping of vLLM, utils.py of SGLang.
 SERVED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-SERVED_KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
+SERVED_KINDS = ["llama", "qwen3", "gemma"]  # Mistral and Qwen 2 have the modules of Llama
 BOTH = ["model.layers.*.mlp.down_proj", "model.layers.{0,2}.self_attn.o_proj"]
 
 

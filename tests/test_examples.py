@@ -52,6 +52,7 @@ def test_correct_one_fact(place, capsys):
     assert (place / "corrected/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_weekly_stream(place, capsys):
     run("weekly_stream", "edits", "week-1.jsonl")
     run("weekly_stream", "edits", "week-2.jsonl")
@@ -63,6 +64,7 @@ def test_weekly_stream(place, capsys):
     assert "2 current" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_editors(place, capsys):
     run("compare_editors", "week-1.jsonl", "--limit", "2")
     rows = capsys.readouterr().out.splitlines()
