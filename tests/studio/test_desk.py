@@ -51,7 +51,7 @@ def test_edits_and_answers_side_by_side(desk, tokenizer):
     done(desk.edit(EDITS, "nine"))
     assert [row.turn for row in desk.view.rows] == [1] * 3 + [2] * 3 + [3] * 3
     assert desk.view.turn == 3
-    assert [turn for turn, _ in desk.view.turns] == [0, 1, 2, 3]
+    assert [turn for turn, *_ in desk.view.turns] == [0, 1, 2, 3]
     found = done(desk.ask(EDITS[0].prompt, 8)).result
     assert found.unedited == se.generate(tiny_model("llama"), tokenizer, EDITS[0].prompt, max_new_tokens=8)[0]
     assert found.edited == se.generate(desk.session.model, tokenizer, EDITS[0].prompt, max_new_tokens=8)[0]
@@ -79,7 +79,7 @@ def test_stops_between_turns_and_goes_on_with_the_same_file(desk, tmp_path):
     assert len(desk.view.rows) == 3
     path = tmp_path / "nine.json"
     path.write_text(json.dumps(stream(9)))
-    assert done(desk.edit_file(path)).said == "nine.json: 6 edits to do, 3 done before"
+    assert done(desk.edit_file(path)).said == "6 edits to do, 3 done before"
     done(desk.worker.jobs[-1])
     assert len(desk.view.rows) == 9
     done(desk.edit_file(path))

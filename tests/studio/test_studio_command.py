@@ -64,7 +64,7 @@ def test_signals_end_it_politely(tmp_path, number):
     command = [*COMMAND, str(tmp_path / "edits"), "--model", str(model), "--no-browser", "--host", "0.0.0.0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()
-        assert re.search(r"http://0\.0\.0\.0:\d+/\?token=[\w-]{32}", said)
+        assert re.search(rf"http://{re.escape(socket.gethostname())}:\d+/\?token=[\w-]{{32}} ", said)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 0

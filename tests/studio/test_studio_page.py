@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -119,8 +120,8 @@ def test_a_fact_is_edited_asked_found_and_taken_back(opened, desk, tokenizer):
     shows(tab, "0 of 1 edits")
     show(tab, "Charts")
     show(tab, "History")
-    tab.get_by_label("The model after").click()
-    tab.get_by_role("option", name="turn 0").click()
+    tab.get_by_role("gridcell", name="created: stableedit on").first.click()
+    tab.wait_for_function("document.querySelector('input[type=number][aria-label=Turn]').value === '0'")
     tab.get_by_role("button", name="Roll back to it").click()
     shows(tab, "This takes 2 turns with 1 edits out of the model")
     tab.get_by_role("button", name="Roll back", exact=True).click()
@@ -192,6 +193,21 @@ def brightness(color: str) -> float:
     return sum(map(float, color[color.index("(") + 1 : -1].split(",")[:3]))
 
 
+def test_uploads_are_gone_afterwards(desk, tmp_path, monkeypatch):
+    from gradio_client import Client, handle_file
+
+    path, scratch = tmp_path / "monday.json", tmp_path / "scratch"
+    path.write_text(json.dumps(stream(3)))
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with listening("127.0.0.1", 0) as at, serving(desk, at, None) as address:
+        client = Client(address, verbose=False, analytics_enabled=False, download_files=False)
+        client.predict(handle_file(str(path)), api_name="/add_file")
+        until(lambda: len(desk.view.rows) == 3)
+        assert list(scratch.rglob("monday.json"))
+    assert not list(scratch.rglob("monday.json"))
+
+
 def test_through_its_api(address, desk, tokenizer):
     from gradio_client import Client
 
@@ -216,8 +232,8 @@ def test_a_network_needs_the_token(desk):
     from gradio_client import Client
 
     with listening("0.0.0.0", 0) as at, serving(desk, at, "a-long-secret") as address:
-        assert address.endswith("/?token=a-long-secret")
-        address = address.partition("?")[0].replace("0.0.0.0", "127.0.0.1")
+        assert address == f"http://{socket.gethostname()}:{at.getsockname()[1]}/?token=a-long-secret"
+        address = f"http://127.0.0.1:{at.getsockname()[1]}/"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(address + "config")
         with pytest.raises(Exception, match="credentials"):
@@ -269,5 +285,5 @@ def test_killed_amid_an_edit(tmp_path, capsys):
         assert sum(client.predict(api_name="/status")["edits"].values()) == done
         client.predict(handle_file(str(path)), api_name="/add_file")
         until(lambda: client.predict(1, api_name="/job")["state"] == "done")
-        assert client.predict(1, api_name="/job")["said"] == f"many.json: {1000 - done} edits to do, {done} done before"
+        assert client.predict(1, api_name="/job")["said"] == f"{1000 - done} edits to do, {done} done before"
         client.predict(api_name="/stop")

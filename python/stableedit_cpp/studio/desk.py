@@ -40,7 +40,8 @@ class View:
     """A session at one moment; nothing of it changes any more.
 
     Attributes:
-        version: another number, another view. rows: the edits, in order. turns: of the model, with what each did.
+        version: another number, another view. rows: the edits, in order. turns: of the model, when, and what each
+            did; first 0, the unedited model.
         charts: HTML. directory, model, editor: for the heading.
     """
 
@@ -50,7 +51,7 @@ class View:
     editor: str = ""
     turn: int = 0
     rows: list[Row] = field(default_factory=list)
-    turns: list[tuple[int, str]] = field(default_factory=list)
+    turns: list[tuple[int, str, str]] = field(default_factory=list)
     charts: str = ""
 
 
@@ -113,7 +114,7 @@ class Desk(Follower):
             self.edit(requests, f"Edit {name}")
             pending = len(self.session.pending(requests))
             done = len(requests) - pending
-            return f"{name}: {_many(pending, 'edit')} to do" + (f", {done} done before" if done else "")
+            return f"{_many(pending, 'edit')} to do" + (f", {done} done before" if done else "")
 
         return self.worker.submit(f"Read {name}", work, quick=True)
 
@@ -230,7 +231,7 @@ class Desk(Follower):
         session, old = self.session, self.view
         rows = [row_of(entry, self.known.found) for entry in session.history.entries.values()]
         turns = [
-            (entry.turn, f"{entry.kind.replace('_', '-')}, {entry.time[:16].replace('T', ' ')}: {entry.text}")
+            (entry.turn, entry.time[:16].replace("T", " "), f"{entry.kind.replace('_', '-')}: {entry.text}")
             for entry in session.log()
             if entry.kind in ("created", *STEPS) and entry.in_model
         ]

@@ -12,7 +12,7 @@ from stableedit_cpp.studio.words import heading, work
 
 __all__ = ["Events"]
 
-_ROWS = 200  # of the table that are sent to a page
+_ROWS = 200  # of the table, and turns, that are sent to a page
 
 
 class Events:
@@ -81,7 +81,7 @@ class Events:
         view = self.desk.view
         if view.version == seen:
             return [gr.skip()] * 6
-        turns = gr.Dropdown([(f"turn {turn}: {what}", turn) for turn, what in reversed(view.turns)])
+        turns = [list(turn) for turn in view.turns[:0:-1][:_ROWS] + view.turns[:1]]
         return [view.version, heading(view), *self.table(text, state), turns, view.charts or "nothing to draw yet"]
 
     def table(self, text: str, state: str) -> tuple[list[list[object]], str]:
@@ -96,10 +96,13 @@ class Events:
         row = next((row for row in self._rows(text, state) if row.id == id), None)
         return id, row.prompt if row else gr.skip()
 
+    def choose_turn(self, chosen: gr.SelectData) -> int:
+        return int(chosen.row_value[0])
+
     def ask_whether(self, to_turn: float | None) -> tuple[object, str]:
         """What a rollback would take out."""
         to_turn = _turn(to_turn)
-        gone = [turn for turn, _ in self.desk.view.turns if turn > to_turn]
+        gone = [turn for turn, *_ in self.desk.view.turns if turn > to_turn]
         edits = sum(row.turn > to_turn for row in self.desk.view.rows)
         text = f"This takes {len(gone)} turns with {edits} edits out of the model. They stay in the journal, but do "
         return gr.Group(visible=True), text + "not come back unless they are edited again."

@@ -23,7 +23,7 @@ CSS = (
     + """
 .gradio-container { width: 100%; max-width: 76rem !important; margin: 0 auto; }
 .beside { align-self: end; }
-#edits table { font-family: inherit; }
+#edits td *, #turns td *, #edits th *, #turns th * { font-family: inherit; }
 """
 )
 
@@ -52,7 +52,7 @@ def make_page(desk: Desk) -> gr.Blocks:
         with gr.Tab("Edits"):
             table, shown, text, state, chosen = _table_tab(events)
         with gr.Tab("History"):
-            turn = _history_tab(events)
+            turns = _history_tab(events)
         with gr.Tab("Charts"):
             charts = gr.HTML(padding=True)
         with gr.Tab("Export"):
@@ -60,7 +60,7 @@ def make_page(desk: Desk) -> gr.Blocks:
 
         quiet = {"show_progress": "hidden"}
         stop.click(events.stop, None, None, api_name="stop", **quiet)
-        views = [seen, heading, table, shown, turn, charts]
+        views = [seen, heading, table, shown, turns, charts]
         timer = gr.Timer(_TICK)
         timer.tick(events.work, None, [work, stop], queue=False, api_visibility="private", **quiet)
         timer.tick(events.refresh, [seen, text, state], views, queue=False, api_visibility="private", **quiet)
@@ -131,9 +131,21 @@ def _table_tab(events: Events) -> tuple[gr.Dataframe, gr.Markdown, gr.Textbox, g
     return table, shown, text, state, chosen
 
 
-def _history_tab(events: Events) -> gr.Dropdown:
-    turn = gr.Dropdown([], label="The model after", info="the turns that are in it, the newest first")
-    back = gr.Button("Roll back to it ...")
+def _history_tab(events: Events) -> gr.Dataframe:
+    turns = gr.Dataframe(
+        headers=["turn", "when", "what"],
+        datatype=["number", "str", "str"],
+        interactive=False,
+        wrap=True,
+        max_height=420,
+        column_widths=["60px", "150px", "700px"],
+        label="The turns in the model, the newest first; choose the one to go back to",
+        elem_id="turns",
+    )
+    with gr.Row():
+        turn = gr.Number(label="Turn", precision=0, value=None, scale=3)
+        back = gr.Button("Roll back to it ...", scale=1, elem_classes="beside")
+    turns.select(events.choose_turn, None, turn, api_visibility="private", show_progress="hidden")
     with gr.Group(visible=False) as asking:
         question = gr.Markdown(padding=True)
         with gr.Row():
@@ -144,7 +156,7 @@ def _history_tab(events: Events) -> gr.Dropdown:
     keep.click(lambda: gr.Group(visible=False), None, asking, api_visibility="private")
     sure.click(events.rollback, turn, message, api_visibility="private")
     sure.click(lambda: gr.Group(visible=False), None, asking, api_visibility="private")
-    return turn
+    return turns
 
 
 def _export_tab(events: Events, desk: Desk) -> None:

@@ -36,7 +36,7 @@ def row_of(entry: RequestEntry, found: Mapping[str, Found]) -> Row:
     seen = found.get(entry.id)
     if seen is None:
         return Row(*about, "not looked at", "", entry.turn)
-    sure = "" if seen.probability is None else f", p = {seen.probability:.2f}"
+    sure = "" if seen.probability is None else f", p {seen.probability:.2f}"
     return Row(*about, "holds" if seen.holds else "forgotten", f"after turn {seen.turn}{sure}", entry.turn)
 
 

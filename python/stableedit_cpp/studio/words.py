@@ -16,9 +16,14 @@ _SHOWN = 4  # jobs that are over
 _MARKS = {"done": "✓", "stopped": "■", "failed": "✗"}
 
 WORDS_CSS = """
-.work progress { width: 100%; height: .6rem; accent-color: var(--link); }
+.work progress { width: 100%; height: .5rem; margin: .3rem 0; border: 0; border-radius: .25rem; overflow: hidden; }
+.work progress[value] { appearance: none; background: var(--grid); }
+.work progress::-webkit-progress-bar { background: var(--grid); }
+.work progress::-webkit-progress-value { background: var(--link); }
+.work progress::-moz-progress-bar { background: var(--link); }
 .work ul { list-style: none; padding: 0; margin: .4rem 0 0; }
-.work li { padding: .1rem 0 .1rem 1.4rem; text-indent: -1.4rem; overflow-wrap: anywhere; white-space: pre-line; }
+.work li { margin: 0; padding: .1rem 0 .1rem 1.4rem; text-indent: -1.4rem; }
+.work li { overflow-wrap: anywhere; white-space: pre-line; }
 .work .failed { color: var(--s1); }
 .work .note, .work .waiting, .heading small { color: var(--muted); }
 .heading h1 { margin: 0; font-size: 1.4rem; overflow-wrap: anywhere; }
