@@ -18,11 +18,11 @@ from support.tiny import FACTS, roomy_model, tiny_tokenizer
 
 REQUESTS = [
     fact | {"rephrase": f"Say: {fact['prompt']}", "locality_prompt": "One, two,", "locality_target": "three"}
-    for fact in FACTS[:9]
+    for fact in FACTS[:6]
 ]
 MODULES = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj", "model.layers.2.self_attn.o_proj"]
 CONFIGS = {
-    "default": se.StableEditConfig(turn_size=4, edit_modules=MODULES, max_passes=3),
+    "default": se.StableEditConfig(turn_size=4, edit_modules=MODULES, max_passes=2),
     "past keys": se.StableEditConfig(
         turn_size=4, edit_modules=MODULES, max_passes=2, past_key_weight=1.0, statistics="per_module"
     ),
@@ -64,7 +64,9 @@ def names(results: list[object]) -> list[str]:
     return [type(result).__name__ for result in results]
 
 
-@pytest.mark.parametrize(("name", "size"), [("default", 2), ("past keys", 3), ("ultraedit", 2)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("default", 2), pytest.param("past keys", 3, marks=pytest.mark.slow), ("ultraedit", 2)]
+)
 def test_processes_come_to_the_bits_of_one(name, size, tmp_path):
     for result in together(size, lambda rank: edited(name, distributed="auto"), tmp_path):
         assert_same(alone(name), result)

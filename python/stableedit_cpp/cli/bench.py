@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from stableedit_cpp.cli.datasets import variants_of
 from stableedit_cpp.cli.options import DTYPES, form_settings, load_any, note, show
+from stableedit_cpp.cli.together import own_copy, writes
 from stableedit_cpp.data import parse_fields
 from stableedit_cpp.experiments import EDITORS, Matrix, read_results, read_yaml, run_matrix
 
@@ -24,14 +26,17 @@ _DEFAULTS = {
 
 def run(options: argparse.Namespace) -> int:
     matrix = Matrix.from_mapping(_settings(options))
-    run_matrix(
-        matrix.runs(),
-        options.output,
-        lambda name: load_any(name, options, dtype=DTYPES[matrix.dtype]),
-        trunk_bytes=int(options.trunk_cache * 2**30),
-        snapshot_seconds=options.snapshot_every,
-        keep_state=options.keep_state,
-    )
+    with own_copy(options.output) as directory:
+        run_matrix(
+            matrix.runs(),
+            directory,
+            lambda name: load_any(name, options, dtype=DTYPES[matrix.dtype]),
+            trunk_bytes=int(options.trunk_cache * 2**30),
+            snapshot_seconds=options.snapshot_every if writes() else math.inf,
+            keep_state=options.keep_state,
+        )
+    if not writes():
+        return 0
     output = Path(options.output)
     files = ["table.md", *(["theory.md"] if options.experiment == "theory" else [])]
     documents = [run.document for run in read_results([output]).runs] if options.json else []

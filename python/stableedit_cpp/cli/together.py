@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-__all__ = ["joined", "speaker", "writes"]
+__all__ = ["joined", "own_copy", "speaker", "writes"]
 
-_COMMANDS = ("edit", "evaluate", "session")
+_COMMANDS = ("edit", "evaluate", "session", "bench")
 _FILES = ("begin", "hold", "undo")  # of cli/session/
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun
 _PATIENCE = "STABLEEDIT_RANK_TIMEOUT"  # seconds
@@ -71,6 +74,23 @@ def joined(options: argparse.Namespace) -> Iterator[None]:
     import torch.distributed as dist
 
     dist.destroy_process_group()  # not after an error: others may wait in vain for it, and the process ends anyway
+
+
+@contextmanager
+def own_copy(directory: str) -> Iterator[str]:
+    """A directory of results that a command reads and writes as it goes: the first process has it, the others a copy
+    that is gone with them, so that all find the same in it."""
+    if _size() == 1:
+        yield directory
+        return
+    from stableedit_cpp.model.ranks import ranks
+
+    with TemporaryDirectory(prefix="stableedit-") as scratch:
+        own = directory if writes() else str(Path(scratch, "copy"))
+        copy = not writes() and Path(directory).is_dir()
+        # Nobody goes on, and writes, before all have copied.
+        ranks().everywhere("copying results", lambda: shutil.copytree(directory, own) if copy else None)
+        yield own
 
 
 def _join(device: str | None) -> None:

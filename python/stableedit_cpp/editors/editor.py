@@ -119,6 +119,7 @@ class Editor:
         self.weights = EditedWeights(self.modules, self.solver.statistics())
         self.guard = guard
         self.distributed = distributed
+        self._compared = False  # whether all weights were, with those of other processes
         self._beside: list[Anchors | Replays] | None = None  # not before they are needed
         self.trunk = self.make_trunk_cache() if config.max_passes > 1 else None
 
@@ -521,7 +522,8 @@ class Editor:
 
         requests, tokens = ranks().everywhere("reading requests", read)
         if ranks().size > 1 and passes is None:  # what is done again was compared then
-            check_together(self, kind, requests, outcomes)
+            check_together(self, kind, requests, outcomes, whole=not self._compared)
+            self._compared = True
         warn_of_contradictions(requests)
         lent = trunk is not None
         trunk = trunk if lent else self.trunk

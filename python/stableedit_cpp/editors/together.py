@@ -34,13 +34,14 @@ class Together(Protocol):
     def config(self) -> EditorConfig: ...
 
 
-def check_together(editor: Together, kind: str, requests: Sequence[EditRequest], settings: object) -> None:
+def check_together(
+    editor: Together, kind: str, requests: Sequence[EditRequest], settings: object, *, whole: bool
+) -> None:
     """Before the first turn of a stream: all processes have the same requests, settings, model, weights and statistics.
-
-    Every weight of the model is read once for it.
 
     Args:
         settings: whatever else the stream depends on.
+        whole: compare all weights of the model, each of which is read once for it, and not the edited ones alone.
 
     Raises:
         RanksDiffer: naming what differs, and in which process.
@@ -55,7 +56,9 @@ def check_together(editor: Together, kind: str, requests: Sequence[EditRequest],
             f"most {config.turn_size}, or set a larger turn_size"
         )
     editor.weights.attach()
-    weights = [fingerprint(one).hex() for one in editor.model.parameters() if not one.is_meta]
+    weights = [one.hex() for one in editor.weights.known.values()]
+    if whole:
+        weights += [fingerprint(one).hex() for one in editor.model.parameters() if not one.is_meta]
     parts = {
         "requests": digest_of(requests),
         "settings": _digest([config.to_json(), kind, settings]),

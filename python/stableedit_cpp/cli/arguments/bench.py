@@ -23,6 +23,8 @@ _EXAMPLE = """\
   stableedit bench theory --dataset zsre --data data/ --model smollm2-135m --edits 4000 --output theory/
   stableedit bench --editor closed-loop --after repair shrink=0.9 --dataset zsre --data data/ --model smollm2-135m \\
       --edits 1000 --output runs/
+  torchrun --nproc-per-node 4 -m stableedit_cpp bench --editor one-pass --dataset zsre --data data/ \\
+      --model smollm2-135m --edits 5000 --output runs/
   stableedit bench --matrix experiments.yaml --output runs/     # keys as the options, e.g. editors: [stableedit]
 
   The same command goes on where it was interrupted. `stableedit editors` lists the editors."""
