@@ -12,8 +12,9 @@ from published import PublishedEditor, PublishedOptions
 from published_math import published_statistics
 from stableedit_cpp import StableEdit, StableEditConfig, load_model
 from stableedit_cpp.core import LifelongNormalizer
+from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.modules import EditModule
-from synthetic import Source, grow, observe_rows
+from synthetic import grow
 from workload import CONFIGS, edited, random_model, token_sequences, zsre
 
 STEP_SIZE, RIDGE, FLOOR = 1e-6, 10.0, 0.1
@@ -49,9 +50,9 @@ def main() -> None:
     _, tokenizer = load_model(options.tokenizer)
     model = random_model(options.config, options, device)
     modules = edited(model, options)
-    base = statistics(modules, options, device)
-    requests = zsre(options, options.requests * max(options.turns, options.published_turns))
-    turns = [requests[at : at + options.requests] for at in range(0, len(requests), options.requests)]
+    requests = zsre(options, options.requests * (1 + max(options.turns, options.published_turns)))
+    seen, *turns = (requests[at : at + options.requests] for at in range(0, len(requests), options.requests))
+    base = statistics(model, tokenizer, modules, seen, options)
 
     masters = sum(4 * module.weight.numel() for module in modules)
     ours = our_turns(model, tokenizer, modules, base, turns[: options.turns], options, device)
@@ -75,13 +76,22 @@ def main() -> None:
     finish("large_model", options, device, results)
 
 
-def statistics(modules: list[EditModule], options: Namespace, device: torch.device) -> LifelongNormalizer:
-    """Of synthetic rows in the shape that the edited modules share."""
+def statistics(
+    model: torch.nn.Module, tokenizer, modules: list[EditModule], requests: list, options: Namespace
+) -> LifelongNormalizer:
+    """Of rows like those that these requests have: half of each is a mix of theirs, and half noise of their size, so
+    that no later turn lies outside of what was seen."""
     shapes = {module.shape for module in modules}
     if len(shapes) > 1:
         raise SystemExit(f"the edited modules must have one shape, not {sorted(shapes)}; choose other --edit-modules")
     base = LifelongNormalizer(*shapes.pop())
-    observe_rows(base, Source(base.key_dim, base.value_dim, device), options.base_rows)
+    sequences = token_sequences(model, tokenizer, requests)
+    captured = capture(model, modules, sequences, max_tokens=StableEditConfig.max_tokens_per_forward)
+    pooled = [torch.cat(list(rows.values())) for rows in (captured.keys, captured.value_gradients)]
+    for begin in range(0, options.base_rows, 1000):
+        count = min(1000, options.base_rows - begin)
+        mix = torch.randn(count, len(pooled[0]), device=pooled[0].device) / len(pooled[0]) ** 0.5
+        base.observe(*(mix @ rows + rows.square().mean().sqrt() * torch.randn_like(mix @ rows) for rows in pooled))
     return base
 
 
@@ -95,7 +105,8 @@ def our_turns(
     device: torch.device,
 ) -> dict[str, object]:
     """By part as the editor reports it; "rest" is tokenisation and what makes a turn all or nothing. The first turn
-    also takes hold of the weights, and decomposes, as one in about 60 does at this point of a stream."""
+    also takes hold of the weights, and decomposes, as one in about 60 does at this point of a stream; the share of the
+    mathematics is that of the others."""
     whole = Parts(device, trim=True)
     config = StableEditConfig.one_pass(
         edit_modules=[module.name for module in modules],
@@ -107,25 +118,34 @@ def our_turns(
     editor = StableEdit(model, tokenizer, config, guard=None)
     for normalizer in editor.normalizers.values():
         grow(normalizer, base, options.nu)
-    records, reports = [], []
+    records, usual, reports, decompositions = [], [], [], 0
     for requests in turns:
         before = whole.seconds.get("turn", 0.0)
         reports += whole.run("turn", lambda requests=requests: editor.edit(requests, progress=False)).turns
         parts = dict(reports[-1].seconds)
         parts["rest"] = whole.seconds["turn"] - before - sum(parts.values())
         records.append(parts)
+        done = sum(normalizer.decompositions for normalizer in editor.normalizers.values())
+        if done == decompositions:
+            usual.append(parts)
+        decompositions = done
     names = list(records[0])
     seconds = sum(sum(record.values()) for record in records)
     return {
         "ms_per_turn": 1000 * seconds / len(records),
         "ms_by_part": {name: 1000 * sum(record[name] for record in records) / len(records) for name in names},
-        "mathematics_share": sum(record["mathematics"] + record["apply"] for record in records) / seconds,
+        "mathematics_share": share(usual or records),
+        "mathematics_share_with_decompositions": share(records),
         "ms_by_turn": [{name: 1000 * record[name] for name in names} for record in records],
         "peak_bytes": whole.peak["turn"],
         "answer_tokens": [report.answer_tokens for report in reports],
         "whitening": sorted({mode for report in reports for mode in report.whitening.values()}),
-        "decompositions": sum(normalizer.decompositions for normalizer in editor.normalizers.values()),
+        "decompositions": decompositions,
     }
+
+
+def share(records: list[dict[str, float]]) -> float:
+    return sum(one["mathematics"] + one["apply"] for one in records) / sum(sum(one.values()) for one in records)
 
 
 def published_turns(

@@ -220,11 +220,12 @@ def refused(directory: Path, scratch: Path, rank: int) -> dict[str, str]:
     shared = se.StableEdit(model, tokenizer, edit(edit_modules=MODULES), guard=None, distributed="auto")
     note("data parallel", lambda: shared.edit(FACTS, progress=False))
     mesh, plane = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
-    for what, where, layout in (
-        ("whole everywhere", mesh, [Replicate()]),
-        ("two dimensions", plane, [Shard(1), Replicate()]),
+    for what, where, layout, width in (
+        ("whole everywhere", mesh, [Replicate()], 8),
+        ("two dimensions", plane, [Shard(1), Replicate()], 8),
+        ("too narrow", mesh, [Shard(1)], 1),
     ):
-        linear = torch.nn.Linear(8, 4, bias=False)
+        linear = torch.nn.Linear(width, 4, bias=False)
         linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.detach(), where, layout))
         note(what, lambda linear=linear: find_modules(torch.nn.ModuleDict({"m": linear}), ["m"]))
     assert not list(scratch.glob(f"*{rank}*"))
@@ -245,3 +246,4 @@ def test_what_cannot_be_done_is_a_sentence(saved, tmp_path):
     assert "such as down_proj and o_proj" in first["rows"]
     assert "has the layout Replicate() over 2 processes; only row-parallel" in first["whole everywhere"]
     assert "split over 2 dimensions of processes" in first["two dimensions"]
+    assert "has 1 columns, of which some of 2 processes have none" in first["too narrow"]

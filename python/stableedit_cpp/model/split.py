@@ -62,10 +62,14 @@ def columns_of(weight: torch.Tensor) -> Columns | None:
     """The columns of a row-parallel weight that this process holds; None for a weight that is whole."""
     if not isinstance(weight, DTensor):
         return None
-    mesh, width = weight.device_mesh, weight.shape[1]
-    size = -(-width // mesh.size())  # as torch.chunk cuts: the last processes may have fewer, or none
-    begin, end = (min((mesh.get_local_rank() + one) * size, width) for one in (0, 1))
+    mesh, size = weight.device_mesh, _most(weight)
+    begin, end = (min((mesh.get_local_rank() + one) * size, weight.shape[1]) for one in (0, 1))
     return Columns(begin, end, mesh.get_group())
+
+
+def _most(weight: DTensor) -> int:
+    """Columns of each process, as torch.chunk cuts: the last processes may have fewer, or none."""
+    return -(-weight.shape[1] // weight.device_mesh.size())
 
 
 def why_not_split(module: nn.Module) -> str | None:
@@ -80,7 +84,10 @@ def why_not_split(module: nn.Module) -> str | None:
             'the model with tp_plan="auto" alone, over one'
         )
     if type(module) is nn.Linear and type(weight.placements[0]) is Shard and weight.placements[0].dim == 1:
-        return None
+        k, count = weight.shape[1], weight.device_mesh.size()
+        if _most(weight) * (count - 1) < k:
+            return None
+        return f"has {k} columns, of which some of {count} processes have none; split the model over fewer"
     rows = isinstance(weight.placements[0], Shard) and weight.placements[0].dim == 0
     how = "is split by rows, as FSDP and column-parallel maps are," if rows else f"has the layout {placements}"
     return (
