@@ -18,6 +18,7 @@ from support.exports import TAKES
 from support.results import write_run
 from support.streams import MODULES, record
 from support.tiny import save_tiny
+from support.vocabularies import byte_level
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,8 @@ def place(tmp_path_factory) -> Path:
     """A tiny model, the same edited, and data sets under the names that the scripts look for."""
     place = tmp_path_factory.mktemp("bench")
     save_tiny(place / "model")
+    save_tiny(place / "model with merges")
+    byte_level().save_pretrained(place / "model with merges")
     (place / "zsre").mkdir()
     for part, begin in (("edit", 0), ("train", 1000)):
         records = [record(begin + index) for index in range(40)]
@@ -106,7 +109,10 @@ RUNS = {
         ],
     ),
     "located_targets": ("speedup", ["--model", "{place}/model", "--data", "{place}", "--requests", 3, "--steps", 3]),
-    "gguf_answers": ("same_answers", [*TINY, "--requests", 2, "--length", 3]),
+    "gguf_answers": (
+        "same_answers",
+        ["--model", "{place}/model with merges", *TINY[2:], "--requests", 2, "--length", 3],
+    ),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
     "plan": ("within_aims", [*TINY, "--runs", "one pass", "--share", 0.3]),
