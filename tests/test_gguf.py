@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, pre_tokenizers
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
@@ -168,6 +170,43 @@ def test_vocabulary(tmp_path):
     assert made.index("al") < made.index(max(made, key=len))  # merged before it
 
 
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer", "LlamaTokenizer", "GemmaTokenizer"])
+def test_tokenizers_of_transformers_are_known(tmp_path, name):
+    """As transformers builds them from a vocabulary, for models that people have."""
+    kind, model, pre, space = {
+        "Qwen2Tokenizer": ("qwen2", "gpt2", "qwen2", None),
+        "GPT2Tokenizer": ("llama", "gpt2", "gpt-2", None),
+        "LlamaTokenizer": ("mistral", "llama", "default", True),
+        "GemmaTokenizer": ("gemma3_text", "llama", "default", False),
+    }[name]
+    trained = sentence_piece() if model == "llama" else byte_level()
+    definition = json.loads(trained.backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in definition["merges"]]
+    tokenizer = getattr(transformers, name)(vocab=definition["vocab"], merges=merges)
+    export_gguf(make(kind, vocab_size=420)[0], tokenizer, tmp_path / "out")
+    said = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "out/model.gguf").fields.items()}
+    assert (said["tokenizer.ggml.model"], said["tokenizer.ggml.pre"]) == (model, pre)
+    assert said.get("tokenizer.ggml.add_space_prefix") is space
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "tekken", "smollm"])
+def test_names_of_splits(tmp_path, name):
+    """By the expressions that transformers reads back for llama.cpp's names."""
+    known = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
+    definition = json.loads(byte_level().backend_tokenizer.to_str())
+    bytes_ = definition["pre_tokenizer"] | {"use_regex": name == "smollm"}
+    first = {"type": "Digits", "individual_digits": True}
+    if name != "smollm":
+        first = {"type": "Split", "pattern": {"Regex": known[name]}, "behavior": "Isolated", "invert": False}
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [first, bytes_]}
+    definition["model"]["ignore_merges"] = name in ("llama-bpe", "tekken")
+    backend = Tokenizer.from_str(json.dumps(definition))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    export_gguf(make("llama")[0], tokenizer, tmp_path / "out")
+    said = gguf.GGUFReader(tmp_path / "out/model.gguf").fields["tokenizer.ggml.pre"].contents()
+    assert said == name
+
+
 REFUSED = {
     "architecture": ("gpt2", {}, "written of .*qwen2.* and this model is a gpt2; .*convert_hf_to_gguf.py"),
     "window": ("mistral", {"sliding_window": 8}, "this mistral has a sliding window, .*convert_hf_to_gguf.py"),
@@ -197,8 +236,6 @@ def test_what_is_not_known_is_refused(tmp_path, what):
 
 
 def test_tokenizers_that_are_refused(tmp_path):
-    from tokenizers import pre_tokenizers
-
     model, _ = make("qwen2")
     unknown = byte_level()
     unknown.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
