@@ -13,7 +13,8 @@ from stableedit_cpp.editors import EditorConfig
 from stableedit_cpp.editors.registry import parse_config
 from stableedit_cpp.export.loading import export_kind, load_export
 from stableedit_cpp.export.provenance import read_provenance
-from stableedit_cpp.lifelong import LifelongSession, SessionView
+from stableedit_cpp.lifelong import LifelongSession
+from stableedit_cpp.lifelong.view import manifest_of
 from stableedit_cpp.model.load import load_model
 
 __all__ = ["DTYPES", "config_of", "default_device", "load", "load_any"]
@@ -40,7 +41,7 @@ def load_any(
     """
     how = {**placement(options), "trust_remote_code": options.trust_remote_code}
     if _is_session(name):
-        found = SessionView(name).manifest["model"]
+        found = manifest_of(name)["model"]
         if not (base or found["source"]):
             raise ValueError(f"the session {name} does not say where its model is; name it with --base")
         model, tokenizer = load_model(base or found["source"], dtype=getattr(torch, found["dtype"]), **how)
@@ -54,7 +55,7 @@ def load_any(
 def config_of(name: str) -> EditorConfig | None:
     """How a model, an export or a session was edited, where it says so."""
     if _is_session(name):
-        return parse_config(json.dumps(SessionView(name).manifest["config"]))
+        return parse_config(json.dumps(manifest_of(name)["config"]))
     return read_provenance(name).config
 
 

@@ -12,12 +12,12 @@ from stableedit_cpp.files.words import check_format
 from stableedit_cpp.lifelong.history import STEPS, History
 from stableedit_cpp.lifelong.index import Index
 from stableedit_cpp.lifelong.journal.journal import Damage, Journal
-from stableedit_cpp.lifelong.journal.record import Record
+from stableedit_cpp.lifelong.journal.record import START, Record, UnreadableRecord, read_record
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots
 from stableedit_cpp.lifelong.status import LogEntry, SessionStatus, describe
 from stableedit_cpp.model.ranks import ranks
 
-__all__ = ["FORMAT", "SessionView", "check_directory", "check_new_directory"]
+__all__ = ["FORMAT", "SessionView", "check_directory", "check_new_directory", "manifest_of"]
 
 # Version 1 had digests of the state in its records, which the reader tells by their length.
 FORMAT = {"format": "stableedit-session", "version": 2}
@@ -63,7 +63,7 @@ class SessionView:
                 f"{self.journal.path}: {self.journal.damage}; without its first record a session is lost"
             )
         self.manifest = dict(self.journal.records[0].content)
-        self._check_format(self.manifest)
+        _check_format(self.directory, self.manifest)
         self.snapshots = Snapshots(self.directory / "snapshots", self.manifest["keep_snapshots"])
 
     def _read(self, on_read: Callable[[int], object] | None) -> None:
@@ -73,12 +73,8 @@ class SessionView:
 
     def _take(self, record: Record) -> None:
         if record.number == 0:
-            self._check_format(record.content)
+            _check_format(self.directory, record.content)
         self.history.add(record)
-
-    def _check_format(self, manifest: Mapping[str, object]) -> None:
-        known = FORMAT | ({"version": 1} if manifest.get("version") == 1 else {})
-        check_format(manifest, **known, what=f"the session {self.directory}", writer="`stableedit session create`")
 
     @property
     def damage(self) -> Damage | None:
@@ -146,6 +142,24 @@ class SessionView:
         if not in_model:
             text += f" [rolled back in record {self.history.cut[turn]}]"
         return LogEntry(record.number, content["time"], kind, turn, in_model, text)
+
+
+def manifest_of(directory: str | Path) -> Mapping[str, object]:
+    """What a session was created with: its first record, and no other is read. Raises as ``SessionView``."""
+    directory = Path(directory)
+    check_directory(directory)
+    try:
+        with (directory / "journal").open("rb") as file:
+            manifest = read_record(file, 0, 0, START).content
+    except UnreadableRecord:
+        return SessionView(directory).manifest  # which says what is wrong with it
+    _check_format(directory, manifest)
+    return manifest
+
+
+def _check_format(directory: Path, manifest: Mapping[str, object]) -> None:
+    known = FORMAT | ({"version": 1} if manifest.get("version") == 1 else {})
+    check_format(manifest, **known, what=f"the session {directory}", writer="`stableedit session create`")
 
 
 def check_directory(directory: Path) -> None:

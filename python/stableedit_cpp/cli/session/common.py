@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from stableedit_cpp.cli.options import load_any
-from stableedit_cpp.lifelong import LifelongSession, SessionView
+from stableedit_cpp.lifelong import LifelongSession
+from stableedit_cpp.lifelong.view import manifest_of
 
 __all__ = ["opened"]
 
@@ -17,7 +18,7 @@ __all__ = ["opened"]
 @contextmanager
 def opened(options: argparse.Namespace) -> Iterator[LifelongSession]:
     """The session, open for writing, with its model."""
-    found = SessionView(options.directory).manifest["model"]
+    found = manifest_of(options.directory)["model"]
     options.model = options.model or found["source"]
     if options.model is None:
         raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
