@@ -3,6 +3,7 @@ see."""
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from stableedit_cpp.studio.shipping import ship
 
 __all__ = ["Answers", "Desk", "View"]
 
+_LOG = 1000  # records of which the page has a line
 _STRETCH = 200  # requests that are audited between two looks at what else is to be done
 
 
@@ -40,8 +42,8 @@ class View:
     """A session at one moment; nothing of it changes any more.
 
     Attributes:
-        version: another number, another view. rows: the edits, in order. turns: of the model, when, and what each
-            did; first 0, the unedited model.
+        version: another number, another view. line: the turns in the model. rows: the edits, in order.
+        turns: the unedited model, 0, and the last of the line, when, and what each did.
         charts: HTML. directory, model, editor: for the heading.
     """
 
@@ -49,10 +51,15 @@ class View:
     directory: str = ""
     model: str = ""
     editor: str = ""
-    turn: int = 0
+    line: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     turns: list[tuple[int, str, str]] = field(default_factory=list)
     charts: str = ""
+
+    @property
+    def turn(self) -> int:
+        """The last in the model."""
+        return self.line[-1] if self.line else 0
 
 
 class Desk(Follower):
@@ -74,6 +81,7 @@ class Desk(Follower):
         self.worker = Worker(explain)
         self.known = Known(session.directory)
         self.known.keep([0, *session.history.line])
+        self._due = 0.0
         self.view = View()
         self._publish()
 
@@ -155,7 +163,7 @@ class Desk(Follower):
             ids = [request.id for request in turn.requests]
             took = [id for index, id in enumerate(ids) if index not in lost]
             self.known.note_turn(self.session.history.turn, took, [ids[index] for index in sorted(lost)])
-        self._publish(charts=False)
+        self._publish_if_due()
 
     def _edit(self, requests: list[EditRequest]) -> str:
         pending = self.session.pending(requests)
@@ -185,7 +193,7 @@ class Desk(Follower):
                 self.worker.breathe()
                 entries += audit(editor, requests[begin : begin + _STRETCH], progress=True).entries
                 self.known.note_audit(turn, entries[begin:])
-                self._publish(charts=False)
+                self._publish_if_due()
             held = sum(entry.holds for entry in entries)
             if entries:
                 self.known.end_audit(turn, held, len(entries))
@@ -226,19 +234,28 @@ class Desk(Follower):
                 warnings.warn(f"{self.known.path}: {error.strerror or error}; an audit finds it again", stacklevel=2)
             self._publish()
 
+    def _publish_if_due(self) -> None:
+        """In the midst of a job: as often as it costs no more than a twentieth of the time."""
+        if time.monotonic() >= self._due:
+            self._publish(charts=False)
+
     def _publish(self, *, charts: bool = True) -> None:
         """Make a new view of the session."""
+        begin = time.monotonic()
         session, old = self.session, self.view
         rows = [row_of(entry, self.known.found) for entry in session.history.entries.values()]
-        turns = [
-            (entry.turn, entry.time[:16].replace("T", " "), f"{entry.kind.replace('_', '-')}: {entry.text}")
-            for entry in session.log()
-            if entry.kind in ("created", *STEPS) and entry.in_model
+        manifest = session.manifest
+        turns = [(0, _minute(manifest["time"]), "the unedited model")]
+        turns += [
+            (entry.turn, _minute(entry.time), f"{entry.kind.replace('_', '-')}: {entry.text}")
+            for entry in session.log(_LOG)
+            if entry.kind in STEPS and entry.in_model
         ]
         drawn = charts_of(drift_points(session), rows, self.known.audits) if charts else old.charts
-        manifest = session.manifest
         names = (str(session.directory), str(manifest["model"]["source"]), manifest["config"]["editor"])
-        self.view = View(old.version + 1, *names, session.history.turn, rows, turns, drawn)
+        self.view = View(old.version + 1, *names, list(session.history.line), rows, turns, drawn)
+        end = time.monotonic()
+        self._due = end + 20 * (end - begin)
 
 
 def _said(report: EditReport) -> str:
@@ -250,3 +267,7 @@ def _said(report: EditReport) -> str:
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")

@@ -47,7 +47,7 @@ class Events:
             raise gr.Error("choose an edit of the table, or give its id", print_exception=False)
         return _asked(self.desk.revert(id.strip()))
 
-    def rollback(self, to_turn: int) -> str:
+    def rollback(self, to_turn: str | int) -> str:
         return _asked(self.desk.rollback(_turn(to_turn)))
 
     def export(self, kind: str) -> str:
@@ -96,13 +96,13 @@ class Events:
         row = next((row for row in self._rows(text, state) if row.id == id), None)
         return id, row.prompt if row else gr.skip()
 
-    def choose_turn(self, chosen: gr.SelectData) -> int:
-        return int(chosen.row_value[0])
+    def choose_turn(self, chosen: gr.SelectData) -> str:
+        return str(chosen.row_value[0])
 
-    def ask_whether(self, to_turn: float | None) -> tuple[object, str]:
+    def ask_whether(self, to_turn: str) -> tuple[object, str]:
         """What a rollback would take out."""
         to_turn = _turn(to_turn)
-        gone = [turn for turn, *_ in self.desk.view.turns if turn > to_turn]
+        gone = [turn for turn in self.desk.view.line if turn > to_turn]
         edits = sum(row.turn > to_turn for row in self.desk.view.rows)
         text = f"This takes {len(gone)} turns with {edits} edits out of the model. They stay in the journal, but do "
         return gr.Group(visible=True), text + "not come back unless they are edited again."
@@ -129,7 +129,8 @@ def _asked(job: Job) -> str:
     return f"job {job.number}: {job.title}"
 
 
-def _turn(chosen: float | None) -> int:
-    if chosen is None:
-        raise gr.Error("choose a turn first", print_exception=False)
-    return int(chosen)
+def _turn(chosen: str | int) -> int:
+    try:
+        return int(chosen)
+    except (TypeError, ValueError):
+        raise gr.Error("choose a turn of the table, or give its number", print_exception=False) from None

@@ -23,7 +23,7 @@ CSS = (
     + """
 .gradio-container { width: 100%; max-width: 76rem !important; margin: 0 auto; }
 .beside { align-self: end; }
-#edits td *, #turns td *, #edits th *, #turns th * { font-family: inherit; }
+#edits, #turns { --font-mono: var(--font); }
 """
 )
 
@@ -114,7 +114,7 @@ def _table_tab(events: Events) -> tuple[gr.Dataframe, gr.Markdown, gr.Textbox, g
         interactive=False,
         wrap=True,
         max_height=420,
-        column_widths=["290px", "150px", "120px", "170px", "60px", "150px"],
+        column_widths=["270px", "160px", "120px", "190px", "60px", "140px"],
         label="Edits, the newest first; choose one to revert it",
         elem_id="edits",
     )
@@ -138,12 +138,12 @@ def _history_tab(events: Events) -> gr.Dataframe:
         interactive=False,
         wrap=True,
         max_height=420,
-        column_widths=["60px", "150px", "700px"],
+        column_widths=["60px", "170px", "700px"],
         label="The turns in the model, the newest first; choose the one to go back to",
         elem_id="turns",
     )
     with gr.Row():
-        turn = gr.Number(label="Turn", precision=0, value=None, scale=3)
+        turn = gr.Textbox(label="Turn", placeholder="choose a row", scale=3)
         back = gr.Button("Roll back to it ...", scale=1, elem_classes="beside")
     turns.select(events.choose_turn, None, turn, api_visibility="private", show_progress="hidden")
     with gr.Group(visible=False) as asking:

@@ -17,8 +17,8 @@ _MARKS = {"done": "✓", "stopped": "■", "failed": "✗"}
 
 WORDS_CSS = """
 .work progress { width: 100%; height: .5rem; margin: .3rem 0; border: 0; border-radius: .25rem; overflow: hidden; }
-.work progress[value] { appearance: none; background: var(--grid); }
-.work progress::-webkit-progress-bar { background: var(--grid); }
+.work progress[value] { appearance: none; background: var(--page); }
+.work progress::-webkit-progress-bar { background: var(--page); }
 .work progress::-webkit-progress-value { background: var(--link); }
 .work progress::-moz-progress-bar { background: var(--link); }
 .work ul { list-style: none; padding: 0; margin: .4rem 0 0; }
