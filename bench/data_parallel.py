@@ -75,7 +75,7 @@ def work(options, model, tokenizer, requests) -> dict[str, object]:
     begin = time.perf_counter()
     with Meter() as meter:
         how = {"metrics": ["accuracy"], "chat_template": editor.form.chat}
-        scores = se.evaluate(model, tokenizer, requests, **how, progress=ranks.ranks().lead)
+        scores = se.evaluate(model, tokenizer, requests[: options.scored], **how, progress=ranks.ranks().lead)
     found["evaluate"] = {"stretches": meter.stretches, "bytes": meter.bytes, "wall": time.perf_counter() - begin}
     found["scores"] = {name: scores[name].mean for name in SCORES}
     return found
@@ -101,7 +101,7 @@ def together(size: int, *arguments: object) -> list[dict[str, object]]:
         return [torch.load(Path(scratch, str(rank)), weights_only=False) for rank in range(size)]
 
 
-def line(found: list[dict[str, object]], one: list[dict[str, object]], edits: int) -> dict[str, object]:
+def line(found: list[dict[str, object]], one: list[dict[str, object]]) -> dict[str, object]:
     """What is said of so many processes, beside one."""
     size = len(found)
     record: dict[str, object] = {"processes": size}
@@ -112,7 +112,6 @@ def line(found: list[dict[str, object]], one: list[dict[str, object]], edits: in
         record[part] = {
             "processor_seconds": sum(map(sum, stretches)),
             "longest_seconds": longest,
-            "per_second": edits / longest,
             "worth_of_a_process": own / longest / size,
             "worth_by_processor_time": own / sum(map(sum, stretches)),
             "wall_seconds": found[0][part]["wall"],
@@ -135,6 +134,7 @@ def main() -> None:
     )
     add_model_options(parser)
     parser.add_argument("--edits", type=int, default=1000, metavar="N", help="default 1000")
+    parser.add_argument("--scored", type=int, metavar="N", help="score the first N of them (default: all)")
     parser.add_argument("--preset", default="stableedit", metavar="NAME", help="settings by name (default stableedit)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="default 1 2 4")
     options = parser.parse_args()
@@ -145,7 +145,9 @@ def main() -> None:
     model, tokenizer, _ = pretrained(options, device)
     requests = zsre(options, options.edits)
     found = [together(size, options, model, tokenizer, requests) for size in options.processes]
-    results = [line(each, found[0], len(requests)) for each in found]
+    results = [line(each, found[0]) for each in found]
+    for record in results:
+        record["edits_per_second"] = len(requests) / record["edit"]["longest_seconds"]
     finish("data_parallel", options, device, {"edits": len(requests), "results": results})
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.model.exchange import all_gather, carrier
+from stableedit_cpp.model.exchange import all_gather
 from stableedit_cpp.model.ranks import deal, ranks
 from support.ranks import together
 from support.tiny import FACTS, roomy_model, tiny_tokenizer
@@ -146,11 +146,21 @@ def test_more_processes_than_a_turn_has_requests(tmp_path):
 
 def test_a_group_that_cannot_move_the_models_tensors(tmp_path):
     def work(rank: int) -> None:
-        carrier(torch.device("cpu"), torch.distributed.group.WORLD)
+        editor_of("ultraedit", distributed="auto").edit(REQUESTS, progress=False)
 
     (error,) = together(1, work, tmp_path, backend="cuda:gloo")
     assert isinstance(error, ValueError)
     assert "moves tensors of cuda alone, but the model is on cpu" in str(error)
+
+
+def test_processes_that_have_not_the_same_to_do(tmp_path):
+    def work(rank: int) -> None:
+        with se.data_parallel() as group:
+            group.shared("testing", [1.0] * (4 + 2 * rank), lambda piece: piece)
+
+    results = together(2, work, tmp_path)
+    assert names(results) == ["RankLost"] * 2
+    assert "while testing, they had not the same to do" in str(results[0])
 
 
 def test_other_arguments_than_a_group_are_refused():

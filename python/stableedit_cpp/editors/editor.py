@@ -44,6 +44,7 @@ from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
 from stableedit_cpp.model.split import refuse_split, who_is_lost
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.untouched import input_device
 
 __all__ = ["Editor"]
 
@@ -514,6 +515,7 @@ class Editor:
         progress: bool | None,
         passes: int | None,
     ) -> EditReport:
+        ranks().serve(input_device(self.model))
         progress = progress if ranks().lead else False
 
         def read() -> tuple[Sequence[EditRequest], Callable]:

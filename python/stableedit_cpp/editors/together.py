@@ -16,7 +16,6 @@ from stableedit_cpp.editors.weights import EditedWeights
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.split import refuse_split
-from stableedit_cpp.model.untouched import input_device
 
 __all__ = ["check_together", "check_weights"]
 
@@ -45,11 +44,10 @@ def check_together(
 
     Raises:
         RanksDiffer: naming what differs, and in which process.
-        ValueError: for more processes than a turn has requests, or a group that cannot move the model's tensors.
+        ValueError: for more processes than a turn has requests.
     """
     refuse_split(editor.weights.modules, "editing with several processes at once (data_parallel)")
     group, config = ranks(), editor.config
-    group.serve(input_device(editor.model))
     if group.size > config.turn_size:
         raise ValueError(
             f"{group.size} processes for turns of {config.turn_size} requests: some would have nothing to do; start at "

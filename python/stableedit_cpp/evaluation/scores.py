@@ -19,6 +19,7 @@ from stableedit_cpp.model.form import find_form
 from stableedit_cpp.model.kind import check_tokenizer, language_model
 from stableedit_cpp.model.ranks import Distributed, data_parallel
 from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.untouched import input_device
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -206,6 +207,7 @@ def evaluate(
     form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=end_of_answer)
     asking = Asking(model, tokenizer, metrics, reference, form, max_tokens_per_forward, trunk, allow_broken)
     with data_parallel(distributed) as group:
+        group.serve(input_device(model))
         if group.size > 1:
             group.check_same({"requests": digest_of(requests)}, "give all of them the same")
         return _scores(asking, requests, details, progress if group.lead else False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["all_gather", "broadcast", "carrier"]
+__all__ = ["all_gather", "broadcast", "carrier", "first_carrier"]
 
 _PLACE = 64  # bytes; each tensor begins at a multiple of them, whatever its dtype
 
@@ -20,13 +20,24 @@ def carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
     Raises:
         ValueError: where the group has no backend for that device.
     """
-    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    backends = _backends(group)
     if device.type not in backends:
         raise ValueError(
             f"the process group ({dist.get_backend(group)}) moves tensors of {', '.join(backends)} alone, but the "
             f"model is on {device}; init_process_group with 'gloo', or with 'cpu:gloo,cuda:nccl' for GPUs"
         )
     return torch.device("cpu") if backends[device.type] == "gloo" else device
+
+
+def first_carrier(group: dist.ProcessGroup) -> torch.device:
+    """Where they wait before any model is known: in host memory, where the group can."""
+    backends = _backends(group)
+    return torch.device("cpu" if "cpu" in backends else next(iter(backends)))
+
+
+def _backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """By type of device."""
+    return dict(part.split(":") for part in dist.get_backend_config(group).split(","))
 
 
 def all_gather(

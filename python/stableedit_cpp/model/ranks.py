@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from stableedit_cpp.errors import RankLost, RanksDiffer, StableEditError
-from stableedit_cpp.model.exchange import all_gather, broadcast, carrier
+from stableedit_cpp.model.exchange import all_gather, broadcast, carrier, first_carrier
 
 __all__ = ["Distributed", "Ranks", "data_parallel", "deal", "ranks"]
 
@@ -39,7 +39,7 @@ class Ranks:
         self._group, self._count = group, 0
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self._device = self._home = torch.device("cpu")
+        self._device = self._home = torch.device("cpu") if group is None else first_carrier(group)
 
     @property
     def lead(self) -> bool:
@@ -90,8 +90,11 @@ class Ranks:
             return [work(piece) for piece in range(len(costs))]
         owners = deal(costs, self.size)
         mine = [piece for piece, owner in enumerate(owners) if owner == self.rank]
-        found = [iter(part) for part in self.gathered(label, lambda: [work(piece) for piece in mine])]
-        return [next(found[owner]) for owner in owners]
+        found = self.gathered(label, lambda: [work(piece) for piece in mine])
+        if [len(part) for part in found] != [owners.count(rank) for rank in range(self.size)]:
+            raise RankLost(f"the processes have come apart: while {label}, they had not the same to do")
+        parts = [iter(part) for part in found]
+        return [next(parts[owner]) for owner in owners]
 
     def everywhere(self, label: str, work: Callable[[], _T]) -> _T:
         """Do this in every process, and go on only if all of them have; returns what it gave in this one."""
