@@ -26,7 +26,7 @@ def main() -> None:
         "Edits ZsRE requests on a random model of the shape of a large one: ours, one pass a turn, and as published, "
         "late in a stream.\nMemory is what comes on top of the model: masters, original weights, statistics, captures. "
         "A turn is timed from text to updated weights.",
-        "large_model.py --config llama-1.2b --requests 32 --json bench/results/large_model_1.2b.json",
+        "large_model.py --config llama-1.2b --requests 24 --json bench/results/large_model_1.2b.json",
     )
     parser.add_argument(
         "--config",
