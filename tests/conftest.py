@@ -20,6 +20,12 @@ pytest.register_assert_rewrite("support")
 from support.tiny import tiny_tokenizer  # noqa: E402  loads torch
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-model-table", action="store_true", help="write docs/models.md from what test_model_table.py finds"
+    )
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a byte, no special tokens added."""

@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 import stableedit_cpp as se
-from stableedit_cpp.model.outputs import default_edit_modules
+from stableedit_cpp.editors.candidates import candidate_modules
+from stableedit_cpp.model.outputs import as_patterns, default_edit_modules
 from support.tiny import FACTS, tiny_model
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 300}
@@ -128,12 +129,20 @@ def test_an_adapter_reaches_its_modules_or_is_refused(kind, tokenizer, tmp_path)
 # --- default modules ---
 
 DEFAULTS = {
-    "Mixtral": (lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4), "self_attn.o_proj", None),
-    "Qwen3-MoE": (lambda: transformers.Qwen3MoeConfig(**MOE, num_experts=4, head_dim=8), "self_attn.o_proj", None),
+    "Mixtral": (
+        lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4),
+        "self_attn.o_proj",
+        "mlp.experts.down_proj.{0..3}",
+    ),
+    "Qwen3-MoE": (
+        lambda: transformers.Qwen3MoeConfig(**MOE, num_experts=4, head_dim=8),
+        "self_attn.o_proj",
+        "mlp.experts.down_proj.{0..3}",
+    ),
     "GPT-OSS": (
         lambda: transformers.GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
         "self_attn.o_proj",
-        None,
+        "mlp.experts.down_proj.{0..3}",
     ),
     "Qwen2-MoE": (
         lambda: transformers.Qwen2MoeConfig(**MOE, num_experts=4, shared_expert_intermediate_size=24),
@@ -159,18 +168,32 @@ def test_default_modules_or_what_there_is_instead(kind):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(make())
     assert all(name.endswith(automatic) for name in default_edit_modules(model, automatic=True))
-    if of_mlps is not None:
-        assert all(name.endswith(of_mlps) for name in default_edit_modules(model))
-        return
-    with pytest.raises(
-        ValueError, match=r"mixture of experts, and holds those of a layer in one tensor \(mlp\.experts"
-    ):
+    assert as_patterns(default_edit_modules(model)).endswith(of_mlps)
+
+
+def test_experts_that_cannot_be_edited_are_named():
+    config = transformers.JetMoeConfig(hidden_size=16, num_hidden_layers=3, num_local_experts=4, vocab_size=300)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"mixture of experts, and holds those of a layer in one tensor"):
         default_edit_modules(model)
 
 
-def test_recurrent_layers_are_named():
-    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=6, vocab_size=300, state_size=4)
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba"])
+def test_recurrent_layers_are_edited_in_their_outputs(kind):
+    """There is neither attention nor an MLP."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=64, num_hidden_layers=6, vocab_size=300, state_size=4, num_heads=16, head_dim=8, n_groups=1
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert default_edit_modules(model, automatic=True) == ["backbone.layers.4.mixer.out_proj"]
+    assert default_edit_modules(model) == [f"backbone.layers.{layer}.mixer.out_proj" for layer in (4, 5)]
+    assert "recurrent, last third" in candidate_modules(model)
+
+
+def test_rwkv_has_both():
+    config = transformers.RwkvConfig(hidden_size=16, num_hidden_layers=6, vocab_size=300)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=r"e\.g\. backbone\.layers\.4\.mixer\.out_proj\. Its layers are recurrent"):
-        default_edit_modules(model, automatic=True)
+    assert default_edit_modules(model, automatic=True) == ["rwkv.blocks.4.attention.output"]
+    assert default_edit_modules(model) == [f"rwkv.blocks.{layer}.feed_forward.value" for layer in (4, 5)]

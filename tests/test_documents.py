@@ -30,6 +30,7 @@ GUIDES = [
     "lifelong",
     "studio",
     "closed-loop",
+    "models",
     "datasets",
     "export",
     "serving",

@@ -202,7 +202,7 @@ class TestDefaults:
         assert {name.split(".", 3)[-1] for name in found} == {expected}
         assert all(int(name.split(".")[2]) >= 4 for name in found)
 
-    @pytest.mark.parametrize("kind", ["Mixtral", "Mamba", "Rwkv", "Bert"])
+    @pytest.mark.parametrize("kind", ["JetMoe", "Bert"])
     def test_none_where_there_is_no_such_mlp(self, kind):
         config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2, vocab_size=30)
         with torch.device("meta"):
@@ -217,9 +217,8 @@ class TestDefaults:
             config = transformers.Qwen3MoeConfig(**self.SMALL, mlp_only_layers=dense)
             model = transformers.AutoModelForCausalLM.from_config(config)
         assert output_projections(model, "mlp") == []
-        late = r"name them, e\.g\. the outputs of attention \(model\.layers\.\{5\.\.6\}\.self_attn\.o_proj\)"
-        with pytest.raises(ValueError, match=late):
-            default_edit_modules(model)
+        layers = {int(name.split(".")[2]) for name in default_edit_modules(model)}
+        assert min(layers) >= 5 and all(".experts." in name for name in default_edit_modules(model))
         attention = [f"model.layers.{layer}.self_attn.o_proj" for layer in (5, 6)]
         assert default_edit_modules(model, automatic=True) == attention
 

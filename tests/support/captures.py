@@ -35,7 +35,7 @@ def plain_reference(model, sequences, modules: list[str], *, prompt_rows: bool =
                 seen[module] = (inputs[0], output)
 
             handles = [model.get_submodule(name).register_forward_hook(hook) for name in modules]
-            logits = model(input_ids=torch.tensor([ids])).logits[0, len(ids) - len(answer) :]
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, len(ids) - len(answer) :]
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum") / tokens
             loss.backward()
             for handle in handles:

@@ -31,6 +31,7 @@ _COMMANDS = {
     "statistics": "gather second moments of keys and value gradients over text, for editors that hold updates off it",
     "export": "ship an edited model: whole, its changed tensors, a patch for libstableedit, a LoRA adapter or GGUF",
     "editors": "list the editors, and their settings by name",
+    "models": "list the architectures that were tried: default modules, and what works",
     "datasets": "list the known data set formats, or look into a file",
     "bench": "edit streams of requests and measure along them",
     "side-effects": "measure perplexity, downstream tasks and hidden states, before and after editing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.datasets import reading_settings
-from stableedit_cpp.cli.models import config_of
+from stableedit_cpp.cli.loading import config_of
 from stableedit_cpp.cli.options import DTYPES, form_settings, load, load_any, metrics_of, note, show
 from stableedit_cpp.cli.together import writes
 from stableedit_cpp.data import open_requests

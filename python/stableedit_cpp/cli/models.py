@@ -1,63 +1,54 @@
-"""What ``--model`` may name: a saved model, and all that this program makes of one: exports and sessions."""
+"""``stableedit models``: the architectures that were tried, what is edited in them, and what works."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from importlib.resources import files
 
-import torch
+from stableedit_cpp.cli.options import show
+from stableedit_cpp.files.table import Cell, Table, label
+from stableedit_cpp.files.words import with_nearest
 
-from stableedit_cpp.cli.placement import default_device, placement
-from stableedit_cpp.editors import EditorConfig
-from stableedit_cpp.editors.registry import parse_config
-from stableedit_cpp.export.loading import export_kind, load_export
-from stableedit_cpp.export.provenance import read_provenance
-from stableedit_cpp.lifelong import LifelongSession
-from stableedit_cpp.lifelong.view import manifest_of
-from stableedit_cpp.model.load import load_model
+__all__ = ["model_table", "run", "tried_architectures"]
 
-__all__ = ["DTYPES", "config_of", "default_device", "load", "load_any"]
-
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COLUMNS = ("architecture", "modules", "with a step size", "edit", "evaluate", "trunk cache", "session", "export")
 
 
-def load(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
-    """(model, tokenizer) as the options of ``add_model_options`` say."""
-    return load_any(options.model, options, dtype=DTYPES[options.dtype], base=options.base)
+def run(options: argparse.Namespace) -> int:
+    known = tried_architectures()
+    rows = known["architectures"]
+    if options.name is not None:
+        wanted = _plain(options.name)
+        names = [row["architecture"] for row in rows]
+        rows = [row for row in rows if wanted in _plain(row["architecture"]) or wanted in _plain(row["class"])]
+        if not rows:
+            raise ValueError(
+                f"no architecture that was tried is called {with_nearest(options.name, names)}; others are edited "
+                "where their layers are found by their shape, or with --edit-modules"
+            )
+    table, notes = model_table(rows)
+    show(options, known | {"architectures": rows}, "\n".join([table.plain(), "", *notes]).rstrip())
+    return 0
 
 
-def load_any(
-    name: str, options: argparse.Namespace, *, dtype: torch.dtype | str = "auto", base: str | None = None
-) -> tuple[torch.nn.Module, object]:
-    """(model, tokenizer) of what a name stands for.
-
-    Args:
-        options: of ``add_placement_options`` and ``add_trust_option``.
-        base: of an export or a session, where it is not where that says.
-
-    Raises:
-        ValueError: as ``load_model`` and ``load_export``; for a session as ``LifelongSession.open``.
-    """
-    how = {**placement(options), "trust_remote_code": options.trust_remote_code}
-    if _is_session(name):
-        found = manifest_of(name)["model"]
-        if not (base or found["source"]):
-            raise ValueError(f"the session {name} does not say where its model is; name it with --base")
-        model, tokenizer = load_model(base or found["source"], dtype=getattr(torch, found["dtype"]), **how)
-        LifelongSession.open(name, model, tokenizer).close()  # the model stays as the session left it
-        return model, tokenizer
-    if export_kind(name) is not None:
-        return load_export(name, lambda base, dtype: load_model(base, dtype=dtype, **how), base=base, dtype=dtype)
-    return load_model(name, dtype=dtype, **how)
+def tried_architectures() -> dict[str, object]:
+    """``architectures``, a row each, and the ``versions`` they were tried with."""
+    return json.loads((files("stableedit_cpp.cli") / "architectures.json").read_text(encoding="utf-8"))
 
 
-def config_of(name: str) -> EditorConfig | None:
-    """How a model, an export or a session was edited, where it says so."""
-    if _is_session(name):
-        return parse_config(json.dumps(manifest_of(name)["config"]))
-    return read_provenance(name).config
+def model_table(rows: list[dict]) -> tuple[Table, list[str]]:
+    """What docs/models.md and the command show of such rows: the table, and the reasons that its numbers stand for."""
+    reasons = list(dict.fromkeys(why for row in rows for why in row["why"].values()))
+
+    def cell(row: dict, column: str) -> Cell:
+        why = row["why"].get(column)
+        return label(row[column] if why is None else f"{row[column]} ({reasons.index(why) + 1})")
+
+    table = Table(_COLUMNS, [[cell(row, column) for column in _COLUMNS] for row in rows])
+    return table, [f"{number}. {why}" for number, why in enumerate(reasons, 1)]
 
 
-def _is_session(name: str) -> bool:
-    return (Path(name) / "journal").is_file()
+def _plain(name: str) -> str:
+    """Without what people leave out or put otherwise: ``qwen3-moe`` is Qwen3Moe."""
+    return "".join(filter(str.isalnum, name)).lower()

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 
-from stableedit_cpp.cli.models import DTYPES, default_device, load, load_any
+from stableedit_cpp.cli.loading import DTYPES, default_device, load, load_any
 from stableedit_cpp.editors import Editor, EditorConfig, LocalityGuard, load_config, named_editor
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig
 from stableedit_cpp.editors.registry import parse_config

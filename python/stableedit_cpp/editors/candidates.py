@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from stableedit_cpp.model.modules import describe_linear_maps, find_modules
-from stableedit_cpp.model.outputs import default_edit_modules, last_third, output_projections
+from stableedit_cpp.model.outputs import default_edit_modules, expert_outputs, last_third, output_projections
 
 __all__ = ["RULE", "candidate_modules"]
 
@@ -20,10 +20,11 @@ def candidate_modules(model: nn.Module) -> dict[str, list[str]]:
     cheapest to the dearest: a pass runs the layers from the lowest edited one up, forwards and backwards.
 
     Only what can be edited is among them, and no set twice. In a mixture of experts it is what every token runs through
-    (a shared expert, attention); dense first layers are not offered.
+    (a shared expert, attention), without a shared one also all experts of a layer; dense first layers are not
+    offered.
 
     Raises:
-        ValueError: if the model has neither MLPs nor attention that could be edited.
+        ValueError: if the model has neither MLPs nor attention nor recurrent blocks that could be edited.
     """
     found: dict[str, list[str]] = {}
     for name, modules in _sets(model):
@@ -31,8 +32,9 @@ def candidate_modules(model: nn.Module) -> dict[str, list[str]]:
             found[name] = modules
     if not found:
         raise ValueError(
-            f"no modules to choose from are known for {type(model).__name__}: it has neither MLPs nor attention with "
-            f"outputs that can be edited; name edit_modules. The model has:\n{describe_linear_maps(model)}"
+            f"no modules to choose from are known for {type(model).__name__}: it has neither MLPs, attention nor "
+            "recurrent blocks with outputs that can be edited; name edit_modules. The model has:\n"
+            f"{describe_linear_maps(model)}"
         )
     return found
 
@@ -44,6 +46,13 @@ def _sets(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
     yield "MLP, four of the last third", default_edit_modules(model) if mlp else []
     yield "MLP, every second of the upper half", mlp[len(mlp) // 2 : -1 : 2]
     yield "MLP, middle third", mlp[len(mlp) // 3 : 2 * len(mlp) // 3]
+    if not mlp and (experts := expert_outputs(model)):
+        yield "experts, four of the last third", default_edit_modules(model)
+        yield "experts, last third", [name for layer in last_third(experts) for name in layer]
+    if not mlp and not attention:
+        recurrent = output_projections(model, "recurrent")
+        yield "recurrent, last third", last_third(recurrent)
+        yield "recurrent, every second of the upper half", recurrent[len(recurrent) // 2 : -1 : 2]
 
 
 def _editable(model: nn.Module, modules: list[str]) -> bool:

@@ -29,9 +29,13 @@ class DiagonalSolver(Solver):
         # The published variance depends on the batches it is fed with: one micro-batch of one module at a time.
         keys: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
-        sizes = torch.bincount(captured.micro_batch).tolist()
+        count = int(captured.micro_batch.max()) + 1
         device = captured.keys[modules[0].name].device
         for module in modules:
-            keys += captured.keys[module.name].to(device).split(sizes)
-            gradients += captured.value_gradients[module.name].to(device).split(sizes)
-        self.normalizers[group].observe(keys, gradients)
+            own, of_outputs, seen = captured.rows_of(module)
+            of_batch = captured.micro_batch if seen is None else captured.micro_batch[seen.cpu()]
+            sizes = torch.bincount(of_batch, minlength=count).tolist()
+            keys += [part for part in own.to(device).split(sizes) if len(part)]
+            gradients += [part for part in of_outputs.to(device).split(sizes) if len(part)]
+        if keys:
+            self.normalizers[group].observe(keys, gradients)

@@ -87,6 +87,7 @@ class Editor:
 
     config_class: ClassVar[type[EditorConfig]]
     solver_class: ClassVar[type[Solver]]
+    edits_experts: ClassVar[bool] = False
     owns_rows: ClassVar[bool] = True
     edits_split: ClassVar[bool] = False
 
@@ -112,6 +113,12 @@ class Editor:
         self.modules = self.modules_of(model, config)
         if not self.edits_split:
             refuse_split(self.modules, f"{type(self).__name__}, unlike StableEdit and UltraEdit,")
+        experts = [module.name for module in self.modules if module.is_expert]
+        if experts and not self.edits_experts:
+            raise ValueError(
+                f"edit_modules: {experts[0]} is one expert of a mixture, which {type(self).__name__} does not edit; "
+                "StableEdit and UltraEdit do, or name other modules"
+            )
         how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
         self.form: Form = find_form(model, tokenizer, **how)
         found = {"edit_modules": [module.name for module in self.modules], "chat_template": self.form.chat}

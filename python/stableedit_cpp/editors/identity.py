@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from stableedit_cpp.files.digest import model_digest, tensor_digests, tokenizer_digest
+from stableedit_cpp.files.digest import joint_digest, model_digest, tensor_digests, tokenizer_digest
 from stableedit_cpp.model.form import Form
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.split import refuse_split
@@ -35,11 +35,24 @@ def identity(
     return {
         "class": type(model).__name__,
         "dtype": str(modules[0].dtype).removeprefix("torch."),
-        "outside": model_digest(model, exclude=[f"{module.name}.weight" for module in modules]),
+        "outside": _outside(model, modules),
         "edited": edited_weights(modules) if weights is None else tensor_digests(weights),
         "tokenizer": tokenizer_digest(tokenizer),
         "form": form.identity(tokenizer),
     }
+
+
+def _outside(model: torch.nn.Module, modules: Sequence[EditModule]) -> str:
+    """Digest of all that is not edited; of experts that share a tensor with edited ones, too."""
+    digest = model_digest(model, exclude=dict.fromkeys(module.tensor_name for module in modules))
+    edited, layers = {module.name for module in modules}, {m.tensor_name: m for m in modules if m.is_expert}
+    others = {
+        f"{name}.{index}": weight
+        for name, module in layers.items()
+        for index, weight in enumerate(model.get_parameter(name))
+        if f"{name}.{index}" not in edited
+    }
+    return f"{digest} {joint_digest(others)}" if others else digest
 
 
 def edited_weights(modules: Sequence[EditModule]) -> dict[str, str]:

@@ -95,10 +95,11 @@ class Solver:
 
     def _observe(self, group: str, modules: Sequence[EditModule], captured: CapturedTurn) -> None:
         """Fold a turn into the statistics of a group."""
-        keys = [captured.keys[module.name] for module in modules]
-        gradients = [captured.value_gradients[module.name] for module in modules]
-        device = keys[0].device
-        self.normalizers[group].observe([key.to(device) for key in keys], [g.to(device) for g in gradients])
+        rows = [captured.rows_of(module)[:2] for module in modules]
+        device = rows[0][0].device
+        rows = [(keys.to(device), gradients.to(device)) for keys, gradients in rows if len(keys)]
+        if rows:
+            self.normalizers[group].observe(*map(list, zip(*rows, strict=True)))
 
     def statistics(self) -> dict[str, Statistic]:
         """All that a stream accumulates here, by the names that a state has for it."""
@@ -173,6 +174,8 @@ class Solver:
             if self.normalizers[group].count == 0 and not any(
                 captured.value_gradients[module.name].any() for module in modules
             ):
+                if all(module.is_expert for module in modules):  # which saw no token yet
+                    continue
                 names = ", ".join(module.name for module in modules)
                 raise NoStep(
                     f"nothing can be solved for edit_modules {names}: the value gradients vanish there, since the "
@@ -209,9 +212,14 @@ class Solver:
         def one(number: int) -> tuple[torch.Tensor, torch.Tensor, float]:
             module = modules[number]
             device = devices[module.name]  # that of the group's statistics
-            keys, gradients = captured.keys[module.name].to(device), captured.value_gradients[module.name].to(device)
-            update = editors[module.name].compute_update(keys, gradients, mode)
-            decrease = first_order_decrease(update, keys, gradients) if self.step is not None else 0.0
+            keys, gradients, seen = captured.rows_of(module)
+            keys, gradients, decrease = keys.to(device), gradients.to(device), 0.0
+            if len(keys):
+                update = editors[module.name].compute_update(keys, gradients, mode)
+                decrease = first_order_decrease(update, keys, gradients) if self.step is not None else 0.0
+            else:
+                update = LowRankUpdate(gradients.t(), keys)
+            update = update if seen is None else _spread(update, seen.to(device))
             home = module.home
             return update.left.to(home), update.right.to(home), decrease
 
@@ -233,9 +241,12 @@ class Solver:
         """Where this process has solved for no module of a group, which other processes have, renew the whitener that
         solving renews where that is due."""
         if ranks().size > 1:
-            for group, (module, *_) in self.groups.items():
-                row = captured.value_gradients[module.name][:1]
-                self.normalizers[group].normalize_value_gradients(row.to(captured.keys[module.name].device), mode)
+            for group, modules in self.groups.items():
+                rows = [captured.rows_of(module)[1][:1] for module in modules]
+                row = next((row for row in rows if len(row)), None)
+                if row is not None:
+                    device = captured.keys[modules[0].name].device
+                    self.normalizers[group].normalize_value_gradients(row.to(device), mode)
 
     def _choose(self, loss: float, decrease: float) -> float:
         try:
@@ -259,8 +270,9 @@ class Solver:
         for group, modules in self.groups.items():
             device = captured.keys[modules[0].name].device
             for module in modules:
-                gradients = captured.value_gradients[module.name].to(device)
-                self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
+                gradients = captured.rows_of(module)[1].to(device)
+                if len(gradients):
+                    self.normalizers[group].normalize_value_gradients(gradients, self.mode(kind))
 
     def remember(
         self, kind: str, captured: CapturedTurn | None, sequences: Sequence[TokenSequence], owners: Sequence[int]
@@ -277,4 +289,14 @@ class Solver:
         for modules in self.groups.values():
             device = captured.keys[modules[0].name].device  # that of the group's statistics
             for module in modules:
-                into[module.name].update(captured.keys[module.name].to(device))
+                keys = captured.rows_of(module)[0].to(device)
+                if len(keys):
+                    into[module.name].update(keys)
+
+
+def _spread(update: LowRankUpdate, seen: torch.Tensor) -> LowRankUpdate:
+    """An update of the rows that an expert has seen, ``[n]`` bool, as one of all rows: the others add nothing."""
+    left = update.left.new_zeros(len(update.left), len(seen))
+    right = update.right.new_zeros(len(seen), update.right.shape[1])
+    left[:, seen], right[seen] = update.left, update.right
+    return LowRankUpdate(left, right)

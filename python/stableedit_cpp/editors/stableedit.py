@@ -130,6 +130,7 @@ class StableEdit(Editor):
     config: StableEditConfig
     config_class = StableEditConfig
     solver_class = _Solver
+    edits_experts = True
     edits_split = True
 
 

@@ -46,6 +46,7 @@ class UltraEdit(Editor):
     config: UltraEditConfig
     config_class = UltraEditConfig
     solver_class = DiagonalSolver
+    edits_experts = True
     edits_split = True
 
 

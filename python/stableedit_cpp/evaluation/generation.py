@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from stableedit_cpp.evaluation.answers import no_distribution, refuse_broken
 from stableedit_cpp.evaluation.continuing import continued, generation_prefix
 from stableedit_cpp.model.form import RAW, Form, find_form, stop_tokens
-from stableedit_cpp.model.kind import check_tokenizer, language_model
+from stableedit_cpp.model.kind import check_tokenizer, language_model, writes_alone
 from stableedit_cpp.model.shares import shared_passes
 from stableedit_cpp.model.tokens import TokenSequence, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
@@ -151,7 +151,8 @@ def write_greedily(
 
     with untouched(model), _greedy(model.generation_config, eos_token_id=ends or None, pad_token_id=pad):
         prefix = generation_prefix(model, prompts, max(max_new_tokens, default=0))
-        run = list(_batches(prompts, max_new_tokens, max_tokens, context_length(model)))
+        together = 1 if writes_alone(model) else max_tokens  # a prompt of more is a batch of its own
+        run = list(_batches(prompts, max_new_tokens, together, context_length(model)))
         how = {"max_tokens": max_tokens, "skip": len(prefix or ()), "device": input_device(model)}
         done = None if on_done is None else lambda indices: on_done(len(indices))
         parts = shared_passes("writing answers", run, prompts, write, on_done=done, **how)

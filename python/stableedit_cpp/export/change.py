@@ -9,14 +9,14 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from stableedit_cpp.core import Patch, WeightChange
 from stableedit_cpp.editors import Editor
 from stableedit_cpp.export.truncation import Spectrum, decompose
 from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.files.offloaded import Offloaded, present_state
-from stableedit_cpp.model.modules import EditModule
+from stableedit_cpp.model.experts import expert_slices
+from stableedit_cpp.model.modules import EditModule, edit_module, is_linear
 
 __all__ = [
     "ModelChange",
@@ -39,7 +39,8 @@ class ModelChange:
         base_digest: ``model_digest`` of the base model.
         tensors: new values of the parameters and buffers that changed, by their name in the state dict; in host memory.
         modules: what was added to the weight of each linear map that changed, by module name: float32 (float64 for a
-            float64 model), before any rounding to half precision where that is known.
+            float64 model), before any rounding to half precision where that is known. Experts, which share a tensor,
+            are maps of their own.
         others: names of changed tensors that are not the weight of a linear map.
         skeleton: makes the model without its weights, on the meta device; None where it is not known.
         replaced: ``digests_by_dtype`` of what the base model has in the place of ``tensors``: by them it is known in
@@ -76,6 +77,23 @@ class ModelChange:
                 "the whole model, or check that the base model is the one that was edited"
             )
 
+    @property
+    def experts(self) -> list[str]:
+        """Those of the modules that are experts of a mixture, slices of one tensor."""
+        return [name for name in self.modules if f"{name}.weight" not in self.tensors]
+
+    def check_no_experts(self, what: str) -> None:
+        """For formats that know modules and no slices of a tensor; ``what`` names the format.
+
+        Raises:
+            ValueError: if an expert changed.
+        """
+        if self.experts:
+            raise ValueError(
+                f"{what} holds changes of modules, but {self.experts[0]} is one of several experts in a tensor; export "
+                "a delta, a patch or the whole model"
+            )
+
     def apply_to(self, base: nn.Module) -> None:
         """Turn the base model into the edited one, in place and bit for bit."""
         state = base.state_dict()
@@ -96,12 +114,15 @@ def change_of(editor: Editor) -> ModelChange:
     changed = [module for module in editor.modules if not _same_bits(module.weight, originals[module.name])]
     if not changed:
         raise ValueError(_NOTHING)
-    tensors = {f"{module.name}.weight": module.weight.detach().to("cpu", copy=True) for module in changed}
+    names = list(dict.fromkeys(module.tensor_name for module in changed))
+    state = present_state(editor.model)
+    tensors = {name: state[name].detach().to("cpu", copy=True) for name in names}
     with editor.unedited() as base:
         digest = model_digest(base)
+        state = present_state(base)
+        before = digests_by_dtype({name: state[name].detach() for name in names})
     modules = {module.name: weight_change(module, differences[module.name]) for module in changed}
-    before = {f"{module.name}.weight": originals[module.name] for module in changed}
-    return ModelChange(digest, tensors, modules, [], skeleton_of(editor.model), digests_by_dtype(before))
+    return ModelChange(digest, tensors, modules, [], skeleton_of(editor.model), before)
 
 
 def change_between(base: nn.Module, edited: nn.Module) -> ModelChange:
@@ -139,12 +160,14 @@ def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChan
     modules: dict[str, WeightChange] = {}
     others: list[str] = []
     for name, new in tensors.items():
-        owner, _, field = name.rpartition(".")
-        module = EditModule(owner, base.get_submodule(owner))
-        if field == "weight" and isinstance(module.module, (nn.Linear, Conv1D)):
-            dtype = torch.promote_types(new.dtype, torch.float32)
-            modules[owner] = weight_change(module, new.to(state[name].device, dtype) - state[name].to(dtype))
-        else:
+        maps = _maps_of(base, name)
+        for module in maps:
+            old = module.weight.detach()
+            fresh = new[module.module.index] if module.is_expert else new
+            if len(maps) == 1 or not _same_bits(old, fresh):
+                dtype = torch.promote_types(new.dtype, torch.float32)
+                modules[module.name] = weight_change(module, fresh.to(old.device, dtype) - old.to(dtype))
+        if not maps:
             others.append(name)
     kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     before = digests_by_dtype({name: state[name] for name in tensors})
@@ -164,16 +187,27 @@ def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
             f"{patch.base_digest[:16]}..., this one has {digest[:16]}..."
         )
     state = present_state(base)
-    missing = [name for name in patch.modules if f"{name}.weight" not in state]
-    if missing:
-        raise ValueError(f"the patch changes {missing[0]}, which the base model does not have")
-    before = digests_by_dtype({name: state[name] for name in (f"{one}.weight" for one in patch.modules)})
-    tensors = {}
+    try:
+        modules = {name: edit_module(base, name) for name in patch.modules}
+    except KeyError as missing:
+        raise ValueError(f"the patch changes {missing.args[0]}, which the base model does not have") from None
+    names = dict.fromkeys(module.tensor_name for module in modules.values())
+    before = digests_by_dtype({name: state[name].detach() for name in names})
+    tensors = {name: state[name].detach().to("cpu", copy=True) for name in names}
     for name, change in patch.modules.items():
-        weight = state[f"{name}.weight"].detach().to("cpu", copy=True)
-        change.to(torch.device("cpu")).add_to(weight)
-        tensors[f"{name}.weight"] = weight
+        module, whole = modules[name], tensors[modules[name].tensor_name]
+        change.to(torch.device("cpu")).add_to(whole[module.module.index] if module.is_expert else whole)
     return ModelChange(digest, tensors, dict(patch.modules), [], skeleton_of(base), before)
+
+
+def _maps_of(model: nn.Module, tensor: str) -> list[EditModule]:
+    """The linear maps whose weights a tensor of the state dict holds: one, the experts of a layer, or none."""
+    owner, _, field = tensor.rpartition(".")
+    module = model.get_submodule(owner)
+    if field == "weight" and is_linear(module):
+        return [EditModule(owner, module)]
+    slices = expert_slices(owner, module).items()
+    return [EditModule(name, part) for name, part in slices if part.experts.tensor_name == tensor]
 
 
 def digests_by_dtype(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors.originals import swapped
 from stableedit_cpp.evaluation import DEFAULT_METRICS, Scores, evaluate
 from stableedit_cpp.export.change import ModelChange
-from stableedit_cpp.model.modules import EditModule, find_modules
+from stableedit_cpp.model.modules import edit_module, find_modules
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["evaluate_change", "rank_for_efficacy"]
@@ -38,7 +38,7 @@ def evaluate_change(
     """
     values = {}
     for name, change in modules.items():
-        module = EditModule(name, model.get_submodule(name))
+        module = edit_module(model, name)
         values[module] = module.weight.detach().to(module.home, copy=True)
         change.to(module.home).add_to(values[module])
     with swapped(values):

@@ -58,6 +58,7 @@ def export_lora(
         OSError: if it cannot be written; nothing is left behind then.
     """
     change.check_linear("a LoRA adapter")
+    change.check_no_experts("a LoRA adapter")
     provenance = replace(provenance or Provenance(), base_digest=change.base_digest)
     modules, report = truncate(change.spectra, rank, keep, dtype or getattr(torch, change.dtype))
     config = _config(modules, report.rank, provenance.base_model)

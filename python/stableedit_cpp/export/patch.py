@@ -18,6 +18,11 @@ from stableedit_cpp.files.words import now
 __all__ = ["PATCH_FILE", "export_patch", "summary_of_requests"]
 
 PATCH_FILE = "patch.safetensors"
+_WEIGHTS = "weights = {name: model.get_submodule(name).weight.detach() for name in patch.modules}"
+_WEIGHTS_OF_EXPERTS = """\
+from stableedit_cpp import find_modules
+
+weights = {module.name: module.weight.detach() for module in find_modules(model, list(patch.modules))}"""
 
 
 def summary_of_requests(
@@ -86,7 +91,7 @@ def export_patch(
     load = loading_the_base(provenance.base_model, change.dtype)
     load += (
         f'\nfrom stableedit_cpp import core\n\npatch = core.load_patch("{PATCH_FILE}")\n'
-        "weights = {name: model.get_submodule(name).weight.detach() for name in patch.modules}\n"
+        f"{_WEIGHTS_OF_EXPERTS if change.experts else _WEIGHTS}\n"
         "patch.add_to(weights)  # subtract_from(weights) takes it away"
     )
     summary = f"A patch for libstableedit (`stableedit::load_patch`) and `stableedit_cpp.core`, in `{PATCH_FILE}`."

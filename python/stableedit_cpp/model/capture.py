@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stableedit_cpp.errors import ModelBroken
 from stableedit_cpp.model.attached import forward_hook
+from stableedit_cpp.model.experts import expert_by_expert
 from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule
 from stableedit_cpp.model.prefix import shared_prefix
@@ -37,7 +38,9 @@ class CapturedTurn:
     the prompts before them, but the first of each, whose value gradients are what flows back through attention.
 
     Attributes:
-        keys: by module name, input of the module, ``[n, k]``, float32 (float64 for a float64 model).
+        keys: by module name, input of the module, ``[n, k]``, float32 (float64 for a float64 model). Of one expert of a
+            mixture, rows of tokens that were not routed to it are zero, there and among the value gradients; see
+            ``rows_of``.
         value_gradients: by module name, gradient of the loss with respect to the module's output, ``[n, v]``. The loss
             is the mean cross-entropy over the answer tokens of each micro-batch, summed over micro-batches.
         request: index into the captured requests, ``[n]`` int64; -1 for rows that belong to none (``join``).
@@ -56,6 +59,15 @@ class CapturedTurn:
     correct: torch.Tensor
     loss: float = math.nan
     probability: torch.Tensor = field(default_factory=partial(torch.empty, 0))
+
+    def rows_of(self, module: EditModule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys and value gradients of the rows that a module has seen, and which these are, ``[n]`` bool; None where
+        it has seen all."""
+        keys, gradients = self.keys[module.name], self.value_gradients[module.name]
+        if not module.is_expert:
+            return keys, gradients, None
+        seen = keys.any(1)
+        return keys[seen], gradients[seen], seen
 
     @property
     def owned(self) -> CapturedTurn:
@@ -95,6 +107,7 @@ class _Tap:
     def __init__(self, module: EditModule) -> None:
         self.name = module.name
         self.module = module.module
+        self.edited, self.expert = module, module.is_expert
         self.keys: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
         self.batch: Batch | None = None
@@ -111,6 +124,8 @@ class _Tap:
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows at the positions, float32 at least; some models (OPT) hand over ``[batch * length, d]``."""
         rows = tensor.reshape(-1, tensor.shape[-1])
+        if self.expert:
+            return self._routed(rows)
         # The output embedding sees nothing but answer positions (see answer_logits).
         if len(rows) != len(self.batch.positions) or self.positions is not self.batch.positions:
             if len(rows) != self.batch.input_ids.numel():
@@ -119,6 +134,21 @@ class _Tap:
         elif rows.data_ptr() == tensor.data_ptr():
             rows = rows.clone()
         return rows if rows.dtype == torch.float64 else rows.float()
+
+    def _routed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those at the positions of an expert's rows, zero at the positions of tokens that it has not seen."""
+        places = torch.full((self.batch.input_ids.numel(),), -1, device=rows.device)
+        places[self.module.tokens] = torch.arange(len(rows), device=rows.device)
+        places = places[self.positions.to(rows.device)]
+        found = rows.new_zeros(len(places), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
+        found[places >= 0] = rows[places[places >= 0]].to(found.dtype)
+        return found
+
+    def unseen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and value gradients of an expert that no token of a forward pass was routed to."""
+        weight = self.edited.weight
+        zeros = partial(torch.zeros, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return tuple(zeros(len(self.positions), size) for size in self.edited.shape)
 
 
 class _Rows(NamedTuple):
@@ -180,6 +210,7 @@ def capture(
         prefix = None if prompt_rows else shared_prefix(model, sequences, trunk)
         skip = len(prefix or ())
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(expert_by_expert([tap.module for tap in taps]))
         for tap in taps:
             stack.enter_context(forward_hook(tap.module, tap))
         run = pack_apart(sequences, max_tokens, trunk, skip=skip, device=device)
@@ -257,12 +288,16 @@ def _backward(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = batch.labels.to(logits.device)
     loss = F.cross_entropy(logits, labels, reduction="none") if reference is None else divergence(reference, logits)
-    unused = [tap.name for tap in taps if tap.output is None]
+    used = [tap for tap in taps if tap.output is not None]
+    unused = [tap.name for tap in taps if tap.output is None and not tap.expert]
     if unused:
         raise ValueError(f"edit_modules: {', '.join(unused)} took no part in the forward pass")
-    gradients = torch.autograd.grad(loss.sum(), [tap.output for tap in taps])
+    gradients = torch.autograd.grad(loss.sum(), [tap.output for tap in used]) if used else ()
     rows = _Rows(loss.detach(), logits.argmax(-1) == labels, {}, {})
-    for tap, gradient in zip(taps, gradients, strict=True):
+    for tap in taps:
+        if tap.output is None:
+            rows.keys[tap.name], rows.gradients[tap.name] = tap.unseen()
+    for tap, gradient in zip(used, gradients, strict=True):
         rows.keys[tap.name] = tap.keys
         rows.gradients[tap.name] = tap.select(gradient)
         tap.keys = tap.output = tap.batch = None

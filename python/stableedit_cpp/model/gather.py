@@ -82,6 +82,9 @@ def gather_statistics(
     check_writable_file(output, "output")
     modules = find_modules(model, default_edit_modules(model) if edit_modules is None else edit_modules)
     refuse_split(modules, "gathering statistics of text")
+    experts = [module.name for module in modules if module.is_expert]
+    if experts:
+        raise ValueError(f"edit_modules: {experts[0]} is one expert, which does not see every token of a text")
     limit = context_length(model) or _WINDOW
     if window is not None and window > limit:
         raise ValueError(f"window is {window}, more than the model's context of {limit}")

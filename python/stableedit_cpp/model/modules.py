@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.files.offloaded import Offloaded
+from stableedit_cpp.model.experts import ExpertSlice, expert_slices
 from stableedit_cpp.model.split import Columns, columns_of, held, why_not_split
 
-__all__ = ["EditModule", "describe_linear_maps", "find_modules", "is_linear"]
+__all__ = ["EditModule", "describe_linear_maps", "edit_module", "find_modules", "is_linear"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class EditModule:
     """A linear map to edit: weight ``[v, k]`` (layout "linear") or ``[k, v]`` (layout "conv1d").
 
     Attributes:
+        name: in the model; that of one expert is its tensor's with the number of the slice.
         columns: those of the weight that this process holds, where it is split over processes; None where it is whole.
     """
 
@@ -36,12 +38,14 @@ class EditModule:
 
     @property
     def layout(self) -> str:
-        return "conv1d" if isinstance(self.module, Conv1D) else "linear"
+        flipped = self.module.transposed if self.is_expert else isinstance(self.module, Conv1D)
+        return "conv1d" if flipped else "linear"
 
     @property
     def weight(self) -> torch.Tensor:
-        """The parameter; where it is split, what this process has of it, ``[v, k']``, sharing its memory. One that
-        is offloaded as it rests, in host memory itself and from the disk a copy. To change it anywhere: ``write``."""
+        """The parameter; of one expert its slice; where it is split, what this process has of it, ``[v, k']``. Shares
+        its memory. One that is offloaded as it rests, in host memory itself and from the disk a copy. To change it
+        anywhere: ``write``."""
         offloaded = self.offloaded
         return held(self.module.weight) if offloaded is None else offloaded.read()
 
@@ -54,6 +58,16 @@ class EditModule:
         """Where the module runs; None where it has none."""
         offloaded = Offloaded.of(self.module, "bias")
         return self.module.bias if offloaded is None else offloaded.read().to(offloaded.device)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one expert of a mixture, which sees only the tokens that are routed to it."""
+        return isinstance(self.module, ExpertSlice)
+
+    @property
+    def tensor_name(self) -> str:
+        """Of the tensor in the state dict that the weight is, or is a slice of."""
+        return self.module.experts.tensor_name if self.is_expert else f"{self.name}.weight"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,14 +142,14 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
 
     Args:
         patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]``, ``{22,24}`` and
-            ``{22..28}``.
+            ``{22..28}``. One expert of a mixture is ``model.layers.3.mlp.experts.down_proj.7``.
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
             linear map, quantised, tied to another parameter, not loaded, or split over processes other than by columns.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    modules = dict(model.named_modules())
+    modules = _with_experts(model)
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
         if pattern in modules and pattern:
@@ -156,13 +170,37 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
     return ordered
 
 
-def describe_linear_maps(model: nn.Module) -> str:
-    """One line for each group of linear maps that differ only in the layer number, with k -> v."""
-    groups: dict[tuple[str, str], list[str]] = {}
+def edit_module(model: nn.Module, name: str) -> EditModule:
+    """The linear map of exactly this name, whether it can be edited or not.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    module = _with_experts(model).get(name)
+    if not is_linear(module):
+        raise KeyError(name)
+    return EditModule(name, module)
+
+
+def _with_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name, and behind each that holds experts these."""
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if not is_linear(module):
+        found[name] = module
+        found |= expert_slices(name, module)
+    return found
+
+
+def describe_linear_maps(model: nn.Module) -> str:
+    """One line for each group of linear maps that differ only in the layer number, or in that of an expert, with
+    k -> v."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, module in _with_experts(model).items():
+        if not is_linear(module) or (isinstance(module, ExpertSlice) and module.index > 0):
             continue
         k, v = EditModule(name, module).shape
+        if isinstance(module, ExpertSlice):
+            name = f"{module.experts.tensor_name}.{{0..{module.experts.module.num_experts - 1}}}"
         match = re.search(r"\.(\d+)\.", name)
         pattern = f"{name[: match.start()]}.{{}}.{name[match.end() :]}" if match else name
         groups.setdefault((pattern, f"{k} -> {v}"), []).append(match.group(1) if match else "")
@@ -177,12 +215,12 @@ def describe_linear_maps(model: nn.Module) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a map of a kind that can be edited."""
-    return isinstance(module, (nn.Linear, Conv1D)) and getattr(module.weight, "ndim", 0) == 2
+    return isinstance(module, (nn.Linear, Conv1D, ExpertSlice)) and getattr(module.weight, "ndim", 0) == 2
 
 
 def _check_editable(model: nn.Module, module: EditModule) -> None:
     name, inner = module.name, module.module
-    if not isinstance(inner, (nn.Linear, Conv1D)):
+    if not isinstance(inner, (nn.Linear, Conv1D, ExpertSlice)):
         raise ValueError(
             f"{name} is a {type(inner).__name__}, not a linear map; choose an nn.Linear or Conv1D. The model has:\n"
             f"{describe_linear_maps(model)}"
@@ -203,7 +241,7 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
             f"{name} is not in memory (meta device), and not where device_map, cpu_offload or disk_offload of "
             "accelerate keep weights, so it cannot be changed; load the model with one of these, or without"
         )
-    others = [other for other in _sharing(model, module) if other != f"{name}.weight"]
+    others = [other for other in _sharing(model, module) if other != module.tensor_name]
     if others:
         raise ValueError(f"{name} shares its weight with {', '.join(others)}; editing it would change these as well")
 
@@ -212,7 +250,8 @@ def _sharing(model: nn.Module, module: EditModule) -> list[str]:
     """Names of the parameters that are one with the weight of a module."""
     parameters, offloaded = dict(model.named_parameters(remove_duplicate=False)), module.offloaded
     if offloaded is None:
-        return [name for name, part in parameters.items() if held(part).data_ptr() == module.weight.data_ptr()]
+        own = held(parameters[module.tensor_name]) if module.is_expert else module.weight
+        return [name for name, part in parameters.items() if held(part).data_ptr() == own.data_ptr()]
     elsewhere = {name: Offloaded.find(model, name) for name in parameters}
     found = [name for name, other in elsewhere.items() if other is not None and other.shares_with(offloaded)]
     # On the disk each has a file of its own; what is meant to be one is the model's to say.

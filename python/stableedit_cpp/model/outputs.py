@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
+from stableedit_cpp.model.experts import expert_slices
 from stableedit_cpp.model.modules import EditModule, describe_linear_maps, is_linear
 
-__all__ = ["as_patterns", "default_edit_modules", "last_third", "output_projections"]
+__all__ = ["as_patterns", "default_edit_modules", "expert_outputs", "last_third", "output_projections"]
 
-Kind = Literal["mlp", "attention"]
+_T = TypeVar("_T")
+Kind = Literal["mlp", "attention", "recurrent"]
 
 # Where in the depth of the model the default modules lie: layers 22, 24, 26, 28 of 30.
 _DEFAULT_DEPTHS = (22 / 30, 24 / 30, 26 / 30, 28 / 30)
@@ -20,12 +22,13 @@ _DEFAULT_DEPTHS = (22 / 30, 24 / 30, 26 / 30, 28 / 30)
 
 def default_edit_modules(model: nn.Module, *, automatic: bool = False) -> list[str]:
     """Names of the MLP output projections of four layers in the last third of the language model; with an ``automatic``
-    step those of attention in the last third but the last layer (those of MLPs where there are none).
+    step those of attention in the last third but the last layer (those of MLPs where there are none). Of recurrent
+    layers alone, as Mamba's, it is their output projections, by the same rule.
 
     Edits of attention outputs reach more paraphrases, in fewer passes, on SmolLM2 and on Gemma 3 alike
     (docs/closed-loop.md); four MLPs are what a number as a step size is stated for. All are found by their shape, not
-    by their name, in the layers of the text decoder alone. In a mixture of experts it is the expert that sees every
-    token, if there is one.
+    by their name, in the layers of the text decoder alone. In a mixture of experts the MLP is the expert that sees
+    every token, if there is one, else all experts of a layer.
 
     Raises:
         ValueError: for an architecture without these. For MLPs also where at most a third of the layers hold one, or
@@ -36,9 +39,12 @@ def default_edit_modules(model: nn.Module, *, automatic: bool = False) -> list[s
     if automatic and attention:
         return last_third(attention)
     names = output_projections(model, "mlp")
+    if not names and (experts := expert_outputs(model)):
+        return [name for layer in (last_third(experts) if automatic else _late(experts)) for name in layer]
+    if not names and not attention:
+        names = output_projections(model, "recurrent")
     if not names:
-        recurrent = _recurrent_outputs(model)
-        hint = f", e.g. {as_patterns(last_third(recurrent))}" if recurrent else ""
+        hint = ""
         if attention:
             late = as_patterns(last_third(attention))
             hint = f", e.g. the outputs of attention ({late}), or let choose_modules measure"
@@ -48,7 +54,22 @@ def default_edit_modules(model: nn.Module, *, automatic: bool = False) -> list[s
         )
     if automatic:
         return last_third(names)
-    return list(dict.fromkeys(names[min(int(depth * len(names)), len(names) - 1)] for depth in _DEFAULT_DEPTHS))
+    return _late(names)
+
+
+def _late(layers: Sequence[_T]) -> list[_T]:
+    """What is edited in one layer each, at four depths of the last third."""
+    return [
+        layers[index] for index in dict.fromkeys(min(int(d * len(layers)), len(layers) - 1) for d in _DEFAULT_DEPTHS)
+    ]
+
+
+def expert_outputs(model: nn.Module) -> list[list[str]]:
+    """Names of the down projections of the experts of each layer that has some, from the first to the last; empty where
+    none can be edited one by one."""
+    inside = _of_decoder(model)
+    layers = [list(expert_slices(name, part)) for name, part in model.named_modules() if id(part) in inside]
+    return [names for names in layers if names]
 
 
 def _why_no_mlp(model: nn.Module) -> str:
@@ -60,30 +81,16 @@ def _why_no_mlp(model: nn.Module) -> str:
                 "It is a mixture of experts, and holds those of a layer in one tensor "
                 f"({inside}, {list(parameter.shape)}), which is no linear map and of which a token sees a few slices."
             )
-    if _recurrent_outputs(model):
-        return "Its layers are recurrent: they have neither attention nor an MLP of linear maps."
     return "Few layers, or only early ones, have an MLP of linear maps."
 
 
-def _recurrent_outputs(model: nn.Module) -> list[str]:
-    """Names of the last linear map, to the width of the model, in each block with a convolution (Mamba)."""
-    _, width = _text_size(model)
-    found = []
-    for name, block in model.named_modules():
-        if any(isinstance(child, nn.Conv1d) for child in block.children()):
-            maps = [child for child, part in block.named_children() if is_linear(part)]
-            if maps and EditModule("", block.get_submodule(maps[-1])).shape[1] == width:
-                found.append(f"{name}.{maps[-1]}")
-    return found
-
-
 def output_projections(model: nn.Module, kind: Kind) -> list[str]:
-    """Names of the linear maps through which MLPs, or attention, write into the residual stream, from the first layer
-    to the last; one a layer.
+    """Names of the linear maps through which MLPs, attention or recurrent blocks write into the residual stream, from
+    the first layer to the last; one a layer.
 
     Empty where there are none in the upper half of the text decoder's layers, or an MLP in at most a third of them.
     """
-    find = _mlp_output if kind == "mlp" else _attention_output
+    find = {"mlp": _mlp_output, "attention": _attention_output, "recurrent": _recurrent_output}[kind]
     count, width = _text_size(model)
     found: dict[tuple, list[str]] = {}  # one entry for each place within a layer
     for name, layers in _layer_lists(model).items():
@@ -97,7 +104,7 @@ def output_projections(model: nn.Module, kind: Kind) -> list[str]:
         for inside, members in places.items():
             # The dense first layers of a mixture of experts are an MLP, but not where facts can be edited.
             late = 2 * list(members)[2 * len(members) // 3] + 1 >= len(layers)
-            if late and (kind == "attention" or 3 * len(members) > len(layers)):
+            if late and (kind != "mlp" or 3 * len(members) > len(layers)):
                 names = list(members.values())
                 # Adapters beside an MLP are of its shape, but narrower. The decoder comes after the encoder.
                 inner = EditModule(inside, model.get_submodule(names[0])).shape[0]
@@ -105,7 +112,7 @@ def output_projections(model: nn.Module, kind: Kind) -> list[str]:
     return found[max(found)] if found else []
 
 
-def last_third(names: Sequence[str]) -> list[str]:
+def last_third(names: Sequence[_T]) -> list[_T]:
     """Of names in the order of the layers, those of the last third but the very last, unless that is all there is."""
     begin = 2 * len(names) // 3
     return list(names[begin : max(begin + 1, len(names) - 1)])
@@ -122,7 +129,15 @@ def as_patterns(names: Sequence[str]) -> str:
             groups.setdefault((name[: match.start()], name[match.end() :]), []).append(int(match[1]))
         else:
             alone.append(name)
-    return " ".join([f"{head}.{_numbers(found)}.{tail}" for (head, tail), found in groups.items()] + alone)
+    found = [(f"{head}.{_numbers(numbers)}.", tail) for (head, tail), numbers in groups.items()]
+    experts: dict[tuple[str, str], list[int]] = {}  # whose number is at the end
+    for head, tail in found:
+        match = re.search(r"\.(\d+)$", tail)
+        if match:
+            experts.setdefault((head, tail[: match.start()]), []).append(int(match[1]))
+    whole = [head + tail for head, tail in found if not re.search(r"\.\d+$", tail)]
+    whole += [f"{head}{tail}.{_numbers(numbers)}" for (head, tail), numbers in experts.items()]
+    return " ".join(whole + alone)
 
 
 def _numbers(numbers: Sequence[int]) -> str:
@@ -145,9 +160,14 @@ def _layer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists within those, such as the experts of a layer."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     lists = {name: part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = {id(part) for part in decoder.modules()}
+    inside = _of_decoder(model)
     return {name: part for name, part in lists.items() if id(part) in inside} or lists
+
+
+def _of_decoder(model: nn.Module) -> set[int]:
+    """Ids of the modules of what the model calls its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return {id(part) for part in decoder.modules()}
 
 
 def _mlp_output(block: nn.Module, width: int | None) -> str | None:
@@ -155,26 +175,35 @@ def _mlp_output(block: nn.Module, width: int | None) -> str | None:
     no MLP.
 
     An MLP has one or two maps from width d to another width m (two with a gate, or one to 2m for both) and one from m
-    back to d. Attention has other shapes: four maps, or one to 3d; and what has a convolution is a recurrent layer.
+    back to d, beside which RWKV has a gate from d to d. Attention has other shapes: four maps, or one to 3d; and what
+    has a convolution is a recurrent layer.
     """
     maps = _maps(block)
     if not 2 <= len(maps) <= 3:
         return None
     for down, (m, d) in reversed(maps.items()):
-        ups = [shape for name, shape in maps.items() if name != down]
-        if m != d and width in (None, d) and (all(up == (d, m) for up in ups) or ups == [(d, 2 * m)]):
+        ups = sorted(shape for name, shape in maps.items() if name != down)
+        if m != d and width in (None, d) and ups in ([(d, m)], [(d, m)] * 2, [(d, 2 * m)], sorted([(d, m), (d, d)])):
             return down
     return None
 
 
 def _attention_output(block: nn.Module, width: int | None) -> str | None:
-    """Name of the last linear map to the width of the model, in a block that calls itself attention and has others
-    beside it; None if there is none."""
+    """Name of the last linear map to the width of the model, but a gate, in a block that calls itself attention and has
+    others beside it; None if there is none."""
     if "attention" not in type(block).__name__.lower():
         return None
     maps = _maps(block)
-    outputs = [name for name, (_, v) in maps.items() if width in (None, v)]
+    outputs = [name for name, (_, v) in maps.items() if width in (None, v) and "gate" not in name]
     return outputs[-1] if outputs and len(maps) > 1 else None
+
+
+def _recurrent_output(block: nn.Module, width: int | None) -> str | None:
+    """Name of the last linear map in a block with a convolution (Mamba), if it leads to the width of the model."""
+    if not any(isinstance(child, nn.Conv1d) for child in block.children()):
+        return None
+    maps = [name for name, child in block.named_children() if is_linear(child)]
+    return maps[-1] if maps and EditModule("", block.get_submodule(maps[-1])).shape[1] == width else None
 
 
 def _maps(block: nn.Module) -> dict[str, tuple[int, int]]:

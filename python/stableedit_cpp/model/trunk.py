@@ -228,8 +228,14 @@ class TrunkCache:
         states alone.
 
         Raises:
-            ValueError: if the logits are not the same; and whatever the model raises.
+            ValueError: if the logits are not the same, or need not be in other batches; and whatever the model raises.
         """
+        above = [name for layer in self._layers[self._depth :] for name, _ in layer.named_modules()]
+        if any(name.rpartition(".")[2] == "experts" for name in above):
+            raise ValueError(
+                "a mixture of experts multiplies the tokens of an expert together, padding among them, so that the "
+                "last bits depend on the padding's states, which are not kept"
+            )
         ids = sequence.ids[:_PROOF_TOKENS]
         pair = [TokenSequence(part, part) for part in (ids, ids[: len(ids) // 2 + 1])]
         other = [TokenSequence(ids[::-1], ids[::-1])]

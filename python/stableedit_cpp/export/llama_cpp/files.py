@@ -99,6 +99,7 @@ def export_gguf_lora(
         OSError: if it cannot be written; nothing is left behind then.
     """
     change.check_linear("a LoRA adapter")
+    change.check_no_experts("a LoRA adapter")
     if change.skeleton is None:
         raise ValueError("the model has no config, by which llama.cpp's names of its modules are found")
     config = change.skeleton().config
