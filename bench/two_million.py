@@ -211,7 +211,6 @@ def edit(place: Path, file: Path, count: int, options) -> dict[str, object]:
     status = SessionView(session).status()
     (begin, before, _), (end, after, _) = command.samples[first], command.samples[-1]
     editing = [size for *_, size in command.samples[first:]]
-    tenth = max(1, len(editing) // 10)
     return {
         "requests": count,
         "edited": status.edits,
@@ -221,8 +220,8 @@ def edit(place: Path, file: Path, count: int, options) -> dict[str, object]:
         "edits_per_second": status.edits / (end - begin),
         "edits_per_processor_second": status.edits / (after - before),
         "peak_resident_bytes": max(size for *_, size in command.samples),
-        "resident_bytes_second_tenth_of_editing": sum(editing[tenth : 2 * tenth]) / tenth,
-        "resident_bytes_last_tenth_of_editing": sum(editing[-tenth:]) / tenth,
+        "resident_bytes_second_tenth_of_editing": _mean_of_tenth(editing, 1),
+        "resident_bytes_last_tenth_of_editing": _mean_of_tenth(editing, 9),
         "journal_bytes_per_request": status.journal_bytes / status.edits,
         "index_bytes_per_request": (session / FILE).stat().st_size / status.edits,
     }
@@ -236,7 +235,17 @@ def evaluate(place: Path, file: Path, count: int, options) -> dict[str, object]:
     seconds, processor, _ = process.samples[-1]
     found = {"requests": count, "seconds": seconds, "processor_seconds": processor}
     found["records_per_processor_second"] = count / processor
-    return {**found, "peak_resident_bytes": max(size for *_, size in process.samples)}
+    sizes = [size for *_, size in process.samples]
+    found |= {
+        f"resident_bytes_{name}_tenth": _mean_of_tenth(sizes, tenth) for name, tenth in (("fifth", 4), ("last", 9))
+    }
+    return {**found, "peak_resident_bytes": max(sizes)}
+
+
+def _mean_of_tenth(sizes: list[int], tenth: int) -> float:
+    """Of what was seen in a tenth of the time, counted from 0."""
+    part = sizes[tenth * len(sizes) // 10 : (tenth + 1) * len(sizes) // 10]
+    return sum(part) / max(1, len(part))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,13 @@ class TestReading:
         assert dict(zip(found.numbers, found.parts(found.numbers), strict=True)) == expected
 
     @pytest.mark.parametrize("seed", range(3))
+    def test_different_questions(self, seed):
+        requests = contradicting(20, seed)
+        spool = Spool(("", request) for request in requests)
+        expected = list({request.question: request for request in requests}.values())
+        assert [spool[number] for number in spool.different()] == expected
+
+    @pytest.mark.parametrize("seed", range(3))
     def test_contradictions_are_said_alike(self, seed, tokenizer, on_disk):
         requests, editor, said = contradicting(12, seed), make(tokenizer), []
         for given in (requests, iter(requests)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import sqlite3
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -121,6 +122,16 @@ class Spool(Sequence[EditRequest]):
         rows = self._database.execute("SELECT question, number, own, answer FROM statements ORDER BY question, number")
         for question, group in groupby(rows, itemgetter(0)):
             yield [(number, Statement(question, bool(own), answer)) for _, number, own, answer in group]
+
+    def different(self) -> array:
+        """Numbers of requests with different questions of their own: of those with one question the last, in the order
+        of the first."""
+        last = array("q", [-1]) * len(self)
+        for group in self.questions():
+            numbers = [number for number, statement in group if statement.own]
+            if numbers:
+                last[numbers[0]] = numbers[-1]
+        return array("q", (number for number in last if number >= 0))
 
     def _read(self, begin: int, end: int) -> list[EditRequest]:
         rows = self._database.execute("SELECT request FROM requests WHERE number >= ? AND number < ?", (begin, end))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from stableedit_cpp.data.request import EditRequest, as_requests
+from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.spool import Spool
+from stableedit_cpp.data.stream import as_stream, parts_of
 from stableedit_cpp.editors.candidates import RULE, candidate_modules
 from stableedit_cpp.editors.choice_cache import read_choice, write_choice
 from stableedit_cpp.editors.config import EditorConfig
@@ -23,6 +26,7 @@ from stableedit_cpp.model.outputs import as_patterns
 
 __all__ = ["ENOUGH", "ModuleChoice", "choose_modules", "remembered_choice"]
 
+_Item = TypeVar("_Item")
 ENOUGH = 50  # requests, for measuring to be worth its time without being asked for
 _FEWEST = 8
 _HEATS = ((16, 3), (64, 4))  # requests and passes: all candidates, then those that are still in the running
@@ -123,11 +127,11 @@ def choose_modules(
             the reasons.
         KeyboardInterrupt: after Ctrl-C, as for any error: with the model as it was.
     """
-    requests = as_requests(requests)
+    requests = as_stream(requests)
     config = _checked(config)
     if cached and (found := remembered_choice(model, tokenizer, config)) is not None:
         return found
-    sample = _spread(list({request.question: request for request in requests}.values()), _HEATS[-1][0])
+    sample = _sample(requests, _HEATS[-1][0])
     if len(sample) < _FEWEST:
         raise ValueError(
             f"requests: {len(sample)} with different prompts are too few to choose modules with; give at least "
@@ -138,7 +142,8 @@ def choose_modules(
         named = [module.name for module in find_modules(model, config.edit_modules)]
         candidates |= {} if named in candidates.values() else {"as named": named}
     trials = Trials(model, tokenizer, config)
-    trials.check(requests)
+    for _, part in parts_of(requests):
+        trials.check(part)
     try:
         done = _race(trials, candidates, sample, progress)
     except EditInterrupted:  # of a trial, which has been taken back
@@ -186,7 +191,14 @@ def _race(
     return done
 
 
-def _spread(requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
+def _sample(requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
+    """So many with different questions."""
+    if isinstance(requests, Spool):
+        return [requests[number] for number in _spread(requests.different(), count)]
+    return _spread(list({request.question: request for request in requests}.values()), count)
+
+
+def _spread(requests: Sequence[_Item], count: int) -> list[_Item]:
     """So many of them, evenly spread; a file is often sorted by something."""
     if len(requests) <= count:
         return list(requests)
