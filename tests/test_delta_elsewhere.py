@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from stableedit_cpp import core
@@ -14,6 +16,7 @@ from stableedit_cpp.export import Provenance, apply_delta, apply_delta_to_checkp
 from stableedit_cpp.files.digest import model_digest
 from support.commands import tree
 from support.exports import card_of, edited, facts_of
+from support.ranks import together
 from support.tiny import FACTS, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -122,3 +125,36 @@ def test_saved_models_that_are_refused(delta, tmp_path):
     apply_delta(tiny_model("llama"), tmp_path / "old.safetensors")
     with pytest.raises(ValueError, match="another base model"):
         apply_delta(tiny_model("llama", torch.bfloat16), tmp_path / "old.safetensors", any_dtype=True)
+
+
+def test_model_that_is_split_over_processes(tmp_path):
+    """Each process gets its part of the edited weights, by columns, by rows, and whole."""
+    editor = edited(modules=["model.layers.1.mlp.{up,down}_proj", "lm_head"])
+    export_delta(change_of(editor), tmp_path / "delta")
+    layouts = {"model.layers.1.mlp.down_proj": Shard(1), "model.layers.1.mlp.up_proj": Shard(0), "lm_head": Replicate()}
+
+    def split(dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
+        model, mesh = tiny_model("llama", dtype, seed), init_device_mesh("cpu", (2,))
+        for name, layout in layouts.items():
+            module = model.get_submodule(name)
+            module.weight = torch.nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [layout]))
+        return model
+
+    def work(_rank: int) -> list:
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model = split(dtype)
+            apply_delta(model, tmp_path / "delta", any_dtype=dtype != torch.float32)
+            found.append({name: model.get_submodule(name).weight.full_tensor().detach() for name in layouts})
+        for model in (split(torch.float32, seed=1), split(torch.bfloat16)):
+            before = model.lm_head.weight.full_tensor().clone()
+            with pytest.raises(ValueError, match="belongs to"):
+                apply_delta(model, tmp_path / "delta")
+            assert torch.equal(model.lm_head.weight.full_tensor(), before)
+        return found
+
+    for part in together(2, work, tmp_path):
+        assert not isinstance(part, BaseException), part
+        for name in layouts:
+            weight = editor.model.get_submodule(name).weight.detach()
+            assert torch.equal(part[0][name], weight) and torch.equal(part[1][name], weight.bfloat16())

@@ -20,6 +20,7 @@ from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.files.offloaded import present_state
+from stableedit_cpp.model.split import is_split, put, whole
 
 __all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta", "fits_rounded", "read_delta"]
 
@@ -56,7 +57,8 @@ def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = F
     """Turn a base model into the edited one, in place and bit for bit.
 
     Args:
-        model: the base model in its dtype, on any device.
+        model: the base model in its dtype, on any device; or split over processes (``tp_plan="auto"``, FSDP), of which
+            all have to call this. That one is known by the tensors that are replaced, too.
         path: delta.safetensors, or the directory it is in.
         any_dtype: the base model may be in another dtype, e.g. bfloat16 where float32 was edited; it becomes the edited
             model rounded to that. It is known by the tensors that are replaced then, and the others are not looked at.
@@ -68,9 +70,28 @@ def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = F
         OSError: if the file cannot be read.
         ValueError: if it is damaged or no delta, or belongs to another base model; the model is as before then.
     """
-    change = change_from_delta(model, path, any_dtype=any_dtype)
-    change.apply_to(model)
-    return sorted(change.tensors)
+    state = model.state_dict()
+    if any(map(is_split, state.values())):
+        tensors = _for_split(state, path, any_dtype)
+    else:
+        tensors = change_from_delta(model, path, any_dtype=any_dtype).tensors
+    with torch.no_grad():
+        for name in sorted(tensors):
+            put(state[name], tensors[name])
+    return sorted(tensors)
+
+
+def _for_split(state: Mapping[str, torch.Tensor], path: str | Path, any_dtype: bool) -> dict[str, torch.Tensor]:
+    """The new values of a model whose weights lie in several processes, which join one after the other."""
+    path, tensors, metadata = read_delta(path)
+    here = {name: whole(state[name]) for name in sorted(tensors) if name in state}
+    new = fits_rounded(metadata, tensors, here)
+    if new is None:
+        name = metadata.get("base_model", "another model")
+        raise ValueError(f"{path} belongs to another base model than the one that is split over processes: to {name}")
+    if not any_dtype and any(new[name].dtype != tensor.dtype for name, tensor in tensors.items()):
+        raise ValueError(f"{path} belongs to this base model in another dtype, which takes any_dtype=True")
+    return new
 
 
 def change_from_delta(base: torch.nn.Module, path: str | Path, *, any_dtype: bool = False) -> ModelChange:

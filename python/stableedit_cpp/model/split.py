@@ -17,14 +17,25 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.errors import RankLost
 from stableedit_cpp.files.digest import fingerprint
 from stableedit_cpp.model.ranks import Ranks
 
-__all__ = ["Columns", "columns_of", "held", "join_keys", "refuse_split", "who_is_lost", "why_not_split"]
+__all__ = [
+    "Columns",
+    "columns_of",
+    "held",
+    "is_split",
+    "join_keys",
+    "put",
+    "refuse_split",
+    "who_is_lost",
+    "whole",
+    "why_not_split",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,23 @@ class Map(Protocol):
 def held(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a tensor that may be split, sharing its memory."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_split(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be split, joined: all processes have to ask."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a whole value into a tensor that may be split; each process writes what it holds."""
+    if isinstance(tensor, DTensor):
+        value = value.to(tensor.device_mesh.device_type)
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    held(tensor).copy_(value)
 
 
 def columns_of(weight: torch.Tensor) -> Columns | None:
