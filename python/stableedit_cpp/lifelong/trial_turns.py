@@ -17,7 +17,7 @@ from stableedit_cpp.files.environment import PeakMemory, resident_bytes
 from stableedit_cpp.lifelong.journal.codec import encode_turn
 from stableedit_cpp.lifelong.journal.snapshots import state_fingerprints
 
-__all__ = ["Trial", "TrialTurn", "sizes_of", "try_turns"]
+__all__ = ["Clock", "Trial", "TrialTurn", "sizes_of", "try_turns"]
 
 Clock = Callable[[], float]
 _FRAME = 400  # bytes of a record for its header, time, number, digests and the names of its tensors
