@@ -40,6 +40,7 @@ from stableedit_cpp.model.form import Form, find_form
 from stableedit_cpp.model.kind import check_editable, check_tokenizer
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
+from stableedit_cpp.model.packed import unpack
 from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
 from stableedit_cpp.model.split import refuse_split, who_is_lost
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
@@ -59,7 +60,8 @@ class Editor:
     for the update of every edited module and applies it. Either all of that happens or nothing.
 
     Args:
-        model: a Hugging Face causal LM; its edited weights change, its mode and ``requires_grad`` flags do not.
+        model: a Hugging Face causal LM; its edited weights change, its mode and ``requires_grad`` flags do not. Of a
+            quantised one the modules that are edited are made dense, and stay so.
         tokenizer: its tokenizer.
         config: of the editor's own class; None takes its defaults.
         guard: what watches unrelated prompts after every pass, so that edits stop before they ruin the model: a
@@ -110,7 +112,10 @@ class Editor:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.modules = self.modules_of(model, config)
+        found = self.modules_of(model, config)
+        if unpack(model, {module.name: module.module for module in found}):
+            found = self.modules_of(model, config)
+        self.modules = found
         if not self.edits_split:
             refuse_split(self.modules, f"{type(self).__name__}, unlike StableEdit and UltraEdit,")
         experts = [module.name for module in self.modules if module.is_expert]
@@ -135,7 +140,8 @@ class Editor:
     def modules_of(model: torch.nn.Module, config: EditorConfig) -> list[EditModule]:
         """Those that an editor with this config edits; raises as the constructor."""
         automatic = config.step_size == "auto"
-        return find_modules(model, config.edit_modules or default_edit_modules(model, automatic=automatic))
+        names = config.edit_modules or default_edit_modules(model, automatic=automatic)
+        return find_modules(model, names, packed=True)
 
     @property
     def config(self) -> EditorConfig:

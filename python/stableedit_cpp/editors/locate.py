@@ -128,7 +128,7 @@ class LocateEditor(Editor):
 
     @staticmethod
     def modules_of(model: torch.nn.Module, config: LocateConfig) -> list[EditModule]:
-        modules = find_modules(model, config.edit_modules or located_modules(model))
+        modules = find_modules(model, config.edit_modules or located_modules(model), packed=True)
         check_located_modules(model, modules)
         return modules
 

@@ -79,8 +79,18 @@ def tensor_digest(tensor: torch.Tensor, name: str = "the tensor") -> str:
     if tensor.is_meta:
         raise ValueError(f"{name} is not in memory (meta device), so it has no digest; load it without offloading")
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=_SIZE)
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for part in _parts(tensor.detach()):
+        digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors in one that only stands for them, as quantised weights of torchao do (PyTorch's protocol for
+    wrapper subclasses)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def fingerprint(tensor: torch.Tensor) -> bytes:

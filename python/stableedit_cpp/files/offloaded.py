@@ -145,6 +145,8 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def present(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the state dict; one that is offloaded from where it rests."""
+    if not tensor.is_meta:  # nor are all names in a state dict those of a module's tensors: libraries add some
+        return tensor
     found = Offloaded.find(model, name)
     return tensor if found is None else found.read()
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from stableedit_cpp.files.offloaded import Offloaded
 from stableedit_cpp.model.attached import beneath_hook, replaced_forward, replacement
+from stableedit_cpp.model.packed import is_packed
 from stableedit_cpp.model.tokens import Batch
 
 __all__ = ["Linears"]
@@ -26,9 +27,9 @@ __all__ = ["Linears"]
 class Linears:
     """Within ``replaced``, the plain ``nn.Linear`` modules of a model run through here.
 
-    Their weights must not require a gradient; subclasses, and modules whose forward somebody else has replaced, are
-    left alone; beneath a hook of accelerate's they run through here as well. Results differ from PyTorch's in the last
-    bits, as between any two matrix libraries.
+    Their weights must not require a gradient; subclasses, quantised ones, and modules whose forward somebody else has
+    replaced, are left alone; beneath a hook of accelerate's they run through here as well. Results differ from
+    PyTorch's in the last bits, as between any two matrix libraries.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Linears:
     def replaced(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for module in model.modules():
-                if type(module) is not nn.Linear:
+                if type(module) is not nn.Linear or is_packed(module):
                     continue
                 if replacement(module) is None:
                     stack.enter_context(replaced_forward(module, _Forward(self, module)))

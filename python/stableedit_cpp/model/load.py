@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.hub import HUB_TIMEOUT
+from stableedit_cpp.model.packed import keep_layout
 
 __all__ = ["SMOLLM2", "cache_directory", "drop_gguf_marks", "load_model"]
 
@@ -125,6 +126,7 @@ def _from_pretrained(
     tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     drop_gguf_marks(model)
+    keep_layout(model)
     return model, tokenizer
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.files.offloaded import Offloaded
 from stableedit_cpp.model.experts import ExpertSlice, expert_slices
+from stableedit_cpp.model.packed import is_packed, packed_kind
 from stableedit_cpp.model.split import Columns, columns_of, held, why_not_split
 
 __all__ = ["EditModule", "describe_linear_maps", "edit_module", "find_modules", "is_linear"]
@@ -72,6 +73,8 @@ class EditModule:
     @property
     def shape(self) -> tuple[int, int]:
         """(k, v): dimensions of key and value gradient, of the whole weight."""
+        if is_packed(self.module):
+            return self.module.in_features, self.module.out_features
         rows, columns = self.module.weight.shape
         return (rows, columns) if self.layout == "conv1d" else (columns, rows)
 
@@ -137,12 +140,13 @@ class EditModule:
             self.weight.copy_(values.to(self.dtype))
 
 
-def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditModule]:
+def find_modules(model: nn.Module, patterns: Sequence[str] | str, *, packed: bool = False) -> list[EditModule]:
     """Look up modules by exact name or by pattern, in the order of the model.
 
     Args:
         patterns: exact names, or shell patterns with ``*`` (also across dots), ``?``, ``[..]``, ``{22,24}`` and
             ``{22..28}``. One expert of a mixture is ``model.layers.3.mlp.experts.down_proj.7``.
+        packed: whether quantised ones will do, which ``model.packed.unpack`` makes dense.
 
     Raises:
         ValueError: for a name or pattern that matches nothing (the message says what exists), a module that is not a
@@ -166,7 +170,8 @@ def find_modules(model: nn.Module, patterns: Sequence[str] | str) -> list[EditMo
         chosen.update(linear)
     ordered = [EditModule(name, modules[name]) for name in modules if name in chosen]
     for module in ordered:
-        _check_editable(model, module)
+        if not (packed and is_packed(module.module)):
+            _check_editable(model, module)
     return ordered
 
 
@@ -215,11 +220,17 @@ def describe_linear_maps(model: nn.Module) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a map of a kind that can be edited."""
-    return isinstance(module, (nn.Linear, Conv1D, ExpertSlice)) and getattr(module.weight, "ndim", 0) == 2
+    plain = isinstance(module, (nn.Linear, Conv1D, ExpertSlice)) and getattr(module.weight, "ndim", 0) == 2
+    return plain or is_packed(module)
 
 
 def _check_editable(model: nn.Module, module: EditModule) -> None:
     name, inner = module.name, module.module
+    if is_packed(inner):
+        raise ValueError(
+            f"{name} has quantised weights ({packed_kind(inner)}); load the model in float32, bfloat16 or float16, or "
+            "let an editor unpack it"
+        )
     if not isinstance(inner, (nn.Linear, Conv1D, ExpertSlice)):
         raise ValueError(
             f"{name} is a {type(inner).__name__}, not a linear map; choose an nn.Linear or Conv1D. The model has:\n"
@@ -229,12 +240,8 @@ def _check_editable(model: nn.Module, module: EditModule) -> None:
     if split is not None:
         raise ValueError(f"{name} {split}")
     weight = module.weight
-    plain = type(weight.data) is torch.Tensor
-    if not plain or weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
-        kind = str(weight.dtype) if plain else type(weight.data).__name__
-        raise ValueError(
-            f"{name} has quantised weights ({kind}); load the model in float32, bfloat16 or float16 to edit it"
-        )
+    if weight.ndim != 2:
+        raise ValueError(f"{name} has a weight of shape {list(weight.shape)}; a linear map has a matrix")
     offloaded = module.offloaded
     if weight.is_meta and (offloaded is None or not offloaded.writable):
         raise ValueError(

@@ -95,7 +95,7 @@ class HypernetworkEditor(Editor):
     def modules_of(cls, model: torch.nn.Module, config: HypernetworkConfig) -> list[EditModule]:
         if config.hypernetwork is not None and config.edit_modules is None:
             trained = cls.config_class.from_json(SavedEditor.read(config.hypernetwork).config)
-            return find_modules(model, trained.edit_modules)
+            return find_modules(model, trained.edit_modules, packed=True)
         return super().modules_of(model, config)
 
     def _as_trained(
@@ -111,7 +111,7 @@ class HypernetworkEditor(Editor):
             raise ValueError(f"{path} was not written by save_hypernetwork()")
         theirs = type(config).from_json(trained.config)
         if config.edit_modules is not None:
-            own = [module.name for module in find_modules(model, config.edit_modules)]
+            own = [module.name for module in find_modules(model, config.edit_modules, packed=True)]
             if own != theirs.edit_modules:
                 raise ValueError(
                     f"the hypernetwork {path} was trained for {', '.join(theirs.edit_modules)}, not for edit_modules "
