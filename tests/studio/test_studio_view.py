@@ -7,10 +7,10 @@ from tqdm.auto import tqdm
 
 from stableedit_cpp.studio.bars import Bar, shown_bar
 from stableedit_cpp.studio.charts import DriftPoint, charts_of, drift_points
-from stableedit_cpp.studio.desk import View
 from stableedit_cpp.studio.jobs import Worker
 from stableedit_cpp.studio.known import Looked
 from stableedit_cpp.studio.rows import Row, counts, filtered
+from stableedit_cpp.studio.view import View
 from stableedit_cpp.studio.words import heading, work
 from support.sessions import create, stream
 

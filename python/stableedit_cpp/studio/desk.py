@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +15,14 @@ from stableedit_cpp.editors import AppliedTurn, EditReport
 from stableedit_cpp.editors.followers import Follower
 from stableedit_cpp.evaluation import generate
 from stableedit_cpp.lifelong import LifelongSession, audit
-from stableedit_cpp.lifelong.history import STEPS
-from stableedit_cpp.studio.charts import charts_of, drift_points
 from stableedit_cpp.studio.jobs import Job, Stopped, Worker
 from stableedit_cpp.studio.known import Known
 from stableedit_cpp.studio.reading import read_file
-from stableedit_cpp.studio.rows import Row, row_of
 from stableedit_cpp.studio.shipping import ship
+from stableedit_cpp.studio.view import View, view_of
 
-__all__ = ["Answers", "Desk", "View"]
+__all__ = ["Answers", "Desk"]
 
-_LOG = 1000  # records of which the page has a line
 _STRETCH = 200  # requests that are audited between two looks at what else is to be done
 
 
@@ -35,31 +31,6 @@ class Answers(NamedTuple):
 
     edited: str
     unedited: str
-
-
-@dataclass(frozen=True)
-class View:
-    """A session at one moment; nothing of it changes any more.
-
-    Attributes:
-        version: another number, another view. line: the turns in the model. rows: the edits, in order.
-        turns: the unedited model, 0, and the last of the line, when, and what each did.
-        charts: HTML. directory, model, editor: for the heading.
-    """
-
-    version: int = 0
-    directory: str = ""
-    model: str = ""
-    editor: str = ""
-    line: list[int] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    turns: list[tuple[int, str, str]] = field(default_factory=list)
-    charts: str = ""
-
-    @property
-    def turn(self) -> int:
-        """The last in the model."""
-        return self.line[-1] if self.line else 0
 
 
 class Desk(Follower):
@@ -102,10 +73,12 @@ class Desk(Follower):
 
     def __exit__(self, *_exception: object) -> None:
         """The turn in flight is done before the session is closed."""
-        self.worker.close()
-        self.session.editor.followers.remove(self)
-        self.session.close()
-        self._warnings.__exit__(None, None, None)
+        try:
+            self.worker.close()
+            self.session.editor.followers.remove(self)
+            self.session.close()
+        finally:
+            self._warnings.__exit__(None, None, None)
 
     # --- what may be asked for ---
 
@@ -240,20 +213,8 @@ class Desk(Follower):
             self._publish(charts=False)
 
     def _publish(self, *, charts: bool = True) -> None:
-        """Make a new view of the session."""
         begin = time.monotonic()
-        session, old = self.session, self.view
-        rows = [row_of(entry, self.known.found) for entry in session.history.entries.values()]
-        manifest = session.manifest
-        turns = [(0, _minute(manifest["time"]), "the unedited model")]
-        turns += [
-            (entry.turn, _minute(entry.time), f"{entry.kind.replace('_', '-')}: {entry.text}")
-            for entry in session.log(_LOG)
-            if entry.kind in STEPS and entry.in_model
-        ]
-        drawn = charts_of(drift_points(session), rows, self.known.audits) if charts else old.charts
-        names = (str(session.directory), str(manifest["model"]["source"]), manifest["config"]["editor"])
-        self.view = View(old.version + 1, *names, list(session.history.line), rows, turns, drawn)
+        self.view = view_of(self.session, self.known, self.view, charts=charts)
         end = time.monotonic()
         self._due = end + 20 * (end - begin)
 
@@ -267,7 +228,3 @@ def _said(report: EditReport) -> str:
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _minute(time: str) -> str:
-    return time[:16].replace("T", " ")

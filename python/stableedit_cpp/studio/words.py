@@ -6,9 +6,9 @@ import time
 from html import escape
 
 from stableedit_cpp.studio.bars import Bar
-from stableedit_cpp.studio.desk import View
 from stableedit_cpp.studio.jobs import Job, Worker
 from stableedit_cpp.studio.rows import counts
+from stableedit_cpp.studio.view import View
 
 __all__ = ["WORDS_CSS", "heading", "work"]
 
