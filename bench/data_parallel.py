@@ -30,6 +30,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.stretches: list[float] = []
+        self.labels: list[str] = []  # of the exchange that each ends with
         self.bytes = 0
         self._since = time.process_time()
         self._meet, self._pack = ranks.Ranks._exchange, exchange._pack
@@ -37,9 +38,9 @@ class Meter:
     def __enter__(self) -> Meter:
         meter = self
 
-        def meet(group: ranks.Ranks, *arguments: object) -> object:
-            meter.mark()
-            return meter._meet(group, *arguments)
+        def meet(group: ranks.Ranks, label: str, *arguments: object) -> object:
+            meter.mark(label)
+            return meter._meet(group, label, *arguments)
 
         def pack(*arguments: object) -> torch.Tensor:
             payload = meter._pack(*arguments)
@@ -50,11 +51,12 @@ class Meter:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.mark()
+        self.mark("the rest")
         ranks.Ranks._exchange, exchange._pack = self._meet, self._pack
 
-    def mark(self) -> None:
+    def mark(self, label: str) -> None:
         now = time.process_time()
+        self.labels.append(label)
         self.stretches.append(now - self._since)
         self._since = now
 
@@ -67,7 +69,7 @@ def work(options, model, tokenizer, requests) -> dict[str, object]:
     begin = time.perf_counter()
     with Meter() as meter:
         report = editor.edit(requests, progress=ranks.ranks().lead)
-    found["edit"] = {"stretches": meter.stretches, "bytes": meter.bytes, "wall": time.perf_counter() - begin}
+    found["edit"] = measured(meter, begin)
     found["turns"] = [(turn.passes, turn.taken, turn.back_offs) for turn in report.turns]
     digests = [tensor_digest(weight.master) for weight in editor.weights.values()]
     statistics = [tensor_digest(t) for part in editor.state_dict().values() for t in part.values()]
@@ -76,9 +78,14 @@ def work(options, model, tokenizer, requests) -> dict[str, object]:
     with Meter() as meter:
         how = {"metrics": ["accuracy"], "chat_template": editor.form.chat}
         scores = se.evaluate(model, tokenizer, requests[: options.scored], **how, progress=ranks.ranks().lead)
-    found["evaluate"] = {"stretches": meter.stretches, "bytes": meter.bytes, "wall": time.perf_counter() - begin}
+    found["evaluate"] = measured(meter, begin)
     found["scores"] = {name: scores[name].mean for name in SCORES}
     return found
+
+
+def measured(meter: Meter, begin: float) -> dict[str, object]:
+    wall = time.perf_counter() - begin
+    return {"stretches": meter.stretches, "labels": meter.labels, "bytes": meter.bytes, "wall": wall}
 
 
 def together(size: int, *arguments: object) -> list[dict[str, object]]:
@@ -108,10 +115,15 @@ def line(found: list[dict[str, object]], one: list[dict[str, object]]) -> dict[s
     for part in ("edit", "evaluate"):
         own = sum(one[0][part]["stretches"])
         stretches = [each[part]["stretches"] for each in found]
-        longest = sum(map(max, zip(*stretches, strict=True)))
+        longest = [max(together) for together in zip(*stretches, strict=True)]
+        by_part: dict[str, float] = {}
+        for label, seconds in zip(found[0][part]["labels"], longest, strict=True):
+            by_part[label] = by_part.get(label, 0.0) + seconds
+        longest = sum(longest)
         record[part] = {
             "processor_seconds": sum(map(sum, stretches)),
             "longest_seconds": longest,
+            "longest_seconds_until": by_part,
             "worth_of_a_process": own / longest / size,
             "worth_by_processor_time": own / sum(map(sum, stretches)),
             "wall_seconds": found[0][part]["wall"],

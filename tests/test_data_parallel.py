@@ -134,6 +134,27 @@ def test_a_process_with_something_else_is_found_before_the_first_turn(part, chan
         assert f"the {part} of process 1 differ from those of process 0" in str(message)
 
 
+def test_weights_that_part_are_found_after_the_turn(tmp_path):
+    """As a processor of another kind may, process 1 comes to other last digits."""
+
+    def work(rank: int) -> tuple[str, int]:
+        editor = editor_of("ultraedit", distributed="auto")
+        solve = editor.solver.solve
+
+        def other(*arguments, **how):
+            found = solve(*arguments, **how)
+            return found._replace(updates={name: update.scaled(1 + 1e-6) for name, update in found.updates.items()})
+
+        editor.solver.solve = other if rank == 1 else solve
+        with pytest.raises(se.RanksDiffer) as caught:
+            editor.edit(REQUESTS, progress=False)
+        return str(caught.value), caught.value.report.edits
+
+    for message, edits in together(2, work, tmp_path):
+        assert f"the weights of {MODULES[0]} of process 1 differ from those of process 0; after turn 1" in message
+        assert edits == 4
+
+
 def test_more_processes_than_a_turn_has_requests(tmp_path):
     def work(rank: int) -> None:
         config = se.StableEditConfig(turn_size=1, edit_modules=MODULES)
