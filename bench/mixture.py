@@ -106,7 +106,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(float(output.loss))
+        losses.append(float(output.loss.detach()))
     model.config.output_router_logits = False
     tail = losses[-max(1, options.steps // 20) :]
     return model.eval(), {

@@ -52,6 +52,10 @@ def place(tmp_path_factory) -> Path:
     for part, begin in (("edit", 0), ("train", 1000)):
         records = [record(begin + index) for index in range(40)]
         (place / "zsre" / f"zsre_{part}_5k.json").write_text(json.dumps(records))
+    (place / "downstream").mkdir()
+    (place / "downstream" / "wikitext2_test_raw.txt").write_text(
+        "A river runs to the sea , and the sea is wide .\n" * 40
+    )
     model, tokenizer = load_model(place / "model")
     facts = read_requests(place / "zsre" / "zsre_edit_5k.json", 13)
     StableEdit(model, tokenizer, StableEditConfig.one_pass(edit_modules=MODULES, **TAKES)).edit(facts, progress=False)
@@ -114,6 +118,10 @@ RUNS = {
         ["--model", "{place}/model with merges", *TINY[2:], "--requests", 2, "--length", 3],
     ),
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
+    "mixture": (
+        "edited",
+        ["--data", "{place}", "--steps", 3, "--batch", 2, "--width", 16, "--vocabulary", 300, "--edits", 6],
+    ),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
     "plan": ("within_aims", [*TINY, "--runs", "one pass", "--share", 0.3]),
     "reading": ("json", ["--records", 1000]),
