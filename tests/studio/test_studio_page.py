@@ -287,3 +287,20 @@ def test_killed_amid_an_edit(tmp_path, capsys):
         until(lambda: client.predict(1, api_name="/job")["state"] == "done")
         assert client.predict(1, api_name="/job")["said"] == f"{1000 - done} edits to do, {done} done before"
         client.predict(api_name="/stop")
+
+
+def test_a_second_ctrl_c_drops_the_turn(tmp_path, tokenizer):
+    from gradio_client import Client, handle_file
+
+    model, path, edits = save_tiny(tmp_path / "model"), tmp_path / "many.json", tmp_path / "edits"
+    path.write_text(json.dumps(stream(300)))
+    with studio(edits, "--model", model) as (process, address):
+        client = Client(address, verbose=False, analytics_enabled=False)
+        client.predict(handle_file(str(path)), api_name="/add_file")
+        until(lambda: client.predict(api_name="/status")["turn"] == 1)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline().startswith("Ending after the turn in flight")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    with se.LifelongSession.open(edits, tiny_model("llama"), tokenizer) as session:
+        assert session.history.turn == 1
