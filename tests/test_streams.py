@@ -21,6 +21,7 @@ from stableedit_cpp.data.statements import content_digest
 from stableedit_cpp.data.stream import as_stream
 from stableedit_cpp.data.superseding import Current, current_parts
 from stableedit_cpp.editors.ahead import ahead
+from stableedit_cpp.editors.statements import Statements
 from stableedit_cpp.lifelong.audit import audit
 from support.editors import assert_same_bits, make, on_call, state_of
 from support.tiny import FACTS
@@ -169,16 +170,16 @@ class TestEditing:
         assert no_thread_is_left()
 
     def test_what_the_thread_raises_comes_behind_the_turns_before(self, tokenizer, monkeypatch, on_disk):
-        editor, real = make(tokenizer, turn_size=2), se.StableEdit._tokens
+        editor, real = make(tokenizer, turn_size=2), Statements.tokens
         expected = make(tokenizer, turn_size=2)
         expected.edit(FACTS[:8])
 
-        def tokens(self, own, requests, names):
-            if own is not self.tokenizer and names[0].startswith("request 8"):
+        def tokens(self, requests, names=None):
+            if self.tokenizer is not editor.tokenizer and names[0].startswith("request 8"):
                 raise MemoryError("on the thread")
-            return real(self, own, requests, names)
+            return real(self, requests, names)
 
-        monkeypatch.setattr(se.StableEdit, "_tokens", tokens)
+        monkeypatch.setattr(Statements, "tokens", tokens)
         with pytest.raises(MemoryError, match="on the thread") as stop:
             editor.edit(iter(FACTS))
         assert stop.value.report.edits == 8 and no_thread_is_left()

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from stableedit_cpp.core import LifelongNormalizer, PastKeys
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.data.spool import Spool
-from stableedit_cpp.data.stream import as_stream, parts_of
+from stableedit_cpp.data.stream import as_stream
 from stableedit_cpp.data.superseding import warn_of_contradictions
-from stableedit_cpp.editors.ahead import AHEAD
 from stableedit_cpp.editors.anchors import Anchors
 from stableedit_cpp.editors.applied import AppliedTurn
+from stableedit_cpp.editors.changes import SeenUnedited
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.editors.followers import Followers
 from stableedit_cpp.editors.guard import LocalityGuard
-from stableedit_cpp.editors.identity import identity
 from stableedit_cpp.editors.replays import Replays
-from stableedit_cpp.editors.saved import SavedEditor
 from stableedit_cpp.editors.solver import Solver
-from stableedit_cpp.editors.stream import names_of, run_stream
+from stableedit_cpp.editors.state import SavedState
+from stableedit_cpp.editors.statements import Statements
+from stableedit_cpp.editors.stream import run_stream
 from stableedit_cpp.editors.together import check_together
 from stableedit_cpp.editors.turn import Turn, owners_of
 from stableedit_cpp.editors.weights import Checkpoint, EditedWeights
@@ -43,7 +37,7 @@ from stableedit_cpp.model.outputs import default_edit_modules
 from stableedit_cpp.model.packed import unpack
 from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
 from stableedit_cpp.model.split import refuse_split, who_is_lost
-from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
+from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.model.untouched import input_device
 
@@ -53,7 +47,7 @@ __all__ = ["Editor"]
 _UNGUARDED = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
 
 
-class Editor:
+class Editor(SeenUnedited, SavedState):
     """Edits a causal language model in place, one turn of requests at a time.
 
     A turn captures keys and value gradients under the current model, folds them into the running statistics, solves
@@ -271,66 +265,7 @@ class Editor:
 
     def check(self, requests: Iterable[EditRequest | Mapping[str, object]]) -> None:
         """Raise what ``edit`` would raise for bad requests, without editing: before a long warm-up, say."""
-        self._check(as_stream(requests), None)
-
-    @contextmanager
-    def unedited(self) -> Iterator[torch.nn.Module]:
-        """The model as it was before this editor's first edit, without a second copy of it; yields ``self.model``.
-
-        Within the block the edited modules hold their original weights; afterwards, also after an exception, they hold
-        the edited ones again, bit for bit. Blocks may be nested; editing inside one raises ValueError. What is kept for
-        it, see ``OriginalWeights``.
-        """
-        with self.weights.originals.shown():
-            yield self.model
-
-    def keep_original_weights(self, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Take the modules' present weights, or those given by module name, as the unedited ones.
-
-        The first ``edit`` or ``warm_up`` does this by itself; call it where the model was edited before, by what a
-        session replays, say.
-
-        Raises:
-            ValueError: for weights that are not those of the edited modules; or within ``unedited()``.
-        """
-        self.weights.keep_originals(weights)
-
-    def original_weights(self) -> dict[str, torch.Tensor]:
-        """Unedited weights by module name, in host memory and the layout and dtype of the module; not to be changed.
-
-        Raises:
-            ValueError: for weights that are split over processes, or within ``unedited()``.
-        """
-        refuse_split(self.modules, "looking at the unedited weights")
-        self.weights.attach()
-        return {module.name: self.weights.originals[module.name] for module in self.modules}
-
-    def weight_changes(self) -> dict[str, torch.Tensor]:
-        """What all edits together have added to the weights, by module name, in the layout of the module.
-
-        In float32 (float64 for a float64 model), from the float32 master of a half-precision weight.
-
-        Raises:
-            ValueError: for weights that are split over processes, or within ``unedited()``.
-        """
-        refuse_split(self.modules, "looking at what was added to the weights")
-        return self.weights.changes()
-
-    def shrink(self, share: float) -> None:
-        """Keep only this share of what all edits together have added: W <- W0 + share (W - W0).
-
-        After a stream it gives back much of what the edits cost other answers, for few of the edits, and for more of
-        their generalization (docs/closed-loop.md). The statistics stay as they are.
-
-        Raises:
-            ValueError: for a share that is not in (0, 1]; where a follower refuses it, a session say, or ``on_turn``
-                is set, which would not see it; or within ``unedited()``.
-        """
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"share must be greater than 0 and at most 1, not {share!r}")
-        if self.on_turn is not None:
-            raise ValueError("the editor is followed turn by turn (on_turn); what shrinks would be missing there")
-        self.weights.shrink(share)
+        self._statements.check(as_stream(requests))
 
     def tokenize(self, requests: Sequence[EditRequest], names: Sequence[str] | None = None) -> list[TokenSequence]:
         """The statements of requests as the editor sees them, in its form: of each request prompt and target, then its
@@ -343,113 +278,15 @@ class Editor:
             ValueError: for a prompt or target without tokens, or longer than the model's context, or a prompt that the
                 chat template refuses.
         """
-        return self._tokens(self.tokenizer, requests, names or names_of(requests))
+        return self._statements.tokens(requests, names)
 
-    def _tokens(self, tokenizer, requests: Sequence[EditRequest], names: Sequence[str]) -> list[TokenSequence]:
-        pairs = [statement for request in requests for statement in request.statements]
-        return tokenize(tokenizer, pairs, context_length(self.model), names, self.form)
-
-    def _check(self, requests: Sequence[EditRequest], progress: bool | None) -> None:
-        """Raise what is wrong with any of the requests; of a long stream one part after the other."""
-        shown = None if progress is None else not progress
-        long = isinstance(requests, Spool)
-        with tqdm(total=len(requests), desc="Checking", unit="request", disable=shown if long else True) as bar:
-            for begin, part in parts_of(requests):
-                places = requests.places(begin, begin + len(part)) if long else None
-                self.tokenize(part, names_of(part, begin, places))
-                bar.update(len(part))
-
-    def _tokens_of_turns(
-        self, requests: Sequence[EditRequest], progress: bool | None
-    ) -> Callable[[Sequence[EditRequest], int], list[TokenSequence]]:
-        """Checks all requests, and gives what gives the tokens of a turn: those are kept of a few turns only."""
-        if len(requests) <= AHEAD * self.config.turn_size:
-            every = self.tokenize(requests)
-            begins = list(accumulate((len(request.statements) for request in requests), initial=0))
-            return lambda part, begin: every[begins[begin] : begins[begin + len(part)]]
-        self._check(requests, progress)
-        # Of tokenizers one thread each: what others ask of this one meanwhile may change its settings.
-        own = copy.deepcopy(self.tokenizer)
-        return lambda part, begin: self._tokens(own, part, names_of(part, begin))
+    @property
+    def _statements(self) -> Statements:
+        return Statements(self.model, self.tokenizer, self.form)
 
     def make_trunk_cache(self) -> TrunkCache | None:
         """A trunk cache for this editor's model and modules; None where nothing lies below them that could be kept."""
         return TrunkCache.where_possible(self.model, self.modules)
-
-    def checkpoint(self) -> Checkpoint:
-        """Weights and statistics as they are now, to go back to."""
-        self.weights.attach()
-        return Checkpoint(self.weights)
-
-    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """All that edits change and later edits depend on, as ``core.save_state`` takes it.
-
-        "weights" holds the edited weights by module name (float32 for half-precision ones, from which those are
-        rounded), in the layout of the module; "normalizer/<group>" the running statistics and "past_keys/<module>" the
-        past keys. They share memory with the editor: look, do not write.
-
-        Raises:
-            ValueError: for weights that are split over processes, or within ``unedited()``.
-        """
-        refuse_split(self.modules, "a state")
-        self.weights.attach()
-        statistics = {name: part.state_dict() for name, part in self.solver.statistics().items()}
-        return {"weights": {name: weight.master for name, weight in self.weights.items()}, **statistics}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Become what the editor that gave ``state_dict()`` was, bit for bit; the tensors may be on any device.
-
-        Raises:
-            ValueError: if it belongs to other modules or another config, or a follower refuses, a session say; nothing
-                is changed then.
-        """
-        own = self.state_dict()
-        shapes = {name: weight.shape for name, weight in own["weights"].items()}
-        if state.keys() != own.keys() or {name: weight.shape for name, weight in state["weights"].items()} != shapes:
-            raise ValueError(f"the state is not one of an editor of {', '.join(shapes)}")
-        devices = self.solver.devices()
-
-        def work(_before: Checkpoint) -> None:
-            for name, part in self.solver.statistics().items():
-                # Counts and options are tensors without a dimension, read on the host.
-                placed = {key: field.to(devices[name]) if field.ndim else field for key, field in state[name].items()}
-                part.restore(type(part).from_state_dict(placed))
-            self.weights.load(state["weights"])
-
-        self.weights.change(work, "loading a state")
-
-    def save(self, path: str | Path) -> None:
-        """Write a file that ``load`` goes on from: config, edited weights, statistics, and what tells the model and the
-        tokenizer from others. It is there whole or not at all; a file that was there is replaced.
-
-        The file holds the edited weights and statistics only (see ``state_dict``). Every weight of the model is read
-        once, for its digest. The guard, and who follows the editor, are not in it.
-
-        Raises:
-            OSError: if it cannot be written; a file that was there is as it was. ValueError: within ``unedited()``.
-        """
-        model = identity(self.model, self.tokenizer, self.modules, self.form, self.original_weights())
-        SavedEditor(self.config.to_json(), self.state_dict(), model).write(path)
-
-    @classmethod
-    def load(cls, model: torch.nn.Module, tokenizer, path: str | Path | SavedEditor) -> Editor:
-        """The editor that ``save`` wrote, on the model that it began with. It goes on as if there had been no break:
-        bit for bit on the same machine, or with anchors up to rounding: those that had been answered before the break
-        share their batches with others after it. ``load_editor`` loads that of any class.
-
-        Args:
-            model: unedited; it becomes the edited one.
-
-        Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it is damaged, of another editor, or of another model or tokenizer, or if the model is edited
-                already; the model is then as it was.
-        """
-        saved = path if isinstance(path, SavedEditor) else SavedEditor.read(path)
-        editor = cls(model, tokenizer, cls.config_class.from_json(saved.config))
-        saved.check(model, tokenizer, editor.modules, editor.form)
-        editor.load_state_dict(saved.state)
-        return editor
 
     def replay(self, turn: AppliedTurn) -> None:
         """Do again what a turn did to weights and statistics, from its record and without running the model.
@@ -533,7 +370,7 @@ class Editor:
 
         def read() -> tuple[Sequence[EditRequest], Callable]:
             found = as_stream(requests, progress=progress)
-            return found, self._tokens_of_turns(found, progress)
+            return found, self._statements.of_turns(found, self.config.turn_size, progress, self.tokenize)
 
         requests, tokens = ranks().everywhere("reading requests", read)
         if ranks().size > 1 and passes is None:  # what is done again was compared then
