@@ -7,30 +7,33 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import stableedit_cpp as se
 from common import finish, new_parser, start
 from stableedit_cpp.files.environment import PeakMemory, resident_bytes
 from stableedit_cpp.lifelong.plan import plan_stream
-from workload import CONFIGS, add_model_options, edited, pretrained, random_model, zsre
+from workload import add_model_options, pretrained, zsre
 
-# (model, requests, turn size, whether by the settings of one pass)
+# Requests, turn size, and settings.
 RUNS = {
-    "one pass": ("", 120, 20, True),
-    "default": ("", 36, 6, False),
-    "random model": ("tiny", 240, 30, True),
+    "one pass": (60, 10, se.StableEditConfig.one_pass),
+    "three passes": (40, 8, partial(se.StableEditConfig.one_pass, max_passes=3, past_key_weight=0.05)),
+    "default": (12, 3, se.StableEditConfig),
 }
 
 
 def main() -> None:
     parser = new_parser(
-        "Three streams of ZsRE: one pass a turn and the default settings on --model, and one pass on a random model. "
-        "Each is planned in one process and edited in another; seconds are of the processor.",
+        "Three streams of ZsRE: one pass a turn, three passes with past keys, and the default settings. Each is "
+        "planned in one process and edited in another; seconds are of the processor.",
         "plan.py --threads 1 --json bench/results/plan.json",
     )
     add_model_options(parser)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME")
     parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the requests of each (default 1)")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="so many processes at once (default 1)")
     parser.add_argument("--part", nargs=2, metavar=("RUN", "PART"), help=argparse.SUPPRESS)  # of a process of its own
     options = parser.parse_args()
     device = start(options)
@@ -38,8 +41,10 @@ def main() -> None:
         print(json.dumps(work(*options.part, options, device)))
         return
     results = {}
-    for run in options.runs:
-        planned, real = (process(run, part) for part in ("plan", "edit"))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        parts = {run: [pool.submit(process, run, part) for part in ("plan", "edit")] for run in options.runs}
+    for run, pair in parts.items():
+        planned, real = (part.result() for part in pair)
         apart = {name: planned[name] / real[name] - 1 for name in ("seconds", "peak_bytes")}
         results[run] = {"apart": apart, "planned": planned, "real": real}
     within = all(
@@ -56,14 +61,10 @@ def process(run: str, part: str) -> dict[str, float]:
 
 
 def work(run: str, part: str, options: argparse.Namespace, device) -> dict[str, float]:
-    config, count, turn_size, one_pass = RUNS[run]
+    count, turn_size, settings = RUNS[run]
     model, tokenizer, modules = pretrained(options, device)
-    if config:
-        model = random_model(config, options, device) if config in CONFIGS else model
-        modules = edited(model, options)
-    how = {"edit_modules": [module.name for module in modules], "turn_size": turn_size}
-    settings = se.StableEditConfig.one_pass(**how) if one_pass else se.StableEditConfig(**how)
-    editor = se.StableEdit(model, tokenizer, settings)
+    config = settings(edit_modules=[module.name for module in modules], turn_size=turn_size)
+    editor = se.StableEdit(model, tokenizer, config)
     requests = zsre(options, max(1, round(count * options.share)))
     if part == "plan":
         plan = plan_stream(editor, requests, clock=time.process_time)

@@ -245,6 +245,11 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens\.weight"):
             find_modules(model, "lm_head")
 
+    def test_a_head_of_its_own_is_no_tied_one(self, tmp_path):
+        for way in WAYS.values():
+            (module,) = find_modules(way(tiny_model("llama"), tmp_path), "lm_head")
+            assert module.offloaded is not None
+
     def test_weights_that_are_nowhere(self):
         with pytest.raises(ValueError, match=r"is not in memory.*so it cannot be changed; load the model with"):
             find_modules(tiny_model("llama").to("meta"), MODULES)
