@@ -42,7 +42,8 @@ def test_each_is_short_and_named_in_the_readme():
             assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path.name
         if path.suffix in (".py", ".ipynb"):
             assert f"({path.name})" in text, path.name
-    assert set(SCRIPTS) == {"correct_one_fact", "weekly_stream", "compare_editors", "ship_to_a_server"}
+    named = {"correct_one_fact", "weekly_stream", "compare_editors", "edit_a_quantised_model", "ship_to_a_server"}
+    assert set(SCRIPTS) == named
 
 
 def test_correct_one_fact(place, capsys):
@@ -69,6 +70,13 @@ def test_compare_editors(place, capsys):
     run("compare_editors", "week-1.jsonl", "--limit", "2")
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[1:]] == ["stableedit", "ultraedit", "fine-tuning"]
+
+
+def test_edit_a_quantised_model(place, capsys):
+    pytest.importorskip("bitsandbytes")
+    run("edit_a_quantised_model", "--prompt", "Gold is", "--target", "Au", "--output", "edited")
+    out = capsys.readouterr().out
+    assert "21 packed maps, of which 1 are dense" in out and "edited has 20 packed maps" in out
 
 
 def test_ship_to_a_server(place, capsys):
