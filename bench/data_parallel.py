@@ -142,7 +142,7 @@ def main() -> None:
     parser = new_parser(
         "Edits ZsRE with one process, with two and with four, forked on this machine, and scores all edits. Speed is\n"
         "by processor time, so that it says the same on a machine that does other things meanwhile: see Meter.",
-        "data_parallel.py --edits 200 --json bench/results/data_parallel.json",
+        "data_parallel.py --preset one-pass --edits 400 --scored 40 --json bench/results/data_parallel.json",
     )
     add_model_options(parser)
     parser.add_argument("--edits", type=int, default=1000, metavar="N", help="default 1000")
