@@ -78,6 +78,15 @@ class TestComesTrue:
         assert full == 15  # else the count is of those alone
         assert plan.decompositions[0] == pytest.approx(normalizer.decompositions, abs=2, rel=0.2)
 
+    def test_decompositions_begin_when_there_are_rows_enough(self, tokenizer):
+        editor = make(tokenizer, edit_modules=MODULES[1], turn_size=1)
+        plan = plan_stream(editor, FACTS[:12])
+        report = editor.edit(FACTS[:12], progress=False)
+        full = ["full" in turn.whitening.values() for turn in report.turns]
+        assert not full[0] and full[-1]
+        (normalizer,) = editor.normalizers.values()
+        assert plan.decompositions[0] == pytest.approx(normalizer.decompositions, abs=2)
+
     @pytest.mark.parametrize("detail", ["factors", "requests"])
     def test_journal_and_snapshots(self, tokenizer, tmp_path, detail):
         config = se.StableEditConfig.one_pass(edit_modules=MODULES, step_size=1e-2, turn_size=5, past_key_weight=0.05)

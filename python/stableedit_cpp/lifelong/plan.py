@@ -129,9 +129,9 @@ def plan_stream(
     memory["working"] = {
         place: max(0, peak - sum(part.get(place, 0) for part in memory.values())) for place, peak in peaks.items()
     }
-    decompositions = _decompositions(editor, rows) if trial.decomposition else 0
-    each = sum(trial.decomposition.values()) / max(1, len(trial.decomposition))
-    decompositions *= len(trial.decomposition)
+    by_group = {group: _decompositions(editor, group, rows) for group in trial.decomposition}
+    decompositions = sum(by_group.values())
+    each = sum(trial.decomposition[group] * count for group, count in by_group.items()) / max(1, decompositions)
     factorisations, factorisation = _factorisations(editor, trial, sum(rows))
     once = trial.once
     if len(trial.turns) > 1:
@@ -167,12 +167,14 @@ def _rows(trial: Trial, sizes: Sequence[int]) -> list[int]:
     return [max(1, round(size * rows / max(1, characters))) for size in sizes]
 
 
-def _decompositions(editor: Editor, rows: Sequence[int]) -> int:
-    """How often a group's covariance is decomposed: anew once its samples have grown by ``refresh``."""
-    refresh, seen, last, count = getattr(editor.config, "refresh", 0.0), 0, 0, 0
+def _decompositions(editor: Editor, group: str, rows: Sequence[int]) -> int:
+    """How often a group's covariance is decomposed: first when there are more samples than dimensions, and anew once
+    they have grown by ``refresh``; and now and then for a turn that is unlike those before, which is not foreseen."""
+    refresh, dims = getattr(editor.config, "refresh", 0.0), editor.normalizers[group].value_dim
+    seen, last, count = editor.normalizers[group].count, 0.0, 0
     for more in rows:
-        seen += more
-        if seen >= last * (1 + refresh):
+        seen += more * len(editor.solver.groups[group])
+        if seen > dims + 1 and seen >= last * (1 + refresh):
             count, last = count + 1, seen
     return count
 

@@ -150,7 +150,7 @@ def _decomposition(editor: Editor, clock: Clock) -> dict[str, float]:
     """Seconds of one whitening transform, by group of statistics that are whitened in full."""
     found = {}
     for group, normalizer in editor.normalizers.items():
-        if normalizer.whitener is not None:
+        if normalizer.value_tracker is not None:
             covariance = torch.eye(normalizer.value_dim, device=editor.solver.groups[group][0].device)
             covariance += torch.rand_like(covariance) / normalizer.value_dim
             begin = clock()
