@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import tempfile
@@ -63,7 +64,9 @@ class Meter:
 
 def work(options, model, tokenizer, requests) -> dict[str, object]:
     """Edit and score, with however many processes there are."""
-    config = EDITORS[options.preset].config
+    changes = {"max_tokens_per_forward": options.max_tokens}
+    changes |= {"edit_modules": options.edit_modules} if options.edit_modules else {}
+    config = dataclasses.replace(EDITORS[options.preset].config, **changes)
     editor = se.editors.make_editor(model, tokenizer, config)
     found: dict[str, object] = {}
     begin = time.perf_counter()

@@ -89,6 +89,7 @@ TINY = ["--model", "{place}/model", "--data", "{place}", "--edit-modules", *MODU
 RUNS = {
     "capture": ("over_limit", [*TINY, "--requests", 4, "--repeats", 1]),
     "closed_loop": ("settings_done", [*TINY, "--edits", 20, "--warm-up", 10, "--settings", "closed-loop"]),
+    "data_parallel": ("results", [*TINY, "--preset", "one-pass", "--edits", 12, "--processes", 1, 2]),
     "device_map": ("same_bits", [*TINY, "--edits", 8]),
     "dry_run": ("records_per_second", ["--records", 2000, "--turn-size", 50]),
     "editing_math": (
