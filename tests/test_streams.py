@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
+from stableedit_cpp.cli import main
 from stableedit_cpp.data import stream as streams
 from stableedit_cpp.data.request import as_requests
 from stableedit_cpp.data.spool import Seen, Spool
@@ -24,7 +25,7 @@ from stableedit_cpp.editors.ahead import ahead
 from stableedit_cpp.editors.statements import Statements
 from stableedit_cpp.lifelong.audit import audit
 from support.editors import assert_same_bits, make, on_call, state_of
-from support.tiny import FACTS
+from support.tiny import FACTS, save_tiny
 
 
 @pytest.fixture
@@ -274,3 +275,16 @@ def test_memory_does_not_grow_with_a_stream(tokenizer, on_disk):
     alive(500)
     few = alive(500)
     assert alive(3000) < few + 500
+
+
+def test_a_file_of_scores_without_those_of_each_request(tmp_path, on_disk, capsys):
+    save_tiny(tmp_path / "model", "llama")
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--requests", str(tmp_path / "edits.jsonl")]
+    command += ["--metrics", "accuracy", "--output", str(tmp_path / "scores.json")]
+    found = []
+    for more in ([], ["--no-per-request"]):
+        assert main([*command, *more]) == 0
+        found.append(json.loads((tmp_path / "scores.json").read_text()))
+    assert len(found[0].pop("per_request")) == len(FACTS) and "per_request" not in found[1]
+    assert found[0]["efficacy"] == found[1]["efficacy"] and "scores are in" in "".join(capsys.readouterr())
