@@ -53,6 +53,21 @@ class Provenance:
     edited: str | None = None
     environment: Mapping[str, object] | None = None
 
+    @classmethod
+    def of_session(cls, session, base_model: str | None, *, share_kept: float | None = None) -> Provenance:
+        """Of a ``LifelongSession`` where it stands; ``base_model`` is where its model came from."""
+        turn, counts = session.history.turn, session.history.counts()
+        return cls(
+            base_model=base_model,
+            config=session.editor.config,
+            edit_modules=[module.name for module in session.editor.modules],
+            edits=counts["current"],
+            warm_up_edits=counts["warm_up"],
+            share_kept=share_kept,
+            edited=session.history.steps[turn].record.content["time"] if turn else None,
+            environment=session.manifest["environment"],
+        )
+
     def since(self, base_digest: str) -> Provenance | None:
         """What was edited since the model was this one; None where it never was, as far as it is known."""
         digests = [*(one.get("base_digest") for one in self.earlier), self.base_digest]

@@ -44,16 +44,8 @@ def ship(session: LifelongSession, kind: str) -> str:
     """
     if kind not in KINDS:
         raise ValueError(f"there is no export {kind!r}; known are: {', '.join(KINDS)}")
-    editor, line = session.editor, [session.history.steps[turn] for turn in session.history.line]
-    provenance = Provenance(
-        base_model=session.manifest["model"]["source"],
-        config=editor.config,
-        edit_modules=[module.name for module in editor.modules],
-        edits=len(session.current_requests()),
-        warm_up_edits=len(session.history.warm_up),
-        edited=line[-1].record.content["time"] if line else None,
-        environment=session.manifest["environment"],
-    )
+    editor = session.editor
+    provenance = Provenance.of_session(session, session.manifest["model"]["source"])
     change = change_of(editor)
     directory = exports_of(session.directory) / f"{kind}-turn-{session.history.turn}"
     how = {"provenance": provenance, "overwrite": True}

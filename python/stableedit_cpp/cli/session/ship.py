@@ -15,17 +15,7 @@ def export_session(options: argparse.Namespace) -> int:
     if options.shrink is not None and not 0 < options.shrink <= 1:
         raise ValueError(f"--shrink must be greater than 0 and at most 1, not {options.shrink}")
     with opened(options) as session:
-        turn, counts = session.history.turn, session.history.counts()
-        provenance = Provenance(
-            base_model=options.model,
-            config=session.editor.config,
-            edit_modules=[module.name for module in session.editor.modules],
-            edits=counts["current"],
-            warm_up_edits=counts["warm_up"],
-            share_kept=options.shrink,
-            edited=session.history.steps[turn].record.content["time"] if turn else None,
-            environment=session.manifest["environment"],
-        )
+        provenance = Provenance.of_session(session, options.model, share_kept=options.shrink)
         if options.shrink is not None:
             session.close()  # what is shrunk is this process's model; the session stands where it stood
             session.editor.shrink(options.shrink)
