@@ -150,7 +150,15 @@ RUNS = {
 
 
 def test_all_run_but_those_that_need_more():
-    assert set(SCRIPTS) - set(RUNS) == {"charts", "gpu", "quantised", "rivals", "server", "two_million", "ultraeditbench"}
+    assert set(SCRIPTS) - set(RUNS) == {
+        "charts",
+        "gpu",
+        "quantised",
+        "rivals",
+        "server",
+        "two_million",
+        "ultraeditbench",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so all would run")
