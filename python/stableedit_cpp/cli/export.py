@@ -10,8 +10,7 @@ import torch
 
 from stableedit_cpp import core
 from stableedit_cpp.cli.arguments.export import ADAPTERS, KEEP
-from stableedit_cpp.cli.export_options import check_export_options
-from stableedit_cpp.cli.hub_options import push
+from stableedit_cpp.cli.hub_options import check_hub_options, push
 from stableedit_cpp.cli.options import DTYPES, load_any, show
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import parse_fields, read_requests
@@ -39,6 +38,7 @@ from stableedit_cpp.export.llama_cpp.files import check_exportable
 from stableedit_cpp.export.lora import rounded_rank
 from stableedit_cpp.export.patch import PATCH_FILE
 from stableedit_cpp.export.truncation import choose_rank, truncate
+from stableedit_cpp.files.atomic import check_new_directory
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -51,6 +51,26 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer, change, provenance = _load(path, options)
     export(model, tokenizer, change, provenance, options)
     return 0
+
+
+def check_export_options(options: argparse.Namespace) -> None:
+    """Find out before anything is loaded what cannot work."""
+    given = [name for name in ("rank", "keep", "keep_efficacy") if getattr(options, name) is not None]
+    flags = [f"--{name.replace('_', '-')}" for name in given]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(flags)} each decide the rank; give one of them")
+    if given and options.format not in ("patch", *ADAPTERS):
+        raise ValueError(f"{flags[0]} is for --format patch and lora; a {options.format} keeps everything")
+    if options.keep_efficacy is not None and not options.requests:
+        raise ValueError("--keep-efficacy needs the edits to measure it on: add --requests FILE")
+    if options.round_rank and options.format != "lora":
+        raise ValueError(f"--round-rank is for --format lora; servers load no {options.format} beside a model")
+    if options.dtype != "auto" and options.format not in ("gguf", *ADAPTERS):
+        raise ValueError(
+            f"--dtype is for --format lora, gguf and gguf-lora; a {options.format} has the dtype of the edited model"
+        )
+    check_new_directory(options.output, overwrite=options.overwrite)
+    check_hub_options(options)
 
 
 def export(

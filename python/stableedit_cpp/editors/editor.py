@@ -106,10 +106,9 @@ class Editor(SeenUnedited, SavedState):
             )
         self.model = model
         self.tokenizer = tokenizer
-        found = self.modules_of(model, config)
-        if unpack(model, {module.name: module.module for module in found}):
-            found = self.modules_of(model, config)
-        self.modules = found
+        self.modules = self.modules_of(model, config)
+        if unpack(model, {module.name: module.module for module in self.modules}):
+            self.modules = self.modules_of(model, config)
         if not self.edits_split:
             refuse_split(self.modules, f"{type(self).__name__}, unlike StableEdit and UltraEdit,")
         experts = [module.name for module in self.modules if module.is_expert]

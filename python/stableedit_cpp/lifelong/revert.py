@@ -20,13 +20,13 @@ from stableedit_cpp.core import LowRankUpdate, ModuleEditor, PastKeys
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.editors import AppliedTurn, Editor
 from stableedit_cpp.evaluation.answers import greedy_answers, token_accuracy
-from stableedit_cpp.lifelong.history import RequestEntry
+from stableedit_cpp.lifelong.history import History, RequestEntry
 from stableedit_cpp.lifelong.journal.restore import applied_turn
 from stableedit_cpp.lifelong.view import SessionView
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.tokens import TokenSequence
 
-__all__ = ["RevertReport", "RevertedRequest", "revert"]
+__all__ = ["RevertReport", "RevertedRequest", "check_revertible", "revert"]
 
 Updates = dict[str, LowRankUpdate]
 _PASSES = 20  # to bring answers back; 13 were the most in 50 reverts after 1,000 edits of SmolLM2
@@ -102,6 +102,31 @@ class RevertReport:
             efficacy = f"{self.others_before:.3f} before, {self.others_after:.3f} after"
             lines.append(f"efficacy of {self.others} other requests: {efficacy}")
         return "\n".join(lines)
+
+
+def check_revertible(history: History, editor: Editor, ids: Sequence[str]) -> None:
+    """Whether requests are in the model, and can be taken out of it alone.
+
+    Raises:
+        ValueError: naming the one that is not, or cannot.
+    """
+    for id in ids:
+        entry = history.entries.get(id)
+        if entry is None and id in history.warm_up:
+            raise ValueError(f"request {id!r} belongs to the warm-up, which stays in the model; only edits can go")
+        if entry is None or entry.reverted_in is not None:
+            what = entry.state if entry else "not in the model (`stableedit session log --requests` lists what is)"
+            raise ValueError(f"request {id!r} is {what}")
+    if not ids:
+        raise ValueError("request_ids is empty; name at least one request to revert")
+    if not editor.owns_rows:
+        turn = min(history.entries[id].turn for id in ids)
+        whose = type(editor).__name__
+        raise ValueError(
+            f"request {ids[0]!r} cannot be reverted alone: a turn of {whose} changes the weights as one whole, of "
+            f"which no part belongs to one request; rollback({turn - 1}) takes back turn {turn} and all that came "
+            "after it"
+        )
 
 
 def revert(

@@ -36,7 +36,7 @@ from stableedit_cpp.lifelong.journal.writer import Recorder
 from stableedit_cpp.lifelong.naming import with_ids
 from stableedit_cpp.lifelong.pending import with_ids_on_disk
 from stableedit_cpp.lifelong.repair import RepairReport, repair
-from stableedit_cpp.lifelong.revert import RevertReport, revert
+from stableedit_cpp.lifelong.revert import RevertReport, check_revertible, revert
 from stableedit_cpp.lifelong.view import SessionView, check_directory, check_new_directory
 from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.trunk import TrunkCache
@@ -337,23 +337,7 @@ class LifelongSession(SessionView):
         """
         self._check_open()
         ids = [request_ids] if isinstance(request_ids, str) else list(dict.fromkeys(request_ids))
-        for id in ids:
-            entry = self.history.entries.get(id)
-            if entry is None and id in self.history.warm_up:
-                raise ValueError(f"request {id!r} belongs to the warm-up, which stays in the model; only edits can go")
-            if entry is None or entry.reverted_in is not None:
-                what = entry.state if entry else "not in the model (`stableedit session log --requests` lists what is)"
-                raise ValueError(f"request {id!r} is {what}")
-        if not ids:
-            raise ValueError("request_ids is empty; name at least one request to revert")
-        if not self.editor.owns_rows:
-            turn = min(self.history.entries[id].turn for id in ids)
-            whose = type(self.editor).__name__
-            raise ValueError(
-                f"request {ids[0]!r} cannot be reverted alone: a turn of {whose} changes the weights as one whole, of "
-                f"which no part belongs to one request; rollback({turn - 1}) takes back turn {turn} and all that came "
-                "after it"
-            )
+        check_revertible(self.history, self.editor, ids)
         check_whole("others", others, 0, none=True)
         gone = {self.history.entries.number(id) for id in ids}
         numbers = [number for number in self.history.current_numbers() if number not in gone]

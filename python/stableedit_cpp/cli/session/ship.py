@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.export import export
-from stableedit_cpp.cli.export_options import check_export_options
+from stableedit_cpp.cli.export import check_export_options, export
 from stableedit_cpp.cli.session.common import opened
 from stableedit_cpp.export import Provenance, change_of
 
