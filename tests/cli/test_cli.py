@@ -222,6 +222,11 @@ def test_demo_runs_on_any_model(work, capsys):
     assert re.search(r"\d+ of \d+ answers are unchanged, word for word", out)
     assert "A stream of 5 edits" in out
     assert re.search(r"efficacy +\d\.\d{3} ± \d\.\d{3} +\d\.\d{3} ± \d\.\d{3}", out)
+    assert main(["demo", *arguments[:4], "--json"]) == 0  # the tale is told beside it
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["facts"]["edits"] == len(document["facts"]["answers"]) and "1. 24 facts" in err
+    assert set(document["facts"]["scores"]) == {"before", "after"} and "stream" not in document
 
 
 @pytest.mark.parametrize("options", [["--stream", "missing.json"], ["--warm-up", "missing.json"]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.arguments.options import add_model_options, new_parser, positive
+from stableedit_cpp.cli.arguments.options import add_json_option, add_model_options, new_parser, positive
 
 _EXAMPLE = "  stableedit demo\n  stableedit demo --stream zsre_edit.json"
 
@@ -16,4 +16,5 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--stream", metavar="FILE", help="also edit a stream of requests (e.g. ZsRE) and score it")
     parser.add_argument("--warm-up", metavar="FILE", help="training stream for the warm-up before it")
     parser.add_argument("--limit", type=positive, default=100, metavar="N", help="requests of each (default 100)")
+    add_json_option(parser)
     return parser
