@@ -216,5 +216,5 @@ class TestCommands:
         line = assert_one_error(capsys.readouterr().err)
         assert "would be 7.5 nats" in line and "The 5 requests before it are edited." in line
         assert run("session", "edit", "s", "--device", "cpu", "--requests", "requests.json", "--no-guard") == 0
-        out = capsys.readouterr().out
-        assert "5 requests of requests.json are done and skipped" in out and "8 edits in" in out
+        out, err = capsys.readouterr()
+        assert "5 requests of requests.json are done and skipped" in err and "8 edits in" in out

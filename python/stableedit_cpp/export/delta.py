@@ -71,10 +71,11 @@ def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = F
         ValueError: if it is damaged or no delta, or belongs to another base model; the model is as before then.
     """
     state = model.state_dict()
-    if any(map(is_split, state.values())):
-        tensors = _for_split(state, path, any_dtype)
-    else:
-        tensors = change_from_delta(model, path, any_dtype=any_dtype).tensors
+    if not any(map(is_split, state.values())):
+        change = change_from_delta(model, path, any_dtype=any_dtype)
+        change.apply_to(model)
+        return sorted(change.tensors)
+    tensors = _for_split(state, path, any_dtype)
     with torch.no_grad():
         for name in sorted(tensors):
             put(state[name], tensors[name])

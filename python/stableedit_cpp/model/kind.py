@@ -84,7 +84,7 @@ def check_tokenizer(tokenizer: object) -> None:
 
 def _text_config(model: nn.Module) -> object:
     config = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -94,7 +94,7 @@ def _dense(name: str, module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(k, v, bias=bias is not None, device=device, dtype=dtype).train(module.training)
     for first in range(0, k, _ROWS):
         rows = torch.zeros(min(_ROWS, k - first), k, device=device, dtype=dtype)
-        rows[torch.arange(len(rows)), torch.arange(first, first + len(rows))] = 1
+        rows[:, first : first + len(rows)].fill_diagonal_(1)
         try:
             answers = module(rows).to(dtype)
         except Exception as error:  # of whatever library, or of none: a plain map of integers multiplies with nothing

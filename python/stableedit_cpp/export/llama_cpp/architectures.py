@@ -129,7 +129,7 @@ def rope_factors(config) -> torch.Tensor | None:
 
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     head = _head_dim(config)
-    steps = torch.arange(0, head, 2, dtype=torch.float32) / head
+    steps = torch.arange(0, head, 2, dtype=torch.float32, device="cpu") / head
     return 1.0 / (_ropes(config)[0]["rope_theta"] ** steps) / slowed
 
 
