@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 
 pytest.register_assert_rewrite("support")
 
@@ -39,6 +40,15 @@ def no_choices_of_the_user(tmp_path_factory):
         directory = tmp_path_factory.mktemp("choices")
         patch.setattr("stableedit_cpp.editors.choice_cache.cache_directory", lambda: directory)
         yield
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A test that leaves them off, by a signal at a bad moment, say, would fail others and not itself."""
+    yield
+    on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert on, "gradients were left switched off"
 
 
 @pytest.fixture

@@ -146,6 +146,21 @@ class TestInterrupt:
         editor.edit(FACTS[5:])  # and on it goes
         assert_same_bits(state_of(editor), self.first_turns(tokenizer, 13))
 
+    def test_gradients_are_on_again_after_a_signal_at_a_bad_moment(self, monkeypatch, tokenizer):
+        """``torch.no_grad`` has switched them off, and is not entered yet: nothing of torch's switches them on."""
+
+        def enter(context):
+            context.prev = torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+            raise KeyboardInterrupt
+
+        editor = make(tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.no_grad, "__enter__", enter)
+            with pytest.raises(KeyboardInterrupt):
+                editor.edit(FACTS)
+        assert torch.is_grad_enabled()
+
     def test_second_ctrl_c_does_not_cut_the_commit_in_half(self, monkeypatch, tokenizer):
         """While the weights are being written: all modules get their update, then it stops."""
         real, calls = MasterWeight.apply, []

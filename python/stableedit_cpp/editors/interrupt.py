@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
+import torch
+
 from stableedit_cpp.editors.edit_report import EditReport
 from stableedit_cpp.model.ranks import ranks
 
@@ -30,7 +32,9 @@ class InterruptGuard:
     Where processes share the work (``ranks``), Ctrl-C in one of them counts for all, at the next point where all come
     by: ``asked``, and the beginning of what is droppable.
 
-    Outside the main thread, or where the application handles SIGINT itself, it does nothing.
+    Outside the main thread, or where the application handles SIGINT itself, it does nothing but one thing: whatever a
+    signal cuts off, gradients are switched on or off afterwards as they were. ``torch.no_grad()`` leaves them off where
+    an exception comes just when it is entered.
     """
 
     def __init__(self) -> None:
@@ -45,6 +49,7 @@ class InterruptGuard:
         return self._ranks.any("ending a turn", self.requested)
 
     def __enter__(self) -> InterruptGuard:
+        self._gradients = torch.is_grad_enabled()
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handle)
@@ -54,6 +59,7 @@ class InterruptGuard:
     def __exit__(self, *_exception: object) -> None:
         if self._installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_grad_enabled(self._gradients)
 
     @contextmanager
     def droppable(self) -> Iterator[None]:
