@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from argparse import Namespace
@@ -136,6 +137,7 @@ def in_process(work, options: Namespace, *arguments, kill_after: float | None = 
 
 
 def _child(sender, work, options: Namespace, *arguments) -> None:
+    tqdm.set_lock(threading.RLock())  # its own: who is killed while it draws a bar would hold that of all for ever
     warnings.simplefilter("ignore")  # a turn in flight that is cut off is what this is about
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -177,7 +177,7 @@ def test_edit_evaluate_and_export_at_the_command_line(work, model_directory, cap
     ):
         arguments = ["evaluate", "--model", "out", "--requests", "requests.json", "--output", "scores.json"]
         assert main([*arguments, "--device", "cpu", *options]) == 0
-        assert ("asked as turns of a chat" in capsys.readouterr().out) == how["chat_template"]
+        assert ("asked as turns of a chat" in capsys.readouterr().err) == how["chat_template"]
         scores = json.loads(Path("scores.json").read_text())
         assert scores["efficacy"] == se.evaluate(model, tokenizer, FACTS, **how).efficacy
     assert "| prompts | turns of a chat, answers with an end |" in Path("out/README.md").read_text()

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from stableedit_cpp.cli import main
 
@@ -37,6 +39,7 @@ def together(
     fork = multiprocessing.get_context("fork")
 
     def run(rank: int) -> None:
+        tqdm.set_lock(threading.RLock())  # its own: who is killed while it draws a bar would hold that of all for ever
         meet = f"file://{directory}/meet"
         dist.init_process_group(backend, init_method=meet, rank=rank, world_size=size, timeout=patience)
         try:
@@ -73,6 +76,7 @@ def commands(
     count = len(argvs)
 
     def run(rank: int) -> None:
+        tqdm.set_lock(threading.RLock())
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         signal.signal(signal.SIGINT, signal.default_int_handler)
