@@ -88,16 +88,22 @@ def swapped(values: Values, before: dict[EditModule, object] | None = None) -> I
         before: gets what is to be put back, and is empty once it was.
     """
     before = {} if before is None else before
+    gradients, shown = torch.is_grad_enabled(), False
     try:
         for module, value in values.items():
             before[module] = module.kept()
             module.write(value)
+        shown = True
         yield
     finally:
+        # A signal that raises just as torch.no_grad() is entered leaves gradients off.
+        gradients = torch.is_grad_enabled() if shown else gradients
+        torch.set_grad_enabled(gradients)
         try:
             _put_back(before)
         except BaseException:  # Ctrl-C must not leave half of the values behind
             with undisturbed():
+                torch.set_grad_enabled(gradients)
                 _put_back(before)
             raise
 
