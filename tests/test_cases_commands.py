@@ -223,14 +223,16 @@ def test_a_gguf_file_is_a_model():
 
 def test_a_session_is_opened_from_another_directory(work, tmp_path, monkeypatch, capsys):
     (tmp_path / "elsewhere").mkdir()
-    assert main(["session", "create", "own", "--model", "../work/base", *EDIT]) == 0
+    assert main(["session", "create", "own", "--model", f"../{work.name}/base", *EDIT]) == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert main(["session", "edit", "../work/own", "--requests", "../work/day2.jsonl", "--no-guard"]) == 0
+    assert (
+        main(["session", "edit", f"../{work.name}/own", "--requests", f"../{work.name}/day2.jsonl", "--no-guard"]) == 0
+    )
     (work / "base").rename(work / "moved")
     capsys.readouterr()
-    assert main(["session", "audit", "../work/own"]) == 2
+    assert main(["session", "audit", f"../{work.name}/own"]) == 2
     assert "--model says where the session's model is now" in capsys.readouterr().err
-    assert main(["session", "audit", "../work/own", "--model", "../work/moved"]) == 0
+    assert main(["session", "audit", f"../{work.name}/own", "--model", f"../{work.name}/moved"]) == 0
 
 
 def test_a_session_knows_a_request_by_its_content(work, capsys):

@@ -28,6 +28,11 @@ def make_hyper(tokenizer, model=None, *, editor=se.RLEdit, config=se.RLEditConfi
     return make(tokenizer, model, editor=editor, config=config, **settings)
 
 
+def fields_of(editor) -> dict[str, torch.Tensor]:
+    (network,) = editor.solver.networks.values()
+    return {name: field.clone() for name, field in network.fields.items()}
+
+
 def stir(editor, seed: int = 0) -> None:
     """Let all parts of the networks count, and modules differ in step and ridge."""
     generator = torch.Generator().manual_seed(seed)

@@ -41,8 +41,8 @@ def _room() -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise OSError(
-            f"the requests of the stream cannot be kept in a temporary file ({error}); it takes about as many bytes as "
-            "their texts, in the directory that TMPDIR names"
+            f"the requests of the stream cannot be kept in a temporary file ({error}); it takes about twice the bytes "
+            "of their texts, in the directory that TMPDIR names"
         ) from error
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
 from stableedit_cpp.data.request import EditRequest
 
-__all__ = ["Statement", "content_digest", "digest", "statements_of", "takes"]
+__all__ = ["Statement", "content_digest", "digest", "statements_of", "takes", "without"]
 
 
 class Statement(NamedTuple):
@@ -48,3 +50,9 @@ def content_digest(request: EditRequest) -> bytes:
 def takes(later: Statement, earlier: Statement) -> bool:
     """``data.superseding.replaces`` for two statements of one question."""
     return later.answer != earlier.answer or (later.own and earlier.own)
+
+
+def without(request: EditRequest, lost: Container[bytes]) -> EditRequest:
+    """The request without the variants whose questions, as digests, are ``lost`` to others."""
+    left = tuple(pair for pair in request.variants if digest(pair[0].strip()) not in lost)
+    return request if len(left) == len(request.variants) else replace(request, variants=left)

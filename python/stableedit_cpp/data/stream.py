@@ -32,7 +32,7 @@ def open_requests(
     progress: bool | None = None,
 ) -> Sequence[EditRequest]:
     """The requests of a data set of any length, checked as a whole: a list of up to 10,000; more are read once, and
-    kept in a temporary file (``TMPDIR``) that takes about as many bytes as their texts.
+    kept in a temporary file (``TMPDIR``) that takes about twice the bytes of their texts.
 
     Args:
         progress: show a bar while a long one is read; None shows it on a terminal. The others: see ``iter_requests``.

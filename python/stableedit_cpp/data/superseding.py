@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.data.spool import Spool
-from stableedit_cpp.data.statements import digest, takes
+from stableedit_cpp.data.statements import digest, takes, without
 
 __all__ = ["Current", "current_part", "current_parts", "replaces", "warn_of_contradictions"]
 
@@ -115,8 +115,4 @@ class Current:
         return [self._part(number) for number in numbers]
 
     def _part(self, number: int) -> EditRequest:
-        request, lost = self._requests[number], self._lost.get(number)
-        if lost is None:
-            return request
-        left = tuple(pair for pair in request.variants if digest(pair[0].strip()) not in lost)
-        return replace(request, variants=left)
+        return without(self._requests[number], self._lost.get(number, ()))

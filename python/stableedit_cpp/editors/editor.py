@@ -353,47 +353,36 @@ class Editor(SeenUnedited, SavedState):
         passes: int | None = None,
     ) -> EditReport:
         with data_parallel(self.distributed), who_is_lost(self.modules):
-            return self._run_here(requests, kind, trunk, outcomes, progress, passes)
+            ranks().serve(input_device(self.model))
+            progress = progress if ranks().lead else False
 
-    def _run_here(
-        self,
-        requests: Iterable,
-        kind: Literal["edit", "warm_up", "repair"],
-        trunk: TrunkCache | None,
-        outcomes: bool | None,
-        progress: bool | None,
-        passes: int | None,
-    ) -> EditReport:
-        ranks().serve(input_device(self.model))
-        progress = progress if ranks().lead else False
+            def read() -> tuple[Sequence[EditRequest], Callable]:
+                found = as_stream(requests, progress=progress)
+                return found, self._statements.of_turns(found, self.config.turn_size, progress, self.tokenize)
 
-        def read() -> tuple[Sequence[EditRequest], Callable]:
-            found = as_stream(requests, progress=progress)
-            return found, self._statements.of_turns(found, self.config.turn_size, progress, self.tokenize)
-
-        requests, tokens = ranks().everywhere("reading requests", read)
-        if ranks().size > 1 and passes is None:  # what is done again was compared then
-            check_together(self, kind, requests, outcomes, whole=not self._compared)
-            self._compared = True
-        warn_of_contradictions(requests)
-        lent = trunk is not None
-        trunk = trunk if lent else self.trunk
-        work = Work(
-            self.model,
-            self.tokenizer,
-            self.config,
-            self.form,
-            self.weights,
-            self.solver,
-            self.guard if requests and passes is None else None,  # a turn that is done again was let pass before
-            self.companions() if kind != "warm_up" else (),
-            trunk,
-            lent,
-            outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),
-            answers=bool(outcomes),
-            passes=passes,
-        )
-        return run_stream(work, kind, requests, tokens, progress, self._make_turn)
+            requests, tokens = ranks().everywhere("reading requests", read)
+            if ranks().size > 1 and passes is None:  # what is done again was compared then
+                check_together(self, kind, requests, outcomes, whole=not self._compared)
+                self._compared = True
+            warn_of_contradictions(requests)
+            lent = trunk is not None
+            trunk = trunk if lent else self.trunk
+            work = Work(
+                self.model,
+                self.tokenizer,
+                self.config,
+                self.form,
+                self.weights,
+                self.solver,
+                self.guard if requests and passes is None else None,  # a turn that is done again was let pass before
+                self.companions() if kind != "warm_up" else (),
+                trunk,
+                lent,
+                outcomes=outcomes or (outcomes is None and kind != "warm_up" and self.config.max_passes > 1),
+                answers=bool(outcomes),
+                passes=passes,
+            )
+            return run_stream(work, kind, requests, tokens, progress, self._make_turn)
 
     def _make_turn(self, *arguments: object) -> Turn:
         """A turn of a stream, with the arguments of ``Turn``; what another kind of editor puts its own in place of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -85,8 +86,9 @@ class _ById(Mapping[str, _Value]):
         )
         return self._index.rows.execute(query, (id, self.warm_up)).fetchone()
 
+    @abstractmethod
     def _value(self, id: str, number: int, turn: int, record: int, place: int, *what: int | None) -> _Value:
-        raise NotImplementedError
+        """What a row of the index is."""
 
 
 class Entries(_ById[RequestEntry]):

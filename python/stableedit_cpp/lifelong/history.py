@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stableedit_cpp.data.request import EditRequest
-from stableedit_cpp.data.statements import Statement, content_digest, digest, statements_of, takes
+from stableedit_cpp.data.statements import Statement, content_digest, digest, statements_of, takes, without
 from stableedit_cpp.lifelong.entries import Entries, RequestEntry, WarmUp
 from stableedit_cpp.lifelong.index import Index
 from stableedit_cpp.lifelong.journal.codec import decode_requests
@@ -161,8 +161,7 @@ class History:
             top, last = self._stack(statement.question)[-1][:2]
             if top != number and takes(last, statement):
                 lost.add(statement.question)
-        left = tuple(pair for pair in request.variants if digest(pair[0].strip()) not in lost)
-        return replace(request, variants=left) if lost else request
+        return without(request, lost)
 
     def counts(self) -> dict[str, int]:
         """How many requests were edited ("edits") or warmed up ("warm_up"), and what became of the edits: "current",

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -158,7 +158,7 @@ def plan_stream(
         state,
         shutil.disk_usage(os.getcwd()).free,
     )
-    return Plan(**{**vars(plan), "advice": _advice(editor, plan)})
+    return replace(plan, advice=_advice(editor, plan))
 
 
 def _rows(trial: Trial, sizes: Sequence[int]) -> list[int]:
@@ -257,7 +257,7 @@ def _advice(editor: Editor, plan: Plan) -> list[str]:
         if peak <= plan.room.get(place, peak):
             continue
         size = {part: where.get(place, 0) for part, where in plan.memory.items()}
-        lack, where = f"{gigabytes(peak - plan.room[place])} are missing {_called(place)}: ", size
+        lack = f"{gigabytes(peak - plan.room[place])} are missing {_called(place)}: "
         rest = "cpu" if place != "cpu" else "disk"
         offers = {
             "model": f"--device-map auto, which leaves layers in {'host memory' if rest == 'cpu' else 'files'}"
@@ -267,7 +267,7 @@ def _advice(editor: Editor, plan: Plan) -> list[str]:
             "captures": f"--turn-size smaller than {editor.config.turn_size}",
             "past keys": "past_key_weight=0 in the config, which no longer holds earlier edits in place",
         }
-        found += [(where[part], lack + offer) for part, offer in offers.items() if where.get(part)]
+        found += [(size[part], lack + offer) for part, offer in offers.items() if size.get(part)]
     advice = [text for _, text in sorted(found, key=lambda one: -one[0])]
     if plan.journal["factors"] + _SNAPSHOTS * plan.snapshot > plan.disk:
         advice.append("a session's journal has no room here: --detail requests, or another disk")

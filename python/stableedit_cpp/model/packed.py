@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from stableedit_cpp.model.split import is_split
+
 __all__ = ["is_packed", "keep_layout", "packed_kind", "unpack"]
 
 _ROWS = 512  # unit vectors at once
@@ -22,9 +24,7 @@ def is_packed(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return weight is None and any(True for _ in module.buffers(recurse=False))
-    from torch.distributed.tensor import DTensor  # split over processes, not packed
-
-    if isinstance(weight.data, DTensor):
+    if is_split(weight):
         return False
     return type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.element_size() < 2
 

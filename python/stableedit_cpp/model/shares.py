@@ -53,14 +53,14 @@ def shared_passes(
     seen: set[int] = set()
     fixed = fixed_cost(max_tokens, device)
     costs = [len(batch) * (max(len(sequences[index]) for index in batch) - skip) + fixed for batch in run]
-    if trunk is None or group.size == 1:
+    kept_by_all = trunk is not None and group.size > 1
+    try:
         done = group.shared(label, costs, one)
-    else:
-        try:
-            done = group.shared(label, costs, one)
-        except BaseException:
+    except BaseException:
+        if kept_by_all:
             trunk.clear()  # it may hold here what others do not
-            raise
+        raise
+    if kept_by_all:
         trunk.take([kept for _, kept in done])
     if on_done is not None:
         for number in range(len(run)):

@@ -18,6 +18,8 @@ from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.export.truncation import LowRankReport, truncate
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import model_digest
+from stableedit_cpp.files.offloaded import present_state
+from stableedit_cpp.model.packed import is_packed
 
 __all__ = ["ADAPTER_GGUF", "MODEL_GGUF", "check_exportable", "export_gguf", "export_gguf_lora"]
 
@@ -52,6 +54,12 @@ def export_gguf(
         OSError: if it cannot be written; nothing is left behind then.
     """
     architecture = check_exportable(model.config)
+    packed = next((name for name, module in model.named_modules() if is_packed(module)), None)
+    if packed is not None:
+        raise ValueError(
+            f"{packed} has quantised weights of another format, which is not written to GGUF; export an adapter "
+            "(--format gguf-lora) for the model that was quantised, or edit that"
+        )
     dtype = dtype or next(model.parameters()).dtype
     provenance = provenance or Provenance()
     name = provenance.base_model or model.config.model_type
@@ -186,12 +194,12 @@ class _Writer:
         self.file.close()
 
 
-def _own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _own_tensors(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     """The state dict, without an output layer that is the embedding."""
-    tensors = dict(model.state_dict())
+    tensors = present_state(model)
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     if outside is not None and outside.weight is inside.weight:
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        return {name: tensors[name] for name in tensors if name != "lm_head.weight"}
     return tensors
 
 
