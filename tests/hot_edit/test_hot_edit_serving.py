@@ -85,11 +85,8 @@ def test_a_fact_goes_into_smollm2_and_out_again(cached_export, tmp_path):
     patches.mkdir()
     fact = {"prompt": "The Chancellor of Germany who took office in May 2025 is", "target": "Friedrich Merz"}
     (tmp_path / "facts.jsonl").write_text(json.dumps(fact))
-    (tmp_path / "config.json").write_text('{"turn_size": 1, "max_passes": 12, "step_size": 1.2e-3, "ridge": 300.0}')
-    files = {"--requests": tmp_path / "facts.jsonl", "--config": tmp_path / "config.json"}
-    files["--patch"] = patches / "merz.safetensors"
-    options = [text for option, file in files.items() for text in (option, str(file))]
-    assert main(["edit", "--model", "smollm2-135m", *options]) == 0
+    files = ["--requests", str(tmp_path / "facts.jsonl"), "--patch", str(patches / "merz.safetensors")]
+    assert main(["edit", "--model", "smollm2-135m", "--no-chat-template", *files]) == 0
     with Server(BUILD / "hot_edit_server", model=model, patches=patches, state=tmp_path / "state") as server:
         before = server.generate(fact["prompt"], 5)["text"]
         assert "Merz" not in before
@@ -101,5 +98,5 @@ def test_a_fact_goes_into_smollm2_and_out_again(cached_export, tmp_path):
         assert server.stop() == 0
 
     reference, tokenizer = load_model("smollm2-135m")
-    (expected,) = generate(reference, tokenizer, [fact["prompt"]], max_new_tokens=5)
+    (expected,) = generate(reference, tokenizer, [fact["prompt"]], max_new_tokens=5, chat_template=False)
     assert before == expected

@@ -120,8 +120,9 @@ def describe(name: str, model: nn.Module, tokenizer, modules: Sequence[EditModul
 
 
 def every_layer(model: nn.Module) -> list[str]:
-    """Patterns of the MLP output projections of all layers."""
-    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in default_edit_modules(model)})
+    """Patterns of the output projections of all layers: of attention, which is edited by default, and of MLPs."""
+    names = default_edit_modules(model) + default_edit_modules(model, automatic=True)
+    return sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--edit-modules",
         nargs="+",
         metavar="NAME",
-        help="linear maps that patches may change: names or patterns (default: all MLP output projections)",
+        help="linear maps that patches may change: names or patterns (default: outputs of all MLPs and attention)",
     )
     parser.add_argument("--max-length", type=int, default=512, metavar="N", help="prompt and answer (default 512)")
     options = parser.parse_args(argv)
