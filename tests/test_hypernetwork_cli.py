@@ -65,8 +65,13 @@ def test_sessions_need_the_file_once(work, capsys):
     assert main(["session", "rollback", "s", "--to-turn", "1"]) == 0
 
 
-def test_training_goes_on_from_a_file(work):
-    assert train("--config", "rledit.json", "--limit", "5", output="first.safetensors") == 0
+def test_training_goes_on_from_a_file(work, capsys):
+    assert train("--config", "rledit.json", "--limit", "5", "--json", output="first.safetensors") == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert (document["editor"], document["requests"], document["edit_modules"]) == ("rledit", 5, MODULES)
+    assert len(document["losses"]) == len(document["update_norms"]) == 1 and document["output"] == "first.safetensors"
+    assert "the hypernetwork is in first.safetensors" in err
     assert train("--hypernetwork", "first.safetensors", output="second.safetensors") == 0
     first, second = (
         se.RLEdit(*se.load_model("model"), se.RLEditConfig(hypernetwork=f"{name}.safetensors"))

@@ -236,5 +236,10 @@ def test_command_line(text, tmp_path, capsys):
     assert f"{found.tokens:,} tokens at model.layers.0.mlp.down_proj (24)" in said and found.value_gradients
     assert cli.main([*arguments, "--keys-only"]) == 2
     assert "choose another output, or overwrite it" in capsys.readouterr().err
-    assert cli.main([*arguments, "--keys-only", "--overwrite"]) == 0
+    assert cli.main([*arguments, "--keys-only", "--overwrite", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found = load_statistics(output)
+    assert document["tokens"] == found.tokens and document["window"] == found.window
+    assert document["key_dimensions"] == {name: past.dim for name, past in found.keys.items()}
+    assert document["value_gradient_dimensions"] == {} and document["sources"] == list(found.sources)
     assert not load_statistics(output).value_gradients

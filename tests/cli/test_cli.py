@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.cli import main
+from stableedit_cpp.cli import _COMMANDS, _parser, main
 from support.commands import assert_one_error, tree
 from support.edit_command import LONG, NAMES, REQUESTS
 from support.tiny import tiny_model, tiny_tokenizer
@@ -57,6 +58,19 @@ def test_help_waits_for_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_every_result_is_had_as_json():
+    """By every command, and every one within a command, the studio aside, which has none."""
+
+    def leaves(parser):
+        within = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        return [leaf for found in within for inner in found.values() for leaf in leaves(inner)] or [parser]
+
+    found = {name: _parser([name])._subparsers._group_actions[0].choices[name] for name in _COMMANDS}
+    parsers = [leaf for command in found.values() for leaf in leaves(command)]
+    without = [parser.prog.split()[1:] for parser in parsers if "--json" not in parser._option_string_actions]
+    assert without == [["studio"]] and len(parsers) > len(_COMMANDS)
 
 
 def test_editors(capsys):

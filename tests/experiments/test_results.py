@@ -56,10 +56,14 @@ def stopped_after(turns: int, data: Path, output: Path, monkeypatch, **changes) 
 # --- what is written is what is read ---
 
 
-def test_what_a_bench_has_written_becomes_a_report(data, tmp_path):
+def test_what_a_bench_has_written_becomes_a_report(data, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
     documents = bench(data, tmp_path / "out", **everything(data), metrics=["accuracy"])
-    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "page")]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "page"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["page"] == str(tmp_path / "page" / "index.html") and said["results"] == [str(tmp_path / "out")]
+    assert said["charts"] == sorted(map(str, (tmp_path / "page" / "charts").iterdir()))
     text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     for title in ("Along the stream", "Retention by age", "Geometry", "Hidden states", "Downstream tasks", "Cost"):
         assert title in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.options import load
+from stableedit_cpp.cli.options import load, show
 from stableedit_cpp.model.gather import gather_statistics
 
 __all__ = ["run"]
@@ -24,6 +24,16 @@ def run(options: argparse.Namespace) -> int:
         field=options.field,
         overwrite=options.overwrite,
     )
-    names = ", ".join(f"{name} ({past.dim})" for name, past in found.keys.items())
-    print(f"{options.output}: {found.tokens:,} tokens at {names}")
+    dimensions = {name: past.dim for name, past in found.keys.items()}
+    document = {
+        "model": options.model,
+        "sources": found.sources,
+        "output": options.output,
+        "tokens": found.tokens,
+        "window": found.window,
+        "key_dimensions": dimensions,
+        "value_gradient_dimensions": {name: tracker.dim for name, tracker in found.value_gradients.items()},
+    }
+    names = ", ".join(f"{name} ({dimension})" for name, dimension in dimensions.items())
+    show(options, document, f"{options.output}: {found.tokens:,} tokens at {names}")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stableedit_cpp.cli.datasets import reading_settings
-from stableedit_cpp.cli.options import editor_config, load
+from stableedit_cpp.cli.options import editor_config, load, note, show
 from stableedit_cpp.cli.sentence import plain_warnings
 from stableedit_cpp.data import read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -31,8 +31,11 @@ def run(options: argparse.Namespace) -> int:
         report = _train(editor, requests, kept)
     editor.save_hypernetwork(options.output)
     kept.unlink(missing_ok=True)
-    print(f"{config.editor} for {as_patterns([module.name for module in editor.modules])}: {report}.")
-    print(f"The hypernetwork is in {options.output}")
+    names = [module.name for module in editor.modules]
+    document = {"model": options.model, "requests_file": options.requests, "output": options.output}
+    document |= {"edit_modules": names, **report.to_dict()}
+    show(options, document, f"{config.editor} for {as_patterns(names)}: {report}.")
+    note(f"the hypernetwork is in {options.output}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.arguments.options import new_parser
+from stableedit_cpp.cli.arguments.options import add_json_option, new_parser
 
 _EXAMPLE = """\
   stableedit report results/
@@ -20,4 +20,5 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--output", default="report", metavar="DIR", help="new directory (default report)")
     parser.add_argument("--title", default="Benchmark report", metavar="TEXT", help="heading of the page")
     parser.add_argument("--overwrite", action="store_true", help="replace an output directory that has content")
+    add_json_option(parser)
     return parser

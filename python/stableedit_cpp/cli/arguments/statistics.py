@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stableedit_cpp.cli.arguments.options import add_model_options, new_parser, positive
+from stableedit_cpp.cli.arguments.options import add_json_option, add_model_options, new_parser, positive
 
 _EXAMPLE = """\
   stableedit statistics --model smollm2-135m --text wiki.txt more.jsonl.gz --output stats.safetensors
@@ -45,4 +45,5 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--keys-only", action="store_true", help="no value gradients: a third of the time")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever --output holds")
+    add_json_option(parser)
     return parser

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 
 from stableedit_cpp.cli.arguments.datasets import add_format_options
-from stableedit_cpp.cli.arguments.options import add_editor_options, add_model_options, new_parser, positive
+from stableedit_cpp.cli.arguments.options import (
+    add_editor_options,
+    add_json_option,
+    add_model_options,
+    new_parser,
+    positive,
+)
 
 _EXAMPLE = """\
   stableedit train-hypernetwork --model smollm2-135m --requests zsre_train.json --limit 2000 --output rledit.safetensors
@@ -24,4 +30,5 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file for what was trained")
     add_format_options(parser)
     add_editor_options(parser, default="rledit")
+    add_json_option(parser)
     return parser
