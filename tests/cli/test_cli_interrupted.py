@@ -16,7 +16,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.editors import turn as turn_module
 from stableedit_cpp.errors import ModelBroken
-from support.commands import assert_one_error, tree
+from support.commands import assert_one_error, started, tree
 from support.edit_command import REQUESTS, assert_same_weights, edited_by_hand, report_of, weights_of
 from support.tiny import FACTS, tiny_model
 
@@ -137,25 +137,15 @@ def test_sigint_to_a_running_command(model_directory, work):
     (work / "many.json").write_text(json.dumps(FACTS * 400))
     command = [sys.executable, "-m", "stableedit_cpp", "edit", "--model", model_directory, "--requests", "many.json"]
     command += ["--output", "out", "--turn-size", "1", "--device", "cpu"]
-    with subprocess.Popen(
-        command,
-        cwd=work,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # Where the runner itself ignores SIGINT, its children would as well.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        try:
-            seen, deadline = b"", time.monotonic() + 120
-            while not re.search(rb"Editing: +\d+%\|[^|]*\| [1-9]\d*/5200", seen):
-                assert time.monotonic() < deadline, seen
-                piece = os.read(process.stderr.fileno(), 4096)
-                assert piece, f"ended before the first turn: {seen!r}"
-                seen += piece
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    with started(command, cwd=work, stderr=subprocess.PIPE) as process:
+        seen, deadline = b"", time.monotonic() + 120
+        while not re.search(rb"Editing: +\d+%\|[^|]*\| [1-9]\d*/5200", seen):
+            assert time.monotonic() < deadline, seen
+            piece = os.read(process.stderr.fileno(), 4096)
+            assert piece, f"ended before the first turn: {seen!r}"
+            seen += piece
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     err = (seen + err).decode()
     assert process.returncode == 130, err
     assert "Traceback" not in err

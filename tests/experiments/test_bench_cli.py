@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from stableedit_cpp.cli import main
 from stableedit_cpp.experiments import EDITORS, StreamRun, read_run
 from stableedit_cpp.model.capture import NotFiniteError
+from support.commands import started
 from support.streams import MODULES, lines, record, write_data
 from support.tiny import save_tiny
 
@@ -115,14 +114,12 @@ def test_killed_at_any_time_it_goes_on(work, model):
     command = [sys.executable, "-m", "stableedit_cpp", "bench", "--model", model, "--dataset", "zsre", "--data", "data"]
     command += ["--output", "out", *SMALL, "--snapshot-every", "0", "--editor", "one-pass"]
     run = work / "out" / "one-pass-zsre-tiny-seed0"
-    process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.monotonic() + 600
-    while not (run / "snapshots").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with started(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 600
+        while not (run / "snapshots").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
     for path in run.rglob("*.json"):
         if not path.name.startswith("."):
             json.loads(path.read_text())

@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import resource
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from stableedit_cpp.errors import DamagedJournal
 from stableedit_cpp.lifelong.journal.journal import Journal
+from support.commands import started
 from support.damage import KINDS, mutate
 
 
@@ -194,7 +194,7 @@ def test_killed_in_the_middle_of_appending(journal, kills):
     count = len(journal.records)
     for _ in range(kills):
         command = [sys.executable, "-c", code, str(journal.path.parent)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        with started(command, text=True) as child:
             told = 0
             for _ in range(source.randint(1, 20)):
                 told = int(child.stdout.readline())

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from stableedit_cpp.cli import main
-from support.commands import assert_one_error, tree
+from support.commands import assert_one_error, started, tree
 from support.sessions import create
 from support.tiny import save_tiny
 
@@ -62,7 +62,7 @@ def test_signals_end_it_politely(tmp_path, number):
     pytest.importorskip("gradio", reason="the studio needs the extra 'studio'")
     model = save_tiny(tmp_path / "model")
     command = [*COMMAND, str(tmp_path / "edits"), "--model", str(model), "--no-browser", "--host", "0.0.0.0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stderr=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()
         assert re.search(rf"http://{re.escape(socket.gethostname())}:\d+/\?token=[\w-]{{32}} ", said)
         process.send_signal(number)

@@ -21,7 +21,7 @@ from stableedit_cpp.editors.followers import Follower
 from stableedit_cpp.studio.addresses import listening
 from stableedit_cpp.studio.desk import Desk
 from stableedit_cpp.studio.serving import serving
-from support.commands import assert_one_error
+from support.commands import assert_one_error, started
 from support.sessions import create, stream
 from support.tiny import save_tiny, tiny_model
 
@@ -248,11 +248,8 @@ def test_a_network_needs_the_token(desk):
 def studio(*arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
     """A process of the command, and its address."""
     command = [sys.executable, "-m", "stableedit_cpp", "studio", *map(str, arguments), "--no-browser", "--no-guard"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            yield process, process.stdout.readline().split(" is at ")[1].split()[0]
-        finally:
-            process.kill()
+    with started(command, stderr=subprocess.DEVNULL, text=True) as process:
+        yield process, process.stdout.readline().split(" is at ")[1].split()[0]
 
 
 def until(condition) -> None:

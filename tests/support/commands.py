@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def started(command: list[str], **how: object) -> Iterator[subprocess.Popen]:
+    """A process that Ctrl-C ends, also where the test run itself was started with it ignored, as jobs in the background
+    are; a test that fails does not wait for it."""
+    ended = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **ended, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def tree(directory: Path) -> dict[str, bytes | None]:
