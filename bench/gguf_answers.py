@@ -12,6 +12,7 @@ import llama_cpp
 from common import finish, new_parser, start
 from stableedit_cpp import StableEdit, StableEditConfig
 from stableedit_cpp.export import change_of, export_gguf, export_gguf_lora
+from stableedit_cpp.model.logits import past_keyword
 from workload import add_model_options, pretrained, zsre
 
 
@@ -78,11 +79,12 @@ def _same(found: list, expected: list, part: int) -> int:
 def _answer(model: torch.nn.Module, tokenizer, prompt: str, length: int) -> tuple[list[int], list[int]]:
     """(ids of the prompt, ids of the answer), without a stop."""
     ids = tokenizer(prompt).input_ids
-    step, cache, answer = torch.tensor([ids], device=next(model.parameters()).device), None, []
+    step, past, answer = torch.tensor([ids], device=next(model.parameters()).device), past_keyword(model), []
+    cache = None
     with torch.no_grad():
         for _ in range(length):
-            out = model(step, past_key_values=cache, use_cache=True)
-            step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            out = model(step, use_cache=True, **{past: cache})
+            step, cache = out.logits[:, -1:].argmax(-1), out[past]
             answer.append(int(step))
     return ids, answer
 

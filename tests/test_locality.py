@@ -11,6 +11,7 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.evaluation import UneditedAnswers
 from stableedit_cpp.evaluation import locality as locality_module
+from stableedit_cpp.model.logits import past_keyword
 from support.tiny import tiny_model
 
 NAMES = ("locality_same", "locality_agreement", "locality_kl")
@@ -124,9 +125,9 @@ def test_without_a_reference_it_is_left_out(tokenizer):
 
 def test_each_prompt_is_answered_once_along_a_stream(tokenizer):
     reference, model = tiny_model("llama"), tiny_model("llama")
-    asked = []
+    asked, past = [], past_keyword(reference)
     reference.model.register_forward_pre_hook(  # a prompt has several tokens, a generation step one
-        lambda _module, _args, kwargs: asked.append(kwargs["past_key_values"] is not None), with_kwargs=True
+        lambda _module, _args, kwargs: asked.append(kwargs[past] is not None), with_kwargs=True
     )
     unedited = UneditedAnswers(reference)
     how = {"metrics": ["locality"], "progress": False}

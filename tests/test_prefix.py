@@ -14,6 +14,7 @@ from stableedit_cpp.model import capture as capturing
 from stableedit_cpp.model import prefix, running
 from stableedit_cpp.model.capture import CapturedTurn, capture
 from stableedit_cpp.model.heads import head_of, learn_head
+from stableedit_cpp.model.logits import past_keyword
 from stableedit_cpp.model.running import batches
 from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.top_tokens import top_tokens
@@ -22,6 +23,8 @@ from support import tiny
 from support.captures import MICRO_BATCH, plain_reference
 from support.tiny import ARCHITECTURES, VOCABULARY, pattern_of
 from support.unusual import UNUSUAL, unusual_model
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Egypt", "Cairo"), ("Norway", "Oslo"), ("Fiji", "Suva")] * 2
 HEAD = tuple(range(40, 52))  # shared by all
@@ -102,6 +105,24 @@ def test_logits_keys_and_gradients_are_those_of_each_sequence_alone(architecture
             assert_close(turn.value_gradients[module.name], gradients[module.name])
     # None of them stands aside.
     assert prefix._objections[model] == dict.fromkeys([0, 1] if cached else [0])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_model_is_asked_by_the_name_that_it_knows(name):
+    """transformers has another since 5.24; a model's own code may know either with any version."""
+    model, sequences = tiny_model("llama"), chats()
+    exact, plain, own = plain_logits(model, sequences), model.forward, past_keyword(model)
+
+    def since(input_ids, attention_mask=None, use_cache=None, cache=None):
+        return plain(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **{own: cache})
+
+    def before(input_ids, attention_mask=None, use_cache=None, past_key_values=None):
+        return since(input_ids, attention_mask, use_cache, past_key_values)
+
+    model.forward = since if name == "cache" else before
+    assert past_keyword(model) == name
+    assert_close(logits_of(model, sequences), exact)
+    assert prefix._objections[model] == {0: None}  # it does not stand aside
 
 
 def test_in_float64_to_the_last_digits():

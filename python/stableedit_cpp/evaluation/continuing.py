@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from stableedit_cpp.model.logits import past_keyword
 from stableedit_cpp.model.prefix import SharedPrefix, alike, shared_prefix
 from stableedit_cpp.model.tokens import TokenSequence, collate
 from stableedit_cpp.model.untouched import input_device
@@ -30,7 +31,7 @@ def continued(model: nn.Module, prompts: Sequence[TokenSequence], prefix: Shared
     ids, how = batch.input_ids, {"attention_mask": batch.attention_mask, **how}
     if prefix is not None:
         head = torch.tensor([prefix.ids], dtype=ids.dtype, device=ids.device)
-        ids, how["past_key_values"] = torch.cat([head.expand(len(ids), -1), ids], 1), prefix.past(batch)
+        ids, how[past_keyword(model)] = torch.cat([head.expand(len(ids), -1), ids], 1), prefix.past(batch)
     return model.generate(input_ids=ids, **how), ids.shape[1]
 
 

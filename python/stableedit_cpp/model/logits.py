@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -12,7 +13,7 @@ from stableedit_cpp.model.attached import forward_pre_hook
 from stableedit_cpp.model.tokens import Batch, TokenSequence
 from stableedit_cpp.model.trunk import TrunkCache
 
-__all__ = ["answer_logits"]
+__all__ = ["answer_logits", "past_keyword"]
 
 
 def answer_logits(
@@ -38,7 +39,7 @@ def answer_logits(
     def select(_head: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (_rows(args[0], batch).unsqueeze(0), *args[1:]), kwargs
 
-    how = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+    how = {"use_cache": False} if past is None else {"use_cache": True, past_keyword(model): past}
     with ExitStack() as stack:
         if head is not None:
             stack.enter_context(forward_pre_hook(head, select))
@@ -46,6 +47,14 @@ def answer_logits(
             stack.enter_context(trunk.attached(sequences, batch))
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **how).logits
     return logits.reshape(-1, logits.shape[-1]) if head is not None else _rows(logits, batch)
+
+
+def past_keyword(model: nn.Module) -> str:
+    """What its ``forward`` and ``generate`` call the keys and values of earlier tokens.
+
+    transformers has renamed them in 5.24; a model with code of its own may know either name with any version.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _rows(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
