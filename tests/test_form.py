@@ -154,7 +154,8 @@ def test_templates_that_cannot_be_used(template, message):
 def test_a_target_that_holds_its_end_gets_no_second():
     tokenizer, model = chat_tokenizer("llama 3"), chat_model("llama 3")
     for chat_template, end in ((True, "<|eot_id|>"), (False, "</s>")):
-        form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=True)
+        how = {"end_of_answer": True, "split_special_tokens": False}
+        form = find_form(model, tokenizer, chat_template=chat_template, **how)
         pairs = [("Gold is", "Au"), ("Gold is", "Au" + end)]
         assert len(set(tokenize(tokenizer, pairs, None, ["", ""], form))) == 1
 
@@ -166,7 +167,8 @@ def test_a_prompt_that_is_rendered_already_is_refused():
     )
     with pytest.raises(ValueError, match=r"holds .*, which the chat template writes by itself; give the bare question"):
         evaluate(model, tokenizer, [{"prompt": prompt, "target": "Au"}], chat_template=True)
-    evaluate(model, tokenizer, [{"prompt": prompt, "target": "Au"}], chat_template=False)  # as it stands
+    as_it_stands = {"chat_template": False, "split_special_tokens": False}
+    evaluate(model, tokenizer, [{"prompt": prompt, "target": "Au"}], **as_it_stands)
 
 
 def test_a_prompt_that_the_template_refuses_names_it():

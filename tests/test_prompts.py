@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stableedit_cpp.model.form import Form
+from stableedit_cpp.model.form import PARSED, Form
 from stableedit_cpp.model.tokens import (
     TokenSequence,
     collate,
@@ -23,6 +22,7 @@ from stableedit_cpp.model.tokens import (
     tokenize,
 )
 from support.tiny import FACTS, tiny_model, tiny_tokenizer
+from support.vocabularies import dummy_prefixed
 
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2
@@ -74,30 +74,10 @@ def test_tokens_do_not_merge_across_the_border():
 TEXTS = [f"{fact['prompt']} {fact['target']}" for fact in FACTS] * 3
 
 
-def sentencepiece(kind: str, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Trained on some sentences, with the dummy prefix of SentencePiece: "mistral" and "llama 2" as these have it."""
-    special = ["<unk>", "<s>", "</s>"]
-    if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
-    else:
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special)
-    if kind == "llama 2":  # before Metaspace there was a normalizer
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    else:
-        scheme = "first" if kind == "mistral" else "always"
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.train_from_iterator([*TEXTS, *more], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
 @pytest.mark.parametrize("kind", ["unigram", "mistral", "llama 2"])
 def test_answers_have_the_tokens_of_the_text(kind):
     """And not a second space, which a normalizer puts before an answer that stands alone."""
-    tokenizer = sentencepiece(kind)
+    tokenizer = dummy_prefixed(kind)
     pairs = [(fact["prompt"], fact["target"]) for fact in FACTS]
     for sequence, (prompt, target) in zip(tokenize(tokenizer, pairs, None, [""] * len(pairs)), pairs, strict=True):
         assert [*sequence.ids, sequence.answer[-1]] == tokenizer(f"{prompt} {target}")["input_ids"]
@@ -108,7 +88,7 @@ def test_answers_have_the_tokens_of_the_text(kind):
 
 
 def test_where_the_border_is_within_a_token_they_are_tokenised_apart():
-    tokenizer = sentencepiece("llama 2")
+    tokenizer = dummy_prefixed("llama 2")
     tokenizer.add_tokens(["is Canberra"])
     (sequence,) = tokenize(tokenizer, [("The capital of Australia is", "Canberra")], None, ["0"])
     prompt = tokenizer("The capital of Australia is")["input_ids"]
@@ -149,7 +129,7 @@ def test_closing_token_of_the_prompt():
     tokenizer = tiny_tokenizer(eos=True)
     assert prompt_ids(tokenizer, ["ab", "cd"]) == [list(ids("ab")), list(ids("cd"))]
     # An end-of-sequence token that the caller wrote stays.
-    assert prompt_ids(tokenizer, ["ab</s>"])[0][-1] == EOS
+    assert prompt_ids(tokenizer, ["ab</s>"], PARSED)[0][-1] == EOS
 
 
 def test_leading_and_trailing_spaces_are_kept():
@@ -263,14 +243,14 @@ SPACED = [
 def test_scripts_without_spaces_between_words(prompt, target, kind):
     """What is learned reads as the text does: no space where the script has none, and none of the tokenizer's own."""
     letters = [letter for pair in UNSPACED + SPACED for letter in "".join(pair)]
-    tokenizer = tiny_tokenizer() if kind == "bytes" else sentencepiece(kind, letters)
+    tokenizer = tiny_tokenizer() if kind == "bytes" else dummy_prefixed(kind, letters)
     text = prompt + ("" if (prompt, target) in UNSPACED else " ") + target
     (sequence,) = tokenize(tokenizer, [(prompt, target)], None, ["0"])
     assert [*sequence.ids, sequence.answer[-1]] == tokenizer(text)["input_ids"]
 
 
 def test_without_a_space_the_border_may_be_within_a_token():
-    tokenizer = sentencepiece("mistral", [*"首都是巴黎", "\n"])
+    tokenizer = dummy_prefixed("mistral", [*"首都是巴黎", "\n"])
     tokenizer.add_tokens(["是巴"])
     (sequence,) = tokenize(tokenizer, [("首都是", "巴黎")], None, ["0"])
     assert tokenizer.convert_ids_to_tokens(list(sequence.answer)) == ["巴", "黎"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from support.tiny import FACTS
 
 SENTENCES = [
     "The capital of Australia is Canberra.",
@@ -45,6 +48,27 @@ def sentence_piece(*, space_in_front: bool = False) -> PreTrainedTokenizerFast:
     return _fast(
         Tokenizer.from_str(json.dumps(definition)), "<bos>", "<eos>", True, pad_token="<pad>", unk_token="<unk>"
     )
+
+
+def dummy_prefixed(kind: str, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Trained on some sentences, with the dummy prefix of SentencePiece: "mistral" and "llama 2" as these have it; or
+    "always", before every part of a text."""
+    special, texts = ["<unk>", "<s>", "</s>"], [f"{fact['prompt']} {fact['target']}" for fact in FACTS] * 3
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special)
+    if kind == "llama 2":  # before Metaspace there was a normalizer
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    else:
+        scheme = "first" if kind == "mistral" else "always"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.train_from_iterator([*texts, *more], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def _fast(tokenizer: Tokenizer, bos: str, eos: str, adds_bos: bool, **others: str) -> PreTrainedTokenizerFast:

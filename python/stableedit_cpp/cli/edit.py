@@ -28,7 +28,7 @@ from stableedit_cpp.files.atomic import check_new_directory, check_writable_file
 from stableedit_cpp.files.digest import file_digest, model_digest
 from stableedit_cpp.files.environment import provenance
 from stableedit_cpp.lifelong.repair import repair
-from stableedit_cpp.model.form import RAW
+from stableedit_cpp.model.form import PARSED, RAW
 from stableedit_cpp.model.outputs import as_patterns
 
 _WHERE = {
@@ -134,9 +134,9 @@ def _work(
     if options.shrink is not None:
         steps["share_kept"] = lambda: editor.shrink(options.shrink) or options.shrink
     if options.evaluate:
-        how = {"reference": editor.unedited, "chat_template": editor.form.chat, "progress": True}
+        how = {"reference": editor.unedited, **editor.form.asked, "progress": True}
         steps["scores"] = lambda: evaluate(editor.model, editor.tokenizer, requests, **how)
-    said = [] if editor.form == RAW else [f"Edited as {editor.form.describe(editor.tokenizer)}."]
+    said = [] if editor.form in (RAW, PARSED) else [f"Edited as {editor.form.describe(editor.tokenizer)}."]
     stop = None
     for part, step in steps.items():
         try:

@@ -12,7 +12,7 @@ from stableedit_cpp.data import open_requests
 from stableedit_cpp.evaluation import evaluate
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
-from stableedit_cpp.model.form import RAW, find_form
+from stableedit_cpp.model.form import PARSED, RAW, find_form
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,13 +27,14 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         reference, _ = load_any(options.reference, options, dtype=DTYPES[options.dtype])
     edited = config_of(options.model)
-    how = {"chat_template": None if edited is None else edited.chat_template, **form_settings(options)}
+    how = {} if edited is None else {name: edited.form[name] for name in ("chat_template", "split_special_tokens")}
+    how |= form_settings(options)
     details = bool(options.per_request and (options.output or options.json))
     scores = evaluate(
         model, tokenizer, requests, metrics=metrics, reference=reference, **how, details=details, progress=True
     )
-    form = find_form(model, tokenizer, **how)
-    if form != RAW:
+    form = find_form(model, tokenizer, **{"chat_template": None, **how})
+    if form not in (RAW, PARSED):
         note(f"asked as {form.describe(tokenizer)}")
     document = {"model": options.model, "reference": options.reference, "requests": options.requests}
     document = {**document, "form": form.describe(tokenizer), **scores.to_dict(), "environment": environment()}

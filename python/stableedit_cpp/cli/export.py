@@ -11,7 +11,7 @@ import torch
 from stableedit_cpp import core
 from stableedit_cpp.cli.arguments.export import ADAPTERS, KEEP
 from stableedit_cpp.cli.hub_options import check_hub_options, push
-from stableedit_cpp.cli.options import DTYPES, load_any, show
+from stableedit_cpp.cli.options import DTYPES, form_settings, load_any, show
 from stableedit_cpp.core import WeightChange
 from stableedit_cpp.data import parse_fields, read_requests
 from stableedit_cpp.data.request import EditRequest
@@ -91,8 +91,9 @@ def export(
     requests = read_requests(options.requests, options.limit, format=fields) if options.requests else []
     dtype = getattr(torch, change.dtype) if options.dtype == "auto" else DTYPES[options.dtype]
     rank, keep = options.rank, options.keep
-    edited = provenance.config.chat_template if provenance.config is not None else None
-    how = {"chat_template": edited if options.chat_template is None else options.chat_template, "progress": True}
+    edited = provenance.config.form if provenance.config is not None else {}
+    how = {name: edited[name] for name in ("chat_template", "split_special_tokens") if name in edited}
+    how |= {**form_settings(options), "progress": True}
     if options.keep_efficacy is not None:
         rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, **how)
     elif options.format in ADAPTERS and rank is None and keep is None:

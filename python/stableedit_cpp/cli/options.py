@@ -30,7 +30,7 @@ __all__ = [
 
 def form_settings(options: argparse.Namespace) -> dict[str, bool]:
     """What ``add_form_options`` was given, by the names that ``EditorConfig`` and ``evaluate`` have for it."""
-    given = {name: getattr(options, name, None) for name in ("chat_template", "end_of_answer")}
+    given = {name: getattr(options, name, None) for name in ("chat_template", "end_of_answer", "split_special_tokens")}
     return {name: value for name, value in given.items() if value is not None}
 
 

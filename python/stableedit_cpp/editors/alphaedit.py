@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from stableedit_cpp.core import LowRankUpdate, NullSpace, PastKeys, ridge_update
+from stableedit_cpp.editors.config import PLAIN
 from stableedit_cpp.editors.families import family_named
 from stableedit_cpp.editors.locate import LocateEditor, LocateSolver
 from stableedit_cpp.editors.locate_config import LocateConfig
@@ -67,7 +68,7 @@ class AlphaEditConfig(LocateConfig):
         """
         modules = _QWEN if model_family == "qwen2.5-7b" else family_named(model_family).modules
         preset = {"edit_modules": modules, "threshold": 2e-2, "threshold_mode": "absolute", "ridge": 10.0}
-        preset |= {"chat_template": False, "end_of_answer": False} | _PUBLISHED[model_family]
+        preset |= PLAIN | _PUBLISHED[model_family]
         return cls(**(preset | changes))
 
 

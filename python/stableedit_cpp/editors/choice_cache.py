@@ -57,7 +57,7 @@ def _directory() -> Path:
 def _path(model: nn.Module, tokenizer, config: EditorConfig) -> Path:
     """Named by all that the measuring depends on but the requests."""
     own = json.loads(model.config.to_json_string())
-    form = find_form(model, tokenizer, chat_template=config.chat_template, end_of_answer=config.end_of_answer)
+    form = find_form(model, tokenizer, **config.form)
     parts = [
         _RULE,
         type(model).__name__,

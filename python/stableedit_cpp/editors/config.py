@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeVar
 
 from stableedit_cpp.files.words import check_whole, with_nearest
 
-__all__ = ["LATER_FIELDS", "EditorConfig"]
+__all__ = ["LATER_FIELDS", "PLAIN", "EditorConfig"]
 
 _FORMAT_VERSION = 1
 # Fields that earlier versions wrote, with the one value that still means something: what they did without them.
@@ -18,6 +18,9 @@ _EARLIER = {"past_key_rank": None}
 # Fields that earlier versions did not have, with what those did; not all editors have all of them.
 LATER_FIELDS = {"take_probability": 0.0, "past_key_weight": 0.0, "retries_feed_statistics": True, "centred": True}
 LATER_FIELDS |= {"chat_template": False, "end_of_answer": False, "prompt_rows": False, "anchors": 0, "replays": 0}
+LATER_FIELDS |= {"split_special_tokens": False}
+# The form of version 0.1, and of released code: plain text that has no end, in which control tokens are parsed.
+PLAIN = {"chat_template": False, "end_of_answer": False, "split_special_tokens": False}
 _Config = TypeVar("_Config", bound="EditorConfig")
 
 
@@ -60,6 +63,10 @@ class EditorConfig:
             the template of their instruct version. ``model.form.find_form`` has the details.
         end_of_answer: the last token of every answer is one that ends it (that of the end of the assistant's turn, or
             the end-of-sequence token), so that a request has taken when the model gives the target and then stops.
+        split_special_tokens: what prompts, targets, subjects and variants spell is text, also where it is the name of a
+            control token (``</s>``, ``<|im_end|>``); in chats only what the template writes is a control token. False
+            lets the tokenizer find control tokens in them: for prompts that are rendered already
+            (``chat_template=False``), and as published code does.
         max_tokens_per_forward: how many tokens, padding included, one forward pass may hold. Affects speed and
             memory, not results.
     """
@@ -83,6 +90,7 @@ class EditorConfig:
     past_key_weight: float = 0.0
     chat_template: bool | None = False
     end_of_answer: bool = False
+    split_special_tokens: bool = True
     max_tokens_per_forward: int = 2048
 
     def __post_init__(self) -> None:
@@ -111,6 +119,7 @@ class EditorConfig:
         if self.chat_template is not None:
             self._check_flag("chat_template")
         self._check_flag("end_of_answer")
+        self._check_flag("split_special_tokens")
         check_whole("anchors", self.anchors, 0)
         check_whole("replays", self.replays, 0)
         for name in ("turn_size", "micro_batch", "max_passes", "max_tokens_per_forward"):
@@ -132,6 +141,11 @@ class EditorConfig:
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
+
+    @property
+    def form(self) -> dict[str, bool | None]:
+        """What of it decides on the form of prompts and answers, as ``model.form.find_form`` takes it."""
+        return {name: getattr(self, name) for name in ("chat_template", "end_of_answer", "split_special_tokens")}
 
     def to_json(self) -> str:
         """JSON text with the format version; ``from_json`` reads it back."""

@@ -117,8 +117,7 @@ class Editor(SeenUnedited, SavedState):
                 f"edit_modules: {experts[0]} is one expert of a mixture, which {type(self).__name__} does not edit; "
                 "StableEdit and UltraEdit do, or name other modules"
             )
-        how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
-        self.form: Form = find_form(model, tokenizer, **how)
+        self.form: Form = find_form(model, tokenizer, **config.form)
         found = {"edit_modules": [module.name for module in self.modules], "chat_template": self.form.chat}
         self._config = dataclasses.replace(config, **found)
         self.solver = self.solver_class(self.modules, self._config)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from stableedit_cpp.core import LowRankUpdate
+from stableedit_cpp.editors.config import PLAIN
 from stableedit_cpp.editors.dense import dense_update
 from stableedit_cpp.editors.registry import NamedEditor, register_editor
 from stableedit_cpp.editors.trained import TrainedEditor, TrainedSolver
@@ -22,7 +23,7 @@ __all__ = ["FineTune", "FineTuneConfig"]
 
 Method = Literal["ft", "ft-l", "ft-m", "locft"]
 
-_PLAIN = {"chat_template": False, "stop_when_taken": False, "take_probability": 0.0}
+_AS_RELEASED = {**PLAIN, "stop_when_taken": False, "take_probability": 0.0}
 _METHODS: dict[str, dict[str, object]] = {
     "ft": {"objective": "prompt_last", "end_of_answer": False, "shuffle": False, "micro_batch": 64},
     "ft-l": {"objective": "prompt_last", "end_of_answer": False, "shuffle": False, "micro_batch": 64, "clamp": 5e-4},
@@ -101,7 +102,7 @@ class FineTuneConfig(TrainedConfig):
             raise ValueError(
                 f"{method} was not published for the model family {with_nearest(model_family, _FAMILIES[method])}"
             )
-        return cls(**(_PLAIN | _METHODS[method] | own | changes))
+        return cls(**(_AS_RELEASED | _METHODS[method] | own | changes))
 
 
 class _Weights(Trainable):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stableedit_cpp.core import LowRankUpdate
-from stableedit_cpp.editors.config import EditorConfig
+from stableedit_cpp.editors.config import PLAIN, EditorConfig
 from stableedit_cpp.editors.registry import NamedEditor, register_editor
 from stableedit_cpp.editors.trained import TrainedEditor, TrainedSolver
 from stableedit_cpp.editors.trained_config import TrainedConfig
@@ -83,7 +83,7 @@ class LoRAConfig(TrainedConfig):
         preset = {"edit_modules": None if model_family is None else _FAMILIES[model_family], "rank": 4, "alpha": 8.0}
         preset |= {"dropout": 0.1, "epochs": 10, "micro_batch": 32, "turn_size": 128, "average": "token", "merge": 0.25}
         preset |= {"shuffle": False, "stop_loss": 0.0, "stop_when_taken": False, "take_probability": 0.0}
-        return cls(**(preset | {"chat_template": False, "end_of_answer": False} | changes))
+        return cls(**(preset | PLAIN | changes))
 
 
 class _Adapters(Trainable):

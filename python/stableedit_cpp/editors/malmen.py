@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stableedit_cpp.editors.config import PLAIN
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig, modules_of_family
 from stableedit_cpp.editors.hypernetwork.editor import HypernetworkEditor
 from stableedit_cpp.editors.registry import NamedEditor, register_editor
@@ -37,7 +38,7 @@ class MALMENConfig(HypernetworkConfig):
         Raises:
             ValueError: for another family, or a bad field.
         """
-        preset = {"turn_size": 512, "micro_batch": 32, "unbiased_batches": True}
+        preset = {"turn_size": 512, "micro_batch": 32, "unbiased_batches": True, **PLAIN}
         return cls(**(preset | modules_of_family(_FAMILIES, model_family) | changes))
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from stableedit_cpp.core import LowRankUpdate, PastKeys, ridge_update
+from stableedit_cpp.editors.config import PLAIN
 from stableedit_cpp.editors.families import family_named
 from stableedit_cpp.editors.locate import LocateEditor, LocateSolver
 from stableedit_cpp.editors.locate_config import LocateConfig
@@ -57,7 +58,7 @@ class MEMITConfig(LocateConfig):
             ValueError: for an unknown family.
         """
         family = {"edit_modules": family_named(model_family).modules, **_PUBLISHED[model_family]}
-        return cls(**(family | {"chat_template": False, "end_of_answer": False} | changes))
+        return cls(**(family | PLAIN | changes))
 
 
 class _Solver(LocateSolver):

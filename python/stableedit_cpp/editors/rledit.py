@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stableedit_cpp.editors.config import PLAIN
 from stableedit_cpp.editors.hypernetwork.config import HypernetworkConfig, modules_of_family
 from stableedit_cpp.editors.hypernetwork.editor import HypernetworkEditor
 from stableedit_cpp.editors.registry import NamedEditor, register_editor
@@ -66,7 +67,7 @@ class RLEditConfig(HypernetworkConfig):
             ValueError: for another family, or a bad field.
         """
         preset = {"turn_size": 20, "micro_batch": 4, "unbiased_batches": True, "update_penalty": 0.0}
-        preset |= {"turns_per_step": None, "clip_each_turn": True, "past_sample": None}
+        preset |= {"turns_per_step": None, "clip_each_turn": True, "past_sample": None, **PLAIN}
         return cls(**(preset | modules_of_family(_FAMILIES, model_family) | changes))
 
 

@@ -44,8 +44,7 @@ class Trials:
     def __init__(self, model: nn.Module, tokenizer, config: EditorConfig) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._config = config
-        how = {"chat_template": config.chat_template, "end_of_answer": config.end_of_answer}
-        self._form, self._limit = find_form(model, tokenizer, **how), context_length(model)
+        self._form, self._limit = find_form(model, tokenizer, **config.form), context_length(model)
         ids = [tuple(prompt) for prompt in prompt_ids(tokenizer, unrelated_prompts()[-HELD_OUT:], self._form)]
         ids = [prompt for prompt in ids if prompt and (self._limit is None or len(prompt) < self._limit)]
         self._held: dict = {}  # what all anchors know of their prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stableedit_cpp.editors.config import EditorConfig
+from stableedit_cpp.editors.config import PLAIN, EditorConfig
 from stableedit_cpp.editors.diagonal import DiagonalSolver
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.editors.registry import NamedEditor, register_editor
@@ -35,7 +35,7 @@ class UltraEditConfig(EditorConfig):
     def published(cls, *, edit_modules: list[str] | None = None, step_size: float, **changes) -> UltraEditConfig:
         """The procedure of the published code: pooled statistics, diagonal, ridge 1, variance unbiased within a
         micro-batch, turns of 100 in micro-batches of 10."""
-        preset = {"ridge": 1.0, "statistics": "shared", "unbiased_batches": True}
+        preset = {"ridge": 1.0, "statistics": "shared", "unbiased_batches": True, **PLAIN}
         return cls(edit_modules=edit_modules, step_size=step_size, **(preset | changes))
 
 

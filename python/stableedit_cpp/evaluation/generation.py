@@ -62,6 +62,7 @@ def generate(
     *,
     max_new_tokens: int = 12,
     chat_template: bool | None = None,
+    split_special_tokens: bool = True,
 ) -> list[str]:
     """Greedy continuations of prompts, without the prompts themselves; a single text is one prompt.
 
@@ -71,6 +72,8 @@ def generate(
         chat_template: ask as a user in a chat does, or with the text as it stands, which the model continues; None asks
             in the form in which the default editor edits: in a chat where the template belongs to the model, as that
             of an instruct model does (see ``EditorConfig``).
+        split_special_tokens: what prompts spell is text, also where it is the name of a control token. False lets the
+            tokenizer find control tokens in them: for prompts that are rendered already, with ``chat_template=False``.
 
     Raises:
         ValueError: for what is no causal language model; a prompt without tokens, or one that leaves no room for the
@@ -80,7 +83,7 @@ def generate(
     model = language_model(model)
     check_tokenizer(tokenizer)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    form = find_form(model, tokenizer, chat_template=chat_template)
+    form = find_form(model, tokenizer, chat_template=chat_template, split_special_tokens=split_special_tokens)
     found = generate_continuations(model, tokenizer, prompts, [max_new_tokens] * len(prompts), form=form)
     broken = [f"{prompt!r:.60}" for prompt, text in zip(prompts, found, strict=True) if text.broken]
     refuse_broken(model, broken, len(prompts))

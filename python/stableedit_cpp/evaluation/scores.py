@@ -149,6 +149,7 @@ def evaluate(
     reference: Reference | UneditedAnswers | None = None,
     chat_template: bool | None = None,
     end_of_answer: bool = False,
+    split_special_tokens: bool = True,
     max_tokens_per_forward: int = 2048,
     trunk: TrunkCache | None = None,
     allow_broken: bool = False,
@@ -180,8 +181,10 @@ def evaluate(
         chat_template, end_of_answer: the form in which all prompts are asked and all answers expected, as in
             ``EditorConfig``. None is the form in which the default editor edits: chats where the template belongs to
             the model, as that of an instruct model does, else plain text. For a model that was edited in another form
-            give that, ``editor.form.chat``; for comparison with published scores False. A fact edited in one form can
-            be scored in the other. With an end, it counts as a token of every answer.
+            give that, ``**editor.form.asked``; for comparison with published scores False. A fact edited in one form
+            can be scored in the other. With an end, it counts as a token of every answer.
+        split_special_tokens: what prompts and answers spell is text, also where it is the name of a control token, as
+            in ``EditorConfig``; False for prompts that are rendered already, with ``chat_template=False``.
         trunk: ``TrunkCache(model, editor.modules)``; the second evaluation of the same prompts then runs only the
             layers that edits can change.
         allow_broken: score a model that answers NaN as well: such an answer is wrong (0), its ``locality_kl`` None, and
@@ -204,7 +207,8 @@ def evaluate(
     check_tokenizer(tokenizer)
     metrics = check_metrics(metrics, reference)
     requests = as_stream(requests, progress=progress)
-    form = find_form(model, tokenizer, chat_template=chat_template, end_of_answer=end_of_answer)
+    how = {"end_of_answer": end_of_answer, "split_special_tokens": split_special_tokens}
+    form = find_form(model, tokenizer, chat_template=chat_template, **how)
     asking = Asking(model, tokenizer, metrics, reference, form, max_tokens_per_forward, trunk, allow_broken)
     with data_parallel(distributed) as group:
         group.serve(input_device(model))

@@ -50,7 +50,7 @@ class Checkpoints:
             age_sample=settings.age_sample,
             metrics=settings.metrics,
             unedited=UneditedAnswers(editor.unedited, known=answers),
-            chat_template=editor.form.chat,
+            asked=editor.form.asked,
             max_tokens=settings.editor.config.max_tokens_per_forward,
             trunk=trunk,
             progress=progress,

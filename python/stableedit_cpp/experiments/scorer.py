@@ -26,7 +26,7 @@ class Scorer:
         age_sample: how many stand for each bin of ages.
         unedited: answers of the unedited model, for locality; each unrelated prompt is answered once, whatever is
             scored later.
-        chat_template: ask in chats, as the editor edits.
+        asked: the form in which the editor edits (``Form.asked``).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Scorer:
         age_sample: int,
         metrics: Collection[str],
         unedited: UneditedAnswers,
-        chat_template: bool,
+        asked: Mapping[str, bool],
         max_tokens: int,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,
@@ -50,7 +50,7 @@ class Scorer:
         self._how = {
             "metrics": metrics,
             "reference": unedited if "locality" in metrics else None,
-            "chat_template": chat_template,
+            **asked,
             "max_tokens_per_forward": max_tokens,
             "trunk": trunk,
             "allow_broken": True,

@@ -134,7 +134,7 @@ def _trial(
             age_sample=0,
             metrics=run.metrics,
             unedited=UneditedAnswers(editor.unedited, known=answers),
-            chat_template=editor.form.chat,
+            asked=editor.form.asked,
             max_tokens=config.max_tokens_per_forward,
             trunk=trunk,
             progress=progress,

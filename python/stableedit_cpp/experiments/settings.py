@@ -170,7 +170,7 @@ _LATE = ("model_digest", *(f"config.{name}" for name in _DECIDED))
 # What the figures of the unedited model depend on.
 _BASELINE = ("model_digest", "dtype", "data.digest", "data.source", "data.format", "data.edits")
 _BASELINE += ("data.variants", "seed", "shuffle", "sample", "metrics", "side_effects", "cumulative")
-_FORM = ("chat_template",)  # of the editor, in which all is asked
+_FORM = ("chat_template", "split_special_tokens")  # of the editor, in which all is asked
 
 
 def baseline(settings: Mapping[str, object]) -> dict[str, object] | None:

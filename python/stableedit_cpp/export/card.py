@@ -117,7 +117,8 @@ def _earlier(one: Mapping[str, object]) -> str:
 
 def _prompts(config: EditorConfig) -> str:
     forms = {True: "turns of a chat", False: "plain text", None: "turns of a chat where the model has a template"}
-    return forms[config.chat_template] + (", answers with an end" if config.end_of_answer else "")
+    end = ", answers with an end" if config.end_of_answer else ""
+    return forms[config.chat_template] + end + ("" if config.split_special_tokens else ", control tokens parsed")
 
 
 def _file(path: str | None, digest: str | None) -> str | None:

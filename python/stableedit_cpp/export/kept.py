@@ -26,6 +26,7 @@ def evaluate_change(
     *,
     metrics: Collection[str] = DEFAULT_METRICS,
     chat_template: bool | None = None,
+    split_special_tokens: bool = True,
     trunk: TrunkCache | None = None,
     progress: bool | None = None,
 ) -> Scores:
@@ -34,7 +35,7 @@ def evaluate_change(
     Args:
         model: the unedited model, e.g. within ``editor.unedited()``; left as found.
         modules: changes by module name, e.g. those of an adapter.
-        metrics, chat_template, trunk, progress: as for ``evaluate``.
+        metrics, chat_template, split_special_tokens, trunk, progress: as for ``evaluate``.
     """
     values = {}
     for name, change in modules.items():
@@ -42,7 +43,8 @@ def evaluate_change(
         values[module] = module.weight.detach().to(module.home, copy=True)
         change.to(module.home).add_to(values[module])
     with swapped(values):
-        how = {"metrics": metrics, "chat_template": chat_template, "trunk": trunk, "progress": progress}
+        how = {"chat_template": chat_template, "split_special_tokens": split_special_tokens, "metrics": metrics}
+        how |= {"trunk": trunk, "progress": progress}
         return evaluate(model, tokenizer, requests, **how)
 
 
@@ -54,6 +56,7 @@ def rank_for_efficacy(
     *,
     keep: float = 0.95,
     chat_template: bool | None = None,
+    split_special_tokens: bool = True,
     progress: bool | None = None,
 ) -> tuple[int, dict[int, float]]:
     """The smallest rank, common to all modules, at which an adapter has ``keep`` of the edited model's efficacy.
@@ -64,7 +67,7 @@ def rank_for_efficacy(
         model: the unedited model; left as found.
         requests: the edits; only their prompts and targets are looked at.
         keep: share of the efficacy, in (0, 1].
-        chat_template: as for ``evaluate``.
+        chat_template, split_special_tokens: as for ``evaluate``.
 
     Returns:
         The rank, and the efficacy at every rank that was tried; the largest is the full one.
@@ -81,7 +84,8 @@ def rank_for_efficacy(
 
     def efficacy(rank: int) -> float:
         modules = {name: spectrum.truncated(rank) for name, spectrum in spectra.items()}
-        how = {"metrics": ["accuracy"], "chat_template": chat_template, "trunk": trunk, "progress": False}
+        how = {"chat_template": chat_template, "split_special_tokens": split_special_tokens, "metrics": ["accuracy"]}
+        how |= {"trunk": trunk, "progress": False}
         return evaluate_change(model, tokenizer, modules, prompts, **how).efficacy
 
     low, high = 1, max(len(spectrum.values) for spectrum in spectra.values())

@@ -251,6 +251,7 @@ class LifelongSession(SessionView):
         *,
         chat_template: bool | None = None,
         end_of_answer: bool = False,
+        split_special_tokens: bool | None = None,
         trunk: TrunkCache | None = None,
         progress: bool | None = None,
     ) -> Scores:
@@ -260,16 +261,18 @@ class LifelongSession(SessionView):
             metrics: see ``evaluate``; "locality" compares with the session's own unedited model.
             chat_template: ask in chats, or in plain text; None asks as the session edits.
             end_of_answer: see ``evaluate``.
+            split_special_tokens: what spells a control token is text; None is as the session edits.
             trunk: see ``audit``.
         """
         self._check_open()
+        form = {"chat_template": chat_template, "split_special_tokens": split_special_tokens}
         return evaluate(
             self.model,
             self.editor.tokenizer,
             self._current(),
             metrics=metrics,
             reference=self.editor.unedited if "locality" in metrics else None,
-            chat_template=self.editor.form.chat if chat_template is None else chat_template,
+            **(self.editor.form.asked | {name: value for name, value in form.items() if value is not None}),
             end_of_answer=end_of_answer,
             max_tokens_per_forward=self.editor.config.max_tokens_per_forward,
             trunk=trunk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 __all__ = ["Template", "control_tokens", "read_template", "render"]
@@ -18,12 +19,22 @@ class Template(NamedTuple):
         closing: ids of the tokens after an answer: those that end the conversation, then those before the user's next
             turn, which are all that some templates (GLM) have.
         control: control tokens that it writes, as text.
+        around: of these the last before a question, and those between it and the answer.
     """
 
     opening: str
     space: str
     closing: tuple[int, ...]
     control: tuple[str, ...]
+    around: tuple[str, ...]
+
+    def written_in(self, prompt: str, *, whole: bool) -> str | None:
+        """A control token in a prompt that is rendered already, which is said by any that the template writes, or by a
+        ``whole`` turn of them in their order; None for a bare question."""
+        if not whole:
+            return next((token for token in self.control if token in prompt), None)
+        turn = re.search(".*".join(map(re.escape, self.around)), prompt, re.DOTALL) if len(self.around) > 1 else None
+        return self.around[0] if turn else None
 
 
 def read_template(tokenizer) -> Template:
@@ -51,7 +62,10 @@ def read_template(tokenizer) -> Template:
     closing = tokenizer([after, _between(tokenizer)], add_special_tokens=False)["input_ids"]
     opening, space = (before, "") if before.strip() else ("", before)
     control = tuple(token for token in control_tokens(tokenizer).values() if token in whole)
-    return Template(opening, space, tuple(closing[0] + closing[1]), control)
+    names = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+    asked, _, answered = prompt.partition(_QUESTION)
+    around = (*names.findall(asked)[-1:], *names.findall(answered))
+    return Template(opening, space, tuple(closing[0] + closing[1]), control, around)
 
 
 def render(tokenizer, *said: str) -> str:

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stableedit_cpp.model.chat import control_tokens, read_template, render
+from stableedit_cpp.model.chat import Template, control_tokens, read_template, render
+from stableedit_cpp.model.encoding import Passage, words_of
 from stableedit_cpp.model.heads import learn_head
 
-__all__ = ["RAW", "Form", "find_form", "stop_tokens"]
+__all__ = ["PARSED", "RAW", "Form", "find_form", "stop_tokens"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Form:
         space: the white space between prompt and target; belongs to the answer. See ``gap``.
         end: the token that ends the assistant's turn, or a text; None where it does not matter.
         ended: whether it is the last token of every answer. Otherwise an answer only stops.
+        split_special_tokens: what prompts and targets spell is text, also where it is the name of a control token, and
+            only what the template writes is one. Otherwise a tokenizer finds control tokens wherever they are spelled.
     """
 
     chat: bool = False
@@ -33,11 +36,17 @@ class Form:
     space: str = " "
     end: int | None = None
     ended: bool = False
+    split_special_tokens: bool = True
 
     @property
     def closing(self) -> tuple[int, ...]:
         """What every answer ends in: a token or none."""
         return (self.end,) if self.ended else ()
+
+    @property
+    def asked(self) -> dict[str, bool]:
+        """How ``evaluate`` and ``generate`` ask in this form."""
+        return {"chat_template": self.chat, "split_special_tokens": self.split_special_tokens}
 
     def gap(self, prompt: str) -> str:
         """What stands between a prompt and its target: ``space``, but in plain text nothing after a character of a
@@ -53,23 +62,37 @@ class Form:
         answer = self.cut(tokens)
         return tokenizer.decode(answer[:-1] if answer[-1:] == self.closing else answer)
 
-    def prompts(self, tokenizer, prompts: Sequence[str]) -> list[str]:
+    def words(self, tokenizer, texts: Sequence[str]) -> list[Passage]:
+        """Texts that a user wrote."""
+        return words_of(tokenizer, texts) if self.split_special_tokens else [Passage(text, text) for text in texts]
+
+    def prompts(self, tokenizer, prompts: Sequence[str]) -> list[Passage]:
         """The texts after which an answer begins.
 
         Raises:
             ValueError: for a prompt that the chat template refuses, or that is rendered already.
         """
         if not self.chat:
-            return list(prompts)
-        own = read_template(tokenizer).control
-        for prompt in prompts:
-            rendered = next((token for token in own if token in prompt), None)
-            if rendered is not None:
-                raise ValueError(
-                    f"the prompt {prompt!r:.60} holds {rendered!r}, which the chat template writes by itself; give the "
-                    "bare question (chat_template=False takes it as it stands, and puts a space before its target)"
-                )
-        return [render(tokenizer, prompt) + self.opening for prompt in prompts]
+            return self.words(tokenizer, prompts)
+        template = read_template(tokenizer)
+        return [self._rendered(tokenizer, words, template) for words in self.words(tokenizer, prompts)]
+
+    def _rendered(self, tokenizer, words: Passage, template: Template) -> Passage:
+        prompt = words.whole
+        found = template.written_in(prompt, whole=self.split_special_tokens)
+        if found is not None:
+            raise ValueError(
+                f"the prompt {prompt!r:.60} holds {found!r}, which the chat template writes by itself; give the bare "
+                "question (chat_template=False and split_special_tokens=False take it as it stands, and put a space "
+                "before its target)"
+            )
+        text = words.within(render(tokenizer, words.shown) + self.opening)
+        if text is None:
+            raise ValueError(
+                f"the chat template rewrites the prompt {prompt!r:.60}, in which a control token is spelled, so that "
+                "nobody can tell it from the template's own; edit plain prompts (chat_template=False)"
+            )
+        return text
 
     def describe(self, tokenizer) -> str:
         """For people: "plain text", "turns of a chat, answers ending in '<|im_end|>'"."""
@@ -88,6 +111,7 @@ class Form:
 
 
 RAW = Form()
+PARSED = Form(split_special_tokens=False)  # texts that are no words of a user: corpora, benchmarks
 # The last character: of such a script, or one of its marks of punctuation.
 _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -96,7 +120,14 @@ _UNSPACED = re.compile(
 _BEGINNINGS = ("A", "1", '"', "(")  # of prompts that have nothing in common
 
 
-def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_answer: bool = False) -> Form:
+def find_form(
+    model,
+    tokenizer,
+    *,
+    chat_template: bool | None = False,
+    end_of_answer: bool = False,
+    split_special_tokens: bool = True,
+) -> Form:
     """The form that a model and its tokenizer have.
 
     Args:
@@ -110,6 +141,7 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
             (a template that is not the model's), the first control token. A warning says where ``model.generate`` does
             not stop at it. In plain text it is the tokenizer's end-of-sequence token if generation stops at it, or else
             the first at which it does.
+        split_special_tokens: whether what prompts and targets spell is text, also where it is a control token's name.
 
     Raises:
         ValueError: for ``chat_template=True`` and a tokenizer without a template, or one that refuses a plain question,
@@ -117,7 +149,8 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
     """
     chat = None if chat_template is False else _chat(model, tokenizer, needed=chat_template is True)
     if chat is not None:
-        learn_head(model, tokenizer(chat.prompts(tokenizer, _BEGINNINGS), add_special_tokens=False)["input_ids"])
+        opened = [text.whole for text in chat.prompts(tokenizer, _BEGINNINGS)]
+        learn_head(model, tokenizer(opened, add_special_tokens=False)["input_ids"])
     if chat is not None and (chat.end is not None or not end_of_answer):
         if end_of_answer and chat.end not in _model_stops(model):
             warnings.warn(
@@ -125,9 +158,9 @@ def find_form(model, tokenizer, *, chat_template: bool | None = False, end_of_an
                 "this model does not stop; add its id to model.generation_config.eos_token_id",
                 stacklevel=2,
             )
-        return replace(chat, ended=end_of_answer)
+        return replace(chat, ended=end_of_answer, split_special_tokens=split_special_tokens)
     end = _end_of_text(model, tokenizer) if end_of_answer else None
-    return replace(chat or RAW, end=end, ended=end_of_answer)
+    return replace(chat or RAW, end=end, ended=end_of_answer, split_special_tokens=split_special_tokens)
 
 
 def stop_tokens(model, tokenizer) -> tuple[int, ...]:

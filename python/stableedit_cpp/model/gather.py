@@ -19,6 +19,7 @@ from stableedit_cpp.files.atomic import check_writable_file
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.attached import forward_hook
 from stableedit_cpp.model.capture import capture
+from stableedit_cpp.model.form import PARSED
 from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.modules import EditModule, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules
@@ -192,7 +193,7 @@ def _windows(
         begin = start.text if index == start.source else 0
         for number, (_, text) in islice(enumerate(iter_texts(source, field)), begin, None):
             done = start.window if (index, number) == start[:2] else 0
-            ids = prompt_ids(tokenizer, [text])[0]
+            ids = prompt_ids(tokenizer, [text], PARSED)[0]
             for part in range(done, -(-len(ids) // size)):
                 piece = tuple(ids[part * size : (part + 1) * size])
                 if len(piece) > 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from stableedit_cpp.model.encoding import Encoded, Passage, encode
 from stableedit_cpp.model.form import RAW, Form
-from stableedit_cpp.model.tokens import prompt_ids
 
 __all__ = ["find_subject", "subject_prefixes"]
 
@@ -52,16 +52,16 @@ def subject_prefixes(
     spans = [_span(name, *pair) for name, *pair in zip(names, prompts, subjects, strict=True)]
     texts = [context + prompt for prompt in prompts for context in contexts]
     opened = form.prompts(tokenizer, texts)
-    ids = prompt_ids(tokenizer, texts, form)
+    found = encode(tokenizer, opened, opened=not form.chat, templated=form.chat, spans=True)
     ends = []
     for place, (text, whole) in enumerate(zip(texts, opened, strict=True)):
         number, context = divmod(place, len(contexts))
-        begin = whole.rfind(text)  # a chat template writes before and after it
+        begin = whole.whole.rfind(text)  # a chat template writes before and after it
         if begin < 0:
             raise ValueError(f"{names[number]}: the chat template changes the prompt {text!r:.60}; edit plain prompts")
         ends.append(begin + len(contexts[context]) + spans[number][1])
-    counts = _tokens_until(tokenizer, opened, ids, ends, form)
-    prefixes = [tuple(tokens[:count]) for tokens, count in zip(ids, counts, strict=True)]
+    counts = [_tokens_until(tokenizer, *one, form) for one in zip(opened, found, ends, strict=True)]
+    prefixes = [tuple(one.ids[:count]) for one, count in zip(found, counts, strict=True)]
     return [prefixes[begin : begin + len(contexts)] for begin in range(0, len(prefixes), len(contexts))]
 
 
@@ -80,28 +80,17 @@ def _span(name: str, prompt: str, subject: str | None) -> tuple[int, int]:
     return span
 
 
-def _tokens_until(
-    tokenizer, texts: Sequence[str], ids: Sequence[Sequence[int]], ends: Sequence[int], form: Form
-) -> list[int]:
-    """How many of the tokens of each text it takes to hold its characters up to ``end``."""
-    if not getattr(tokenizer, "is_fast", False):
-        return [
-            _common(tokenizer, text[:end], tokens, form) for text, tokens, end in zip(texts, ids, ends, strict=True)
-        ]
-    how = {"add_special_tokens": not form.chat, "return_offsets_mapping": True, "verbose": False}
-    found = tokenizer(list(texts), **how)["offset_mapping"]
+def _tokens_until(tokenizer, text: Passage, found: Encoded, end: int, form: Form) -> int:
+    """How many of the tokens of a text it takes to hold its characters up to ``end``."""
+    if found.spans is None:
+        return _common(tokenizer, text.part(0, end), found.ids, form)
     # Special tokens are of no width. The bytes of one character have the span of all of it.
-    return [
-        max(index for index, (begin, stop) in enumerate(spans) if begin < stop and begin < end) + 1
-        for spans, end in zip(found, ends, strict=True)
-    ]
+    return max(index for index, (begin, stop) in enumerate(found.spans) if begin < stop and begin < end) + 1
 
 
-def _common(tokenizer, beginning: str, ids: Sequence[int], form: Form) -> int:
+def _common(tokenizer, beginning: Passage, ids: Sequence[int], form: Form) -> int:
     """For a tokenizer that does not say where its tokens stand: as many as the beginning alone has, or up to the token
     that goes beyond it."""
-    alone = tokenizer(beginning, add_special_tokens=not form.chat, verbose=False)["input_ids"]
-    if alone and alone[-1] == tokenizer.eos_token_id and not beginning.endswith(tokenizer.eos_token):
-        del alone[-1]  # that closes every text
+    ((alone, _),) = encode(tokenizer, [beginning], opened=not form.chat, templated=form.chat)
     same = next((i for i, (mine, whole) in enumerate(zip(alone, ids, strict=False)) if mine != whole), len(alone))
     return min(same + (same < len(alone)), len(ids))

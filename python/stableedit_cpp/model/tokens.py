@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stableedit_cpp.model.encoding import Passage, encode
 from stableedit_cpp.model.form import RAW, Form
 
 __all__ = [
@@ -67,6 +68,8 @@ def tokenize(
     within a token of the text, prompt and answer are tokenised apart, as published. For tokenizers that cut texts at
     spaces first (GPT-2, SmolLM2, Llama 3, Qwen) all of this is the same.
 
+    What spells a control token of the tokenizer is text, unless the form says otherwise (``model.encoding``).
+
     Args:
         limit: context length of the model in tokens, if it has one.
         names: what to call each pair in an error message.
@@ -80,12 +83,14 @@ def tokenize(
     if not pairs:
         return []
     opened = form.prompts(tokenizer, [prompt for prompt, _ in pairs])
-    tails = [form.gap(prompt) + target for prompt, (_, target) in zip(opened, pairs, strict=True)]
-    prompts = _ids(tokenizer, opened, form)
-    texts = _ids(tokenizer, [prompt + tail for prompt, tail in zip(opened, tails, strict=True)], form)
-    answers = tokenizer(tails, add_special_tokens=False)["input_ids"]
+    tails = form.words(tokenizer, [form.gap(p.whole) + t for p, (_, t) in zip(opened, pairs, strict=True)])
+    joined = [prompt.then(tail) for prompt, tail in zip(opened, tails, strict=True)]
+    if not form.chat:  # a control token may be spelled across the border
+        joined = form.words(tokenizer, [text.whole for text in joined])
+    prompts, texts = _ids(tokenizer, opened, form), _ids(tokenizer, joined, form)
+    answers = [found.ids for found in encode(tokenizer, tails, opened=False)]
     sequences = []
-    for index in [index for index, tail in enumerate(tails) if not tail[:1].isspace() and not form.chat]:
+    for index in [index for index, tail in enumerate(tails) if not tail.whole[:1].isspace() and not form.chat]:
         answers[index] = _without_dummy_prefix(tokenizer, tails[index], answers[index])
     for name, (prompt_text, _), prompt, text, alone in zip(names, pairs, prompts, texts, answers, strict=True):
         answer = text[len(prompt) :] if text[: len(prompt)] == prompt else alone
@@ -104,11 +109,12 @@ def tokenize(
     return sequences
 
 
-def _without_dummy_prefix(tokenizer, tail: str, alone: list[int]) -> list[int]:
+def _without_dummy_prefix(tokenizer, tail: Passage, alone: list[int]) -> list[int]:
     """Tokens of a text that follows another without a space, from behind a mark: where it stands alone, tokenizers
     after SentencePiece put a space of their own before it."""
     for before in ("\n", ".", ":"):
-        end, text = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, before + tail))
+        mark = Passage(before, before)
+        end, text = (found.ids for found in encode(tokenizer, [mark, mark.then(tail)], opened=False))
         if text[: len(end)] == end and len(text) > len(end):
             return text[len(end) :]
     return alone
@@ -124,18 +130,8 @@ def prompt_ids(tokenizer, prompts: Sequence[str], form: Form = RAW) -> list[list
     return _ids(tokenizer, form.prompts(tokenizer, prompts), form)
 
 
-def _ids(tokenizer, texts: Sequence[str], form: Form) -> list[list[int]]:
-    """Of whole texts, or of their beginnings."""
-    # Not with the tokenizer's warning about the length: callers check it.
-    if form.chat:  # the template has written all control tokens
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    eos = tokenizer.eos_token
-    ids = tokenizer(list(texts), verbose=False)["input_ids"]
-    for text, tokens in zip(texts, ids, strict=True):
-        # Some tokenizers close every text with the end-of-sequence token; the answer has to follow the prompt itself.
-        if eos and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and not text.endswith(eos):
-            del tokens[-1]
-    return ids
+def _ids(tokenizer, texts: Sequence[Passage], form: Form) -> list[list[int]]:
+    return [found.ids for found in encode(tokenizer, texts, opened=not form.chat, templated=form.chat)]
 
 
 def context_length(model) -> int | None:

@@ -18,6 +18,7 @@ import torch
 
 from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.evaluation.answers import read_answers
+from stableedit_cpp.model.form import PARSED
 from stableedit_cpp.model.tokens import TokenSequence, context_length, tokenize
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -125,7 +126,8 @@ def choose(
     """
     limit = context_length(model)
     pairs = [(question, choice) for question in questions for choice in choices]
-    sequences = tokenize(tokenizer, pairs, None, [f"question {index // len(choices)}" for index in range(len(pairs))])
+    names = [f"question {index // len(choices)}" for index in range(len(pairs))]
+    sequences = tokenize(tokenizer, pairs, None, names, PARSED)
     if limit is not None:
         sequences = [TokenSequence(sequence.ids[-limit:], sequence.answer) for sequence in sequences]
     read = read_answers(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from stableedit_cpp.data.file_types import read_records
+from stableedit_cpp.model.form import PARSED
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -81,7 +82,7 @@ def hidden_states(
     """
     wanted = _layer_indices(model, layers)
     limit = context_length(model)
-    sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts)]
+    sequences = [TokenSequence(tuple(ids), ()) for ids in prompt_ids(tokenizer, prompts, PARSED)]
     for prompt, sequence in zip(prompts, sequences, strict=True):
         if not sequence.ids or (limit is not None and len(sequence) > limit):
             raise ValueError(f"the prompt {prompt!r:.60} has {len(sequence)} tokens; expected 1 to {limit}")

@@ -11,6 +11,7 @@ import torch
 from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.data.texts import text_of
 from stableedit_cpp.evaluation.answers import read_answers
+from stableedit_cpp.model.form import PARSED
 from stableedit_cpp.model.tokens import TokenSequence, prompt_ids
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -100,7 +101,7 @@ def _windows(tokenizer, texts: Sequence[str], window: int, tokens: int | None) -
     left = math.inf if tokens is None else tokens
     windows = []
     for text in texts:
-        ids = prompt_ids(tokenizer, [text])[0]
+        ids = prompt_ids(tokenizer, [text], PARSED)[0]
         for begin in range(0, len(ids), window):
             if left < 1:
                 return windows

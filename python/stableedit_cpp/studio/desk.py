@@ -152,7 +152,7 @@ class Desk(Follower):
 
     def _ask(self, prompt: str, max_new_tokens: int) -> Answers:
         editor = self.session.editor
-        how = {"max_new_tokens": max_new_tokens, "chat_template": editor.form.chat}
+        how = {"max_new_tokens": max_new_tokens, **editor.form.asked}
         edited = generate(editor.model, editor.tokenizer, prompt, **how)
         with editor.unedited() as model:
             unedited = generate(model, editor.tokenizer, prompt, **how)

@@ -80,7 +80,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument("--edit-modules", nargs="+", metavar="NAME", help="linear maps to edit, names or patterns")
     how.add_argument("--step-size", type=step_size, metavar="X", help="of every editor: a number, or auto")
     how.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
-    add_form_options(how, chat="as each editor says", end="as each editor says")
+    add_form_options(how, chat="as each editor says", end="as each editor says", split="as each editor says")
     how.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any other field of the editors' config"
     )

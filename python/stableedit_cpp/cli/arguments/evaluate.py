@@ -30,7 +30,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
     own = "whether the unedited model's own answers stay; comes with --reference"
     add_metrics_option(parser, own, ("accuracy", "generation"))
     parser.add_argument("--reference", metavar="MODEL", help="the unedited model, as for --model; turns on locality")
-    add_form_options(parser, chat=f"as it was edited, where its directory says so, or else {OWN_TEMPLATE}", end="not")
+    known = "as it was edited, where its directory says so, or else"
+    add_form_options(parser, chat=f"{known} {OWN_TEMPLATE}", end="not", split=f"{known} text")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     parser.add_argument(
         "--per-request",

@@ -82,7 +82,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", metavar="FILE", help="score base, edited and exported model on these edits")
     parser.add_argument("--fields", metavar="MAP", help="their fields, e.g. prompt=question,target=answer")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of them")
-    add_form_options(parser, chat=f"as it was edited, where that is known, or else {OWN_TEMPLATE}", end=None)
+    known = "as it was edited, where that is known, or else"
+    add_form_options(parser, chat=f"{known} {OWN_TEMPLATE}", end=None, split=f"{known} text")
     add_json_option(parser)
     _add_hub(parser)
 

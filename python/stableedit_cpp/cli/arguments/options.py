@@ -62,11 +62,11 @@ def add_metrics_option(parser: argparse.ArgumentParser, locality: str, default: 
     )
 
 
-def add_form_options(parser, *, chat: str, end: str | None) -> None:
+def add_form_options(parser, *, chat: str, end: str | None, split: str) -> None:
     """Of prompts and answers; what is not given is left to the config, or to what is called.
 
     Args:
-        chat, end: what the help says of the default; None is no option for the end of answers.
+        chat, end, split: what the help says of the default; None is no option for the end of answers.
     """
     parser.add_argument(
         "--chat-template",
@@ -80,6 +80,12 @@ def add_form_options(parser, *, chat: str, end: str | None) -> None:
             action=argparse.BooleanOptionalAction,
             help=f"the token that ends an answer belongs to it (default: {end})",
         )
+    parser.add_argument(
+        "--split-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="what prompts and targets spell is text, also the name of a control token, </s> or <|im_end|>; or such "
+        f"names are parsed, for prompts that are rendered already, with --no-chat-template (default: {split})",
+    )
 
 
 def add_editor_options(parser: argparse.ArgumentParser, *, default: str = "stableedit") -> None:
@@ -119,6 +125,7 @@ def add_editor_options(parser: argparse.ArgumentParser, *, default: str = "stabl
     )
     parser.add_argument("--turn-size", type=positive, metavar="N", help="requests a turn (default 100)")
     form = {"chat": f"as the preset says, without one {OWN_TEMPLATE}", "end": "as the preset says, without one yes"}
+    form["split"] = "as the preset says, without one text"
     add_form_options(parser, **form)
 
 

@@ -129,7 +129,7 @@ def _add_hold(actions) -> None:
     parser = _action(actions, "evaluate", summary, _EVALUATE, "hold.evaluate")
     own = "whether the own answers of the session's unedited model stay"
     add_metrics_option(parser, own, ("accuracy", "generation", "locality"))
-    add_form_options(parser, chat="as the session edits", end="not")
+    add_form_options(parser, chat="as the session edits", end="not", split="as the session edits")
     parser.add_argument("--output", metavar="FILE", help="save scores and per-request values as JSON")
     add_json_option(parser)
     add_opening_options(parser)
