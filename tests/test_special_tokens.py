@@ -15,6 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
+from stableedit_cpp.experiments.settings import differences
 from stableedit_cpp.model import encoding
 from stableedit_cpp.model.form import PARSED, RAW, Form, find_form
 from stableedit_cpp.model.subjects import subject_prefixes
@@ -68,7 +69,7 @@ def forms(chat: bool) -> Form:
     return Form(chat=True, space="") if chat else RAW
 
 
-@pytest.mark.filterwarnings("ignore:.*spells the control token")
+@pytest.mark.filterwarnings("ignore:.*a control token's name")
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_it_has_the_ids_that_a_tokenizer_gives_it_that_has_no_such_token(kind, chat):
@@ -123,7 +124,7 @@ def check_ordinary(kind: str, chat: bool, prompt: str, target: str) -> None:
     assert prompt_ids(tokenizer, [prompt], form) == [whole] == [list(found[0].ids[: found[0].first + 1])]
 
 
-@pytest.mark.filterwarnings("ignore:.*spells the control token")
+@pytest.mark.filterwarnings("ignore:.*a control token's name")
 @pytest.mark.parametrize("kind", CHATS)
 def test_in_a_chat_only_what_the_template_writes_is_a_control_token(kind):
     """Each of its own tokens in a question: the bytes of the question stand where those of another question do."""
@@ -160,21 +161,23 @@ def test_a_chat_that_is_rendered_already_is_refused_and_parsed_where_that_is_wis
         se.generate(model, tokenizer, [prompt[:20], prompt[:18]], chat_template=False, max_new_tokens=2)
 
 
-def test_it_is_said_once(recwarn):
+def test_it_is_said_once_and_in_the_users_words(recwarn):
     tokenizer = tiny_tokenizer()
     for _ in range(2):
         prompt_ids(tokenizer, ["of </s> of", "and </s> and"])
     tokenize(tokenizer, [("of </s>", "Au")], None, [""])
     (said,) = recwarn.list
-    assert str(said.message).startswith("'of </s> of' spells the control token '</s>' and is taken for text")
+    assert str(said.message).startswith("'of </s> of' spells '</s>', a control token's name, which is taken for text")
     prompt_ids(tokenizer, ["of <pad>"], PARSED)  # nor where it was asked for
     assert len(recwarn) == 1
+    tokenize(pair("bytes")[0], [("What is <odd>?", "it")], None, [""], forms(True))
+    assert str(recwarn.list[1].message).startswith("'user\\nWhat is <odd>?' spells '<odd>', a control token's name")
 
 
 def test_a_tokenizer_that_finds_it_in_any_text_is_left_alone():
     """Unigram models have it among their pieces; some tokenizers know no such option."""
     unigram = dummy_prefixed("unigram")
-    with pytest.warns(UserWarning, match="spells the control token '</s>', which this tokenizer finds in any text"):
+    with pytest.warns(UserWarning, match="spells '</s>', a control token's name, which this tokenizer finds in any"):
         assert prompt_ids(unigram, ["gold </s> is"]) == [unigram("gold </s> is").input_ids]
 
     class Stubborn(PreTrainedTokenizerFast):
@@ -185,7 +188,7 @@ def test_a_tokenizer_that_finds_it_in_any_text_is_left_alone():
 
     encoding._said.clear()
     stubborn = Stubborn(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="</s>")
-    with pytest.warns(UserWarning, match=r"spells .* '</s>', which"):
+    with pytest.warns(UserWarning, match=r"spells '</s>', .* finds in any text"):
         assert (
             prompt_ids(stubborn, ["a</s>"]) == prompt_ids(stubborn, ["a</s>"], PARSED) == [stubborn("a</s>").input_ids]
         )
@@ -215,7 +218,7 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*spells the control token")
+@pytest.mark.filterwarnings("ignore:.*a control token's name")
 @pytest.mark.parametrize("kind", [None, "llama 3", "gemma", "mistral", "glm"])
 def test_a_fact_about_a_control_token_is_learnt_scored_and_answered(kind):
     """As whoever asks the model has it, when words are words."""
@@ -238,7 +241,7 @@ def test_a_fact_about_a_control_token_is_learnt_scored_and_answered(kind):
         assert parsed.efficacy < 1
 
 
-@pytest.mark.filterwarnings("ignore:.*spells the control token")
+@pytest.mark.filterwarnings("ignore:.*a control token's name")
 def test_earlier_files_and_released_code_parse():
     config = se.StableEditConfig(edit_modules="model.layers.1.mlp.down_proj")
     assert config.split_special_tokens and se.UltraEditConfig().split_special_tokens
@@ -258,6 +261,9 @@ def test_earlier_files_and_released_code_parse():
     )
     for preset in (se.StableEditConfig.one_pass(), *published):
         assert not preset.split_special_tokens
+        settings_of = {"config": json.loads(preset.to_json())}  # and a run of theirs goes on
+        earlier_run = {"config": {n: v for n, v in settings_of["config"].items() if n != "split_special_tokens"}}
+        assert differences(earlier_run, settings_of) == []
     with pytest.raises(ValueError, match="split_special_tokens must be true or false, not None"):
         se.StableEditConfig(split_special_tokens=None)
 
@@ -279,7 +285,7 @@ def test_commands_and_sessions_ask_as_it_was_edited(tmp_path, monkeypatch, capsy
         assert main(["edit", *how, *here, "--no-guard", option, "--output", name, "--evaluate", "--json"]) == 0
         out, err = capsys.readouterr()
         efficacy = json.loads(out)["scores"]["efficacy"]
-        assert (efficacy == 1) == ("'</s> is' spells the control token '</s>'" in err) == (name == "text")
+        assert (efficacy == 1) == ("'</s> is' spells '</s>'" in err) == (name == "text")
         assert se.load_config(f"{name}/stableedit_config.json").split_special_tokens == (name == "text")
         assert main(["evaluate", "--model", name, *here, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["efficacy"] == efficacy

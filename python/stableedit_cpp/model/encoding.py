@@ -190,15 +190,20 @@ def _behind(tokenizer, mark: str, piece: Passage, expected: list[int]) -> Encode
 def _say(tokenizer, text: Passage, *, kept: bool) -> None:
     """Once for each control token, so that whoever hands over what is rendered already learns how."""
     begin = next(place for place, letter in enumerate(text.whole) if letter != text.shown[place])
-    name = _pattern(tokenizer).match(text.whole, begin)[0]
+    names = _pattern(tokenizer)
+    name = names.match(text.whole, begin)[0]
     if name in _said:
         return
     _said.add(name)
-    where = f"{text.whole[max(0, begin - 30) : begin + len(name) + 20]!r} spells the control token {name!r}"
-    warnings.warn(
-        f"{where} and is taken for text; where prompts are rendered already, have it parsed: "
-        "split_special_tokens=False (--no-split-special-tokens)"
+    around = max(
+        (found.end() for found in names.finditer(text.shown, 0, begin)), default=0
+    )  # behind the template's own
+    words = names.split(text.shown[begin:])[0]
+    place = text.whole[max(around, begin - 30) : begin + min(len(words), len(name) + 30)]
+    what = (
+        "is taken for text; where prompts are rendered already, have it parsed: split_special_tokens=False "
+        "(--no-split-special-tokens)"
         if kept
-        else f"{where}, which this tokenizer finds in any text: it is taken for that token",
-        stacklevel=2,
+        else "this tokenizer finds in any text: it is taken for that token"
     )
+    warnings.warn(f"{place!r} spells {name!r}, a control token's name, which {what}", stacklevel=2)
