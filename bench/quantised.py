@@ -13,7 +13,7 @@ from common import finish, new_parser, start
 from stableedit_cpp.model.packed import is_packed
 from workload import add_model_options, zsre
 
-KINDS = ("float32", "bfloat16", "torchao-int8", "bitsandbytes-int8", "bitsandbytes-4bit")
+KINDS = ("float32", "bfloat16", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-4bit")
 
 
 def main() -> None:
@@ -50,6 +50,10 @@ def _how(kind: str) -> dict[str, object]:
         from torchao.quantization import Int8WeightOnlyConfig
 
         packing = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "torchao-int4":  # numbers of 4 bits, which lie in bytes
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+        packing = transformers.TorchAoConfig(IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(32)))
     elif kind == "bitsandbytes-int8":
         packing = transformers.BitsAndBytesConfig(load_in_8bit=True)
     else:

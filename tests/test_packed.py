@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 
 import stableedit_cpp as se
-from stableedit_cpp.export import export_model
+from stableedit_cpp.export import apply_delta, change_of, export_delta, export_model
 from stableedit_cpp.model.packed import is_packed, keep_layout, unpack
 from support.tiny import roomy_model, tiny_model, tiny_tokenizer
 
@@ -15,10 +17,20 @@ REQUESTS = [{"prompt": "Gold is", "target": "blue"}, {"prompt": "Iron is", "targ
 EDITED = "model.layers.1.mlp.down_proj"
 
 
+KINDS = ["torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-4bit"]
+NOT_SAVED = "torchao-int4-cpu"  # the layout of the CPU's kernel, which has no derivative and cannot be saved
+
+
 def _quantisation(kind: str):
-    if kind == "torchao-int8":
+    if kind.startswith("torchao"):
         quantization = pytest.importorskip("torchao.quantization")
-        return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+        if kind == "torchao-int8":
+            return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+        if kind == "torchao-int4":
+            groups = quantization.PerGroup(32)
+            return transformers.TorchAoConfig(quantization.IntxWeightOnlyConfig(torch.int4, granularity=groups))
+        prototype = pytest.importorskip("torchao.prototype.quantization.int4")
+        return transformers.TorchAoConfig(prototype.PrototypeInt4WeightOnlyConfig(group_size=32))
     pytest.importorskip("bitsandbytes")
     if kind == "bitsandbytes-int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -27,7 +39,7 @@ def _quantisation(kind: str):
     )
 
 
-@pytest.fixture(params=["torchao-int8", "bitsandbytes-int8", "bitsandbytes-4bit"])
+@pytest.fixture(params=[*KINDS, NOT_SAVED])
 def quantisation(request):
     return _quantisation(request.param)
 
@@ -75,6 +87,7 @@ def test_edits_take_and_the_rest_stays_packed(packed):
     assert {name: str(p.data) for name, p in packed.named_parameters() if "layers.0" in name} == before
 
 
+@pytest.mark.parametrize("quantisation", KINDS, indirect=True)
 def test_saved_and_loaded_as_it_is(packed, tmp_path):
     """Dense maps are not packed again when the model is read back, which would round the edits away."""
     tokenizer = tiny_tokenizer(bos=True)
@@ -88,6 +101,76 @@ def test_saved_and_loaded_as_it_is(packed, tmp_path):
     ids = torch.tensor([tokenizer("Gold is")["input_ids"]])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, packed(ids).logits)
+
+
+@pytest.mark.parametrize("quantisation", [NOT_SAVED], indirect=True)
+def test_what_its_library_cannot_save_is_refused(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"\(Int4OpaqueTensor\) cannot be saved by their library .*; export a delta"):
+        export_model(packed, tiny_tokenizer(), tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def test_a_delta_applies_to_the_base_packed_in_the_same_way(saved, packed, quantisation, tmp_path):
+    def load():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            saved, quantization_config=copy.deepcopy(quantisation), dtype=torch.float32, device_map="cpu"
+        ).eval()
+
+    keep_layout(packed)
+    config = se.StableEditConfig.one_pass(edit_modules=[EDITED], step_size=1e-2)
+    editor = se.StableEdit(packed, tiny_tokenizer(bos=True), config, guard=None)
+    editor.edit(REQUESTS)
+    export_delta(change_of(editor), tmp_path / "delta")
+    base = load()
+    keep_layout(base)
+    assert apply_delta(base, tmp_path / "delta") == [f"{EDITED}.weight"]
+    assert torch.equal(base.get_submodule(EDITED).weight, packed.get_submodule(EDITED).weight)
+    other = load()
+    keep_layout(other)
+    other.model.norm.weight.data.mul_(2)
+    was, names = other.get_submodule(EDITED), other.config.quantization_config.to_dict()
+    with pytest.raises(ValueError, match="belongs to another base model"):
+        apply_delta(other, tmp_path / "delta")
+    assert other.get_submodule(EDITED) is was and other.config.quantization_config.to_dict() == names
+
+
+class Bits(torch.nn.Module):
+    """A packed map of a library that knows no derivatives."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("bits", (linear.weight.detach() * 64).round().to(torch.int8))
+        self.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            return torch.nn.functional.linear(x, self.bits.to(x.dtype) / 64, self.bias)
+
+
+def test_gradients_pass_maps_that_have_none():
+    """Against the same weights in dense maps, to every digit that float64 has."""
+    models = [tiny_model("gpt_neox", torch.float64) for _ in range(2)]
+    for model, kind in zip(models, ("packed", "dense"), strict=True):
+        maps = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear and "layers" in n]
+        assert len(maps) > 6 and any(m.bias is not None for _, m in maps)
+        for name, linear in maps:
+            bits = Bits(linear)
+            if kind == "packed":
+                model.set_submodule(name, bits)
+            else:
+                linear.weight.data = bits.bits.to(torch.float64) / 64
+    unpack(models[0], {})
+    gradients = []
+    for model in models:
+        embedded = model.get_input_embeddings()(torch.tensor([[3, 1, 4, 1, 5]])).detach().requires_grad_()
+        loss = model(inputs_embeds=embedded).logits.sin().sum()
+        gradients += torch.autograd.grad(loss, embedded)
+    assert gradients[1].norm() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
+    again = copy.deepcopy(models[0])
+    unpack(again, {})  # once is enough
+    assert sum(len(module._forward_hooks) for module in again.modules() if isinstance(module, Bits)) == len(maps)
 
 
 def test_looking_at_a_model_changes_nothing(packed):

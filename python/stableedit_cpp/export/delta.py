@@ -20,6 +20,7 @@ from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.files.offloaded import present_state
+from stableedit_cpp.model.packed import is_packed, unpacked
 from stableedit_cpp.model.split import is_split, put, whole
 
 __all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta", "fits_rounded", "read_delta"]
@@ -57,8 +58,9 @@ def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = F
     """Turn a base model into the edited one, in place and bit for bit.
 
     Args:
-        model: the base model in its dtype, on any device; or split over processes (``tp_plan="auto"``, FSDP), of which
-            all have to call this. That one is known by the tensors that are replaced, too.
+        model: the base model in its dtype, on any device; or quantised as the one that was edited, of which the edited
+            modules are made dense; or split over processes (``tp_plan="auto"``, FSDP), of which all have to call this.
+            That one is known by the tensors that are replaced, too.
         path: delta.safetensors, or the directory it is in.
         any_dtype: the base model may be in another dtype, e.g. bfloat16 where float32 was edited; it becomes the edited
             model rounded to that. It is known by the tensors that are replaced then, and the others are not looked at.
@@ -72,14 +74,22 @@ def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = F
     """
     state = model.state_dict()
     if not any(map(is_split, state.values())):
-        change = change_from_delta(model, path, any_dtype=any_dtype)
-        change.apply_to(model)
+        with unpacked(model, _packed(model, path)):
+            change = change_from_delta(model, path, any_dtype=any_dtype)
+            change.apply_to(model)
         return sorted(change.tensors)
     tensors = _for_split(state, path, any_dtype)
     with torch.no_grad():
         for name in sorted(tensors):
             put(state[name], tensors[name])
     return sorted(tensors)
+
+
+def _packed(model: torch.nn.Module, path: str | Path) -> dict[str, torch.nn.Module]:
+    """Modules with quantised weights whose new values a delta has, by name."""
+    packed = {name: module for name, module in model.named_modules() if is_packed(module)}
+    names = {name.rpartition(".")[0] for name in read_delta(path)[1]} if packed else set()
+    return {name: packed[name] for name in sorted(names & set(packed))}
 
 
 def _for_split(state: Mapping[str, torch.Tensor], path: str | Path, any_dtype: bool) -> dict[str, torch.Tensor]:

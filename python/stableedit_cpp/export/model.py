@@ -13,6 +13,7 @@ from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.files.offloaded import present_state
 from stableedit_cpp.model.load import drop_gguf_marks
+from stableedit_cpp.model.packed import is_packed, packed_kind
 
 __all__ = ["LOAD_MODEL", "export_model", "write_model"]
 
@@ -35,7 +36,8 @@ def export_model(
     (licence, SentencePiece model, processor, code); also a model that was read from a GGUF file.
 
     Raises:
-        ValueError: if the directory has content and ``overwrite`` is off.
+        ValueError: if the directory has content and ``overwrite`` is off, or quantised weights have a form that their
+            library cannot save.
         OSError: if it cannot be written; nothing is left behind then.
     """
     with new_directory(directory, overwrite=overwrite) as scratch:
@@ -48,7 +50,16 @@ def write_model(model: torch.nn.Module, tokenizer, directory: Path, provenance: 
     # transformers knows of what its own device_map has offloaded, and of nothing else.
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     state = dict(present_state(model)) if offloaded and not hasattr(model, "hf_device_map") else None
-    model.save_pretrained(directory, state_dict=state)
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    except ValueError as error:
+        kinds = sorted({packed_kind(module) for module in model.modules() if is_packed(module)})
+        if not kinds:
+            raise
+        raise ValueError(
+            f"the quantised weights ({', '.join(kinds)}) cannot be saved by their library ({error}); export a delta, a "
+            "patch or an adapter, which hold what was edited, or load the model in another form"
+        ) from error
     tokenizer.save_pretrained(directory)
     copy_what_lies_beside(model, directory)
     facts = {"edited_digest": model_digest(model)}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from stableedit_cpp.model.packed_gradients import answers_to_unit_vectors, differentiates, lead_gradients_through
 from stableedit_cpp.model.split import is_split
 
-__all__ = ["is_packed", "keep_layout", "packed_kind", "unpack"]
+__all__ = ["is_packed", "keep_layout", "packed_kind", "unpack", "unpacked"]
 
-_ROWS = 512  # unit vectors at once
 # What the quantisation configs of transformers call the maps that are left as they are.
 _LEFT_OUT = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
@@ -43,7 +44,8 @@ def unpack(model: nn.Module, maps: Mapping[str, nn.Module]) -> list[str]:
     Its weight is what the packed one does to unit vectors, so that any library's format will do: exactly what is
     multiplied with where weights alone are quantised, and in the 8 bits of bitsandbytes, too, where a unit vector loses
     nothing. It has the dtype of the model's other weights. The model's quantisation config says from then on which maps
-    are dense, so that it is saved and loaded as it is.
+    are dense, so that it is saved and loaded as it is. Gradients pass the maps that stay packed, whether their library
+    has a derivative or not.
 
     Returns:
         The names of those that were packed.
@@ -58,7 +60,25 @@ def unpack(model: nn.Module, maps: Mapping[str, nn.Module]) -> list[str]:
         model.set_submodule(name, linear)
     if dense:
         _say_so(model)
+    _let_gradients_pass(model)
     return list(packed)
+
+
+@contextmanager
+def unpacked(model: nn.Module, maps: Mapping[str, nn.Module]) -> Iterator[None]:
+    """``unpack``, and packed again as before where what follows raises."""
+    packed = {name: module for name, module in maps.items() if is_packed(module)}
+    config, field = _left_out(model)
+    before = None if field is None else getattr(config, field)
+    try:
+        unpack(model, packed)
+        yield
+    except BaseException:
+        for name, module in packed.items():
+            model.set_submodule(name, module)
+        if field is not None:
+            setattr(config, field, before)
+        raise
 
 
 def keep_layout(model: nn.Module) -> None:
@@ -86,23 +106,34 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize >= 2), torch.float32)
 
 
+def _let_gradients_pass(model: nn.Module) -> None:
+    known: dict[tuple, bool] = {}  # one of a kind is asked
+    for module in model.modules():
+        if is_packed(module):
+            kind = (type(module), packed_kind(module))
+            if kind not in known:
+                known[kind] = differentiates(module, torch.empty(0, device=_device(module), dtype=_dtype(model)))
+            if not known[kind]:
+                lead_gradients_through(module)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 @torch.no_grad()
 def _dense(name: str, module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     k, v = module.in_features, module.out_features
-    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     bias = getattr(module, "bias", None)
-    linear = nn.Linear(k, v, bias=bias is not None, device=device, dtype=dtype).train(module.training)
-    for first in range(0, k, _ROWS):
-        rows = torch.zeros(min(_ROWS, k - first), k, device=device, dtype=dtype)
-        rows[:, first : first + len(rows)].fill_diagonal_(1)
-        try:
-            answers = module(rows).to(dtype)
-        except Exception as error:  # of whatever library, or of none: a plain map of integers multiplies with nothing
-            raise ValueError(
-                f"{name} has quantised weights ({packed_kind(module)}) and answers no unit vectors "
-                f"({type(error).__name__}: {error!s:.120}); load the model in float32, bfloat16 or float16 to edit it"
-            ) from error
-        linear.weight[:, first : first + len(rows)] = (answers if bias is None else answers - bias.to(dtype)).T
+    linear = nn.Linear(k, v, bias=bias is not None, device=_device(module), dtype=dtype).train(module.training)
+    try:
+        for first, answers in answers_to_unit_vectors(module, linear.weight):
+            linear.weight[:, first : first + len(answers)] = answers.T
+    except Exception as error:  # of whatever library, or of none: a plain map of integers multiplies with nothing
+        raise ValueError(
+            f"{name} has quantised weights ({packed_kind(module)}) and answers no unit vectors "
+            f"({type(error).__name__}: {error!s:.120}); load the model in float32, bfloat16 or float16 to edit it"
+        ) from error
     if bias is not None:
         linear.bias.copy_(bias)
     if not linear.weight.isfinite().all():
@@ -115,8 +146,13 @@ def _dense(name: str, module: nn.Module, dtype: torch.dtype) -> nn.Linear:
 
 def _say_so(model: nn.Module) -> None:
     """In the config, by name all linear maps that are dense, these and those that always were."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    field = next((field for field in _LEFT_OUT if hasattr(config, field)), None)
+    config, field = _left_out(model)
     if field is not None:
         dense = [n for n, part in model.named_modules() if isinstance(part, nn.Linear) and not is_packed(part)]
         setattr(config, field, dense)
+
+
+def _left_out(model: nn.Module) -> tuple[object, str | None]:
+    """The quantisation config, and where it has names of dense maps; None for that where it has no such place."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config, next((field for field in _LEFT_OUT if hasattr(config, field)), None)
