@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import importlib
 import json
 import sys
@@ -52,6 +53,9 @@ def place(tmp_path_factory) -> Path:
     for part, begin in (("edit", 0), ("train", 1000)):
         records = [record(begin + index) for index in range(40)]
         (place / "zsre" / f"zsre_{part}_5k.json").write_text(json.dumps(records))
+    (place / "entityquestions").mkdir()
+    with gzip.open(place / "entityquestions" / "stream_train_20k.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": "Which river?", "ans": "ab"}) + "\n" for _ in range(4))
     (place / "downstream").mkdir()
     (place / "downstream" / "wikitext2_test_raw.txt").write_text(
         "A river runs to the sea , and the sea is wide .\n" * 40
@@ -121,7 +125,21 @@ RUNS = {
     "lora_rank": ("chosen", [*TINY, "--edited", "{place}/edited", "--requests", 8, "--ranks", 2, 4]),
     "mixture": (
         "edited",
-        ["--data", "{place}", "--steps", 3, "--batch", 2, "--width", 16, "--vocabulary", 300, "--edits", 6],
+        [
+            *TINY[2:4],
+            "--steps",
+            3,
+            "--batch",
+            2,
+            "--width",
+            16,
+            "--vocabulary",
+            300,
+            "--edits",
+            3,
+            "--turn-size",
+            2,
+        ],
     ),
     "past_keys": ("speedup", ["--shape", "smollm2-135m", "--rows", 8, "--turns", 1, "--fresh-turns", 1, "--ranks", 4]),
     "plan": ("within_aims", [*TINY, "--runs", "one pass", "--share", 0.3]),
@@ -198,6 +216,19 @@ def test_a_tiny_run(scripts, place, tmp_path, monkeypatch, name):
     assert document["benchmark"] == name
     assert document["machine"]["torch"]
     assert document[key] not in (None, False, {}, [])
+
+
+def test_a_mixture_is_trained_once(scripts, place, tmp_path, monkeypatch):
+    script = scripts("mixture")
+    options = {"data": place, "save": tmp_path, "steps": 2, "batch": 2, "vocabulary": 300, "width": 16}
+    model, _, trained = script.trained_model(argparse.Namespace(**options), torch.device("cpu"))
+    monkeypatch.setattr(script, "train", None)
+    kept, _, again = script.trained_model(argparse.Namespace(**options), torch.device("cpu"))
+    assert again == trained and trained["steps"] == 2
+    parts = zip(model.state_dict().values(), kept.state_dict().values(), strict=True)
+    assert all(torch.equal(part, same) for part, same in parts)
+    with pytest.raises(SystemExit, match="has a model with --width 16"):
+        script.trained_model(argparse.Namespace(**options | {"width": 24}), torch.device("cpu"))
 
 
 def test_rivals_of_made_up_runs_fill_a_page(scripts, tmp_path, monkeypatch, capsys):
