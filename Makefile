@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard cpp/include/stableedit/*.hpp cpp/src/*.cpp cpp/bindings/
 LINT_PYTHON := $(wildcard python tests bench build_backend examples cpp/examples cpp/fuzz)
 LINT_CPP = $(shell find cpp -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp gpu vendor sdist wheel docs site clean
+.PHONY: help build demo test test-all test-cpp test-python lint format sanitize tidy valgrind fuzz bench-cpp gpu vendor sdist wheel newest docs site clean
 
 help:
 	@echo "make demo      edit a small language model with real facts and show the answers (first run: sets everything up)"
@@ -46,6 +46,7 @@ help:
 	@echo "make vendor    headers of Eigen and nlohmann/json into third_party, for builds without a network"
 	@echo "make sdist     the source distribution in dist/, with these headers; installed once, offline, as a check"
 	@echo "make wheel     a wheel in dist/ for the environment's torch; installed once, in a fresh environment, as a check"
+	@echo "make newest    before a release: build, edit and test beside the newest torch and transformers (12 GB of disk, minutes)"
 	@echo "make docs      API reference of the C++ headers, build/docs/html/index.html"
 	@echo "make site      the documentation as a site, build/site/index.html"
 	@echo "make clean     remove build/ ('rm -rf $(VENV)' starts over)"
@@ -155,6 +156,11 @@ wheel: $(STAMPS)/package
 	@rm -f dist/*.whl
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	.ci/check-wheel dist/*.whl
+
+# The index has a CUDA build of torch. Others with e.g. `make newest NEWEST='torch==2.14.1 transformers'`.
+NEWEST ?= torch transformers
+newest: $(STAMPS)/venv $(STAMPS)/system
+	.ci/try-newest build/newest $(NEWEST)
 
 docs:
 	@.ci/system-packages doxygen
