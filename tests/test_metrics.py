@@ -71,7 +71,8 @@ def score_alone(model, tokenizer, prompt: str, answer: str) -> float:
 
 
 def assert_equals_loop(model, tokenizer, requests: list[se.EditRequest], probes: set[str]) -> None:
-    scores = se.evaluate(model, tokenizer, requests, metrics=["accuracy"], progress=False)
+    # Plain text, as the loop does: SmolLM2 would be asked in chats.
+    scores = se.evaluate(model, tokenizer, requests, metrics=["accuracy"], chat_template=False, progress=False)
     assert {name for name, count in scores.counts().items() if count["scored"]} == probes
     for request, record in zip(requests, scores.per_request, strict=True):
         hop = "portability" if request.portability_prompt else "multi_hop"
