@@ -12,7 +12,7 @@ from stableedit_cpp.evaluation.answers import answer_scores
 from stableedit_cpp.evaluation.generation import write_greedily
 from stableedit_cpp.model import capture as capturing
 from stableedit_cpp.model import prefix, running
-from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.capture import capture
 from stableedit_cpp.model.heads import head_of, learn_head
 from stableedit_cpp.model.logits import past_keyword
 from stableedit_cpp.model.running import batches
@@ -20,73 +20,27 @@ from stableedit_cpp.model.tokens import TokenSequence
 from stableedit_cpp.model.top_tokens import top_tokens
 from stableedit_cpp.model.trunk import TrunkCache
 from support import tiny
-from support.captures import MICRO_BATCH, plain_reference
-from support.tiny import ARCHITECTURES, VOCABULARY, pattern_of
-from support.unusual import UNUSUAL, unusual_model
+from support.captures import plain_reference
+from support.headed import (
+    HEAD,
+    MAX_TOKENS,
+    Watch,
+    assert_close,
+    captured,
+    chats,
+    chatting,
+    logits_of,
+    modules_of,
+    plain_logits,
+    tiny_model,
+    tokens,
+)
+from support.tiny import ARCHITECTURES, VOCABULARY
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
 
 CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Egypt", "Cairo"), ("Norway", "Oslo"), ("Fiji", "Suva")] * 2
-HEAD = tuple(range(40, 52))  # shared by all
 COUNT_FOR_THEMSELVES = ("mpt",)  # the positions of tokens, padding included
-MAX_TOKENS = 60  # three forward passes of what comes after it
-
-
-def chatting(model):
-    """The model, of which the head is known."""
-    learn_head(model, [(*HEAD, 3), (*HEAD, 4, 5)])
-    return model
-
-
-def tiny_model(*args):
-    return chatting(tiny.tiny_model(*args))
-
-
-def tokens(count: int, seed: int) -> tuple[int, ...]:
-    return tuple(torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-def chats(head: tuple[int, ...] = HEAD) -> list[TokenSequence]:
-    """Eleven prompts of 1 to 5 tokens after the head, with answers of 1 to 3."""
-    answers = [tokens(1 + seed % 3, 100 + seed) for seed in range(11)]
-    return [TokenSequence(head + tokens(1 + seed % 5, seed) + a[:-1], a) for seed, a in enumerate(answers)]
-
-
-def modules_of(model, architecture: str):
-    """All but the first layer's MLP output: the first layer is the trunk."""
-    return se.find_modules(model, pattern_of(architecture))[1:]
-
-
-def captured(model, modules, sequences, **how) -> CapturedTurn:
-    return capture(model, modules, sequences, micro_batch=MICRO_BATCH, max_tokens=MAX_TOKENS, **how)
-
-
-def logits_of(model, sequences, **how) -> torch.Tensor:
-    """``[n, vocabulary]``, sequence by sequence."""
-    found = [torch.empty(0)] * len(sequences)
-    for batch in batches(model, sequences, max_tokens=MAX_TOKENS, **how):
-        for index, part in zip(batch.indices, batch.logits.split(batch.sizes), strict=True):
-            found[index] = part
-    return torch.cat(found)
-
-
-def plain_logits(model, sequences) -> torch.Tensor:
-    """The same of each sequence alone, from the model as anybody would call it."""
-    with torch.no_grad():
-        return torch.cat([model(input_ids=torch.tensor([s.ids])).logits[0, s.first :] for s in sequences])
-
-
-def assert_close(mine: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-5) -> None:
-    assert mine.shape == exact.shape
-    assert ((mine - exact).norm() <= tolerance * exact.norm()).item()
-
-
-class Watch:
-    """How many tokens, padding included, the last layer of a tiny Llama has seen in each forward pass."""
-
-    def __init__(self, model) -> None:
-        self.seen: list[int] = []
-        model.model.layers[-1].mlp.register_forward_hook(lambda _m, args, _o: self.seen.append(args[0][..., 0].numel()))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -330,65 +284,6 @@ def test_the_head_is_not_written_from_again(tokenizer):
     watch = Watch(model)
     write_greedily(model, tokenizer, prompts, [1] * len(prompts), max_tokens=1000)
     assert watch.seen == [len(HEAD), len(prompts) * (max(map(len, prompts)) - len(HEAD))]
-
-
-@pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_models_are_right_or_stand_aside(name, tmp_path):
-    model, pattern = unusual_model(name, tmp_path)
-    chatting(model)
-    sequences = chats()
-    trunk = TrunkCache(model, se.find_modules(model, pattern))
-    exact = plain_logits(model, sequences)
-    tolerance = 0.02 if exact.dtype == torch.bfloat16 else 1e-5
-    for cache in (None, trunk, trunk):
-        assert_close(logits_of(model, sequences, trunk=cache), exact, tolerance)
-    assert (prefix.objection(model) is not None) == (name in ("four streams", "list of states"))
-
-
-def looks_at_its_first_token(_module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Of those that it is given, which are not always all."""
-    return (args[0] + args[0][:, :1], *args[1:]), kwargs
-
-
-def without_a_gradient_from_before(_module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Right in the forward pass alone: a token's gradient depends on how many are given."""
-    return (args[0].detach() + (args[0] - args[0].detach()) * args[0].shape[1], *args[1:]), kwargs
-
-
-@pytest.mark.parametrize(
-    "hook, what", [(looks_at_its_first_token, "logits"), (without_a_gradient_from_before, "gradients")]
-)
-def test_a_model_that_cannot_go_on_from_a_prefix_runs_in_full(hook, what):
-    model, sequences = tiny_model("llama"), chats()
-    model.model.layers[2].register_forward_pre_hook(hook, with_kwargs=True)
-    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
-    assert f"the {what} are others" in prefix.objection(model)
-    watch = Watch(model)
-    logits_of(model, sequences)
-    assert len(HEAD) not in watch.seen
-
-
-def test_an_error_on_the_way_is_no_error(monkeypatch):
-    model, sequences = tiny_model("llama"), chats()
-
-    def missing(**_how):
-        raise NotImplementedError("no such cache")
-
-    monkeypatch.setattr(prefix, "DynamicCache", missing)
-    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
-    assert prefix.objection(model) == "NotImplementedError: no such cache"
-
-
-def test_a_broken_model_is_put_to_the_proof_when_it_is_whole_again():
-    model, sequences = tiny_model("llama"), chats()
-    weight = model.model.layers[1].mlp.down_proj.weight
-    before = weight.data.clone()
-    weight.data[0, 0] = torch.nan
-    assert answer_scores(model, sequences, max_tokens=MAX_TOKENS).accuracy.isnan().all()
-    weight.data.copy_(before)
-    assert prefix._objections[model] == {}
-    assert_close(logits_of(model, sequences), plain_logits(model, sequences))
-    assert prefix._objections[model] == {0: None}
 
 
 @pytest.mark.slow
