@@ -173,7 +173,7 @@ class TestSignalsThatRaise:
 
         seconds = duration(look)
         with alarms() as alarm:
-            for instant in instants(2 * seconds, self.COUNT):
+            for instant in instants(2 * seconds, 10 * self.COUNT):
                 try:
                     alarm(instant)
                     look()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stableedit_cpp.model.capture import CapturedTurn, capture
+from stableedit_cpp.model.form import PARSED
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.tokens import TokenSequence, longest_first, tokenize
 from support.captures import MICRO_BATCH, flags_of, plain_reference, sequences_of
@@ -280,7 +281,7 @@ class TestTokenizers:
 
     def test_a_prompt_that_ends_with_eos_keeps_it(self):
         tokenizer = tiny_tokenizer()
-        (sequence,) = tokenize(tokenizer, [("Hello</s>", "x")], None, ["request 0"])
+        (sequence,) = tokenize(tokenizer, [("Hello</s>", "x")], None, ["request 0"], PARSED)
         assert sequence.ids[sequence.first] == tokenizer.eos_token_id
 
     def test_bos_changes_the_capture(self, tokenizer):

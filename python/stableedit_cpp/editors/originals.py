@@ -96,10 +96,10 @@ def swapped(values: Values, before: dict[EditModule, object] | None = None) -> I
         shown = True
         yield
     finally:
-        # A signal that raises just as torch.no_grad() is entered leaves gradients off.
-        gradients = torch.is_grad_enabled() if shown else gradients
-        torch.set_grad_enabled(gradients)
-        try:
+        try:  # from the first: a signal may raise after any call
+            gradients = torch.is_grad_enabled() if shown else gradients
+            # One that raises just as torch.no_grad() is entered leaves gradients off.
+            torch.set_grad_enabled(gradients)
             _put_back(before)
         except BaseException:  # Ctrl-C must not leave half of the values behind
             with undisturbed():
