@@ -240,7 +240,7 @@ def test_rivals_of_made_up_runs_fill_a_page(scripts, tmp_path, monkeypatch, caps
     call(script, monkeypatch, "--runs", tmp_path / "runs", "--json", kept, "--page", page)
     document = json.loads(kept.read_text())
     (rows,) = document["streams"].values()
-    assert list(rows) == ["unedited model", "memit", "stableedit"]
+    assert list(rows) == ["unedited model", "stableedit", "memit"]
     filled = page.read_text()
     assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
     assert f"★ {rows['stableedit']['scores']['efficacy']['mean']:.3f}" in filled and "| memit |" in filled
