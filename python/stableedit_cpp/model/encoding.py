@@ -195,9 +195,8 @@ def _say(tokenizer, text: Passage, *, kept: bool) -> None:
     if name in _said:
         return
     _said.add(name)
-    around = max(
-        (found.end() for found in names.finditer(text.shown, 0, begin)), default=0
-    )  # behind the template's own
+    # Behind the template's own.
+    around = max((found.end() for found in names.finditer(text.shown, 0, begin)), default=0)
     words = names.split(text.shown[begin:])[0]
     place = text.whole[max(around, begin - 30) : begin + min(len(words), len(name) + 30)]
     what = (
