@@ -27,8 +27,7 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         reference, _ = load_any(options.reference, options, dtype=DTYPES[options.dtype])
     edited = config_of(options.model)
-    how = {} if edited is None else {name: edited.form[name] for name in ("chat_template", "split_special_tokens")}
-    how |= form_settings(options)
+    how = ({} if edited is None else edited.asked) | form_settings(options)
     details = bool(options.per_request and (options.output or options.json))
     scores = evaluate(
         model, tokenizer, requests, metrics=metrics, reference=reference, **how, details=details, progress=True

@@ -91,9 +91,8 @@ def export(
     requests = read_requests(options.requests, options.limit, format=fields) if options.requests else []
     dtype = getattr(torch, change.dtype) if options.dtype == "auto" else DTYPES[options.dtype]
     rank, keep = options.rank, options.keep
-    edited = provenance.config.form if provenance.config is not None else {}
-    how = {name: edited[name] for name in ("chat_template", "split_special_tokens") if name in edited}
-    how |= {**form_settings(options), "progress": True}
+    edited = provenance.config.asked if provenance.config is not None else {}
+    how = edited | form_settings(options) | {"progress": True}
     if options.keep_efficacy is not None:
         rank, _ = rank_for_efficacy(model, tokenizer, change, requests, keep=options.keep_efficacy, **how)
     elif options.format in ADAPTERS and rank is None and keep is None:

@@ -147,6 +147,11 @@ class EditorConfig:
         """What of it decides on the form of prompts and answers, as ``model.form.find_form`` takes it."""
         return {name: getattr(self, name) for name in ("chat_template", "end_of_answer", "split_special_tokens")}
 
+    @property
+    def asked(self) -> dict[str, bool | None]:
+        """How ``evaluate`` and ``generate`` ask in that form, as ``model.form.Form.asked``."""
+        return {"chat_template": self.chat_template, "split_special_tokens": self.split_special_tokens}
+
     def to_json(self) -> str:
         """JSON text with the format version; ``from_json`` reads it back."""
         document = {"format": "stableedit-config", "version": _FORMAT_VERSION, "editor": self.editor, **asdict(self)}
