@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from stableedit_cpp.files.digest import file_digest, fingerprint, model_digest, tensor_digest
+from stableedit_cpp.files.digest import checksum, file_digest, fingerprint, model_digest, tensor_digest
 from support.tiny import ARCHITECTURES, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -107,16 +107,21 @@ def test_tensor_digest():
     assert tensor_digest(tensor.view(2, 3).t()) == tensor_digest(tensor.view(2, 3).t().contiguous())
 
 
-def fingerprint_by_hand(tensor: torch.Tensor) -> bytes:
+def by_hand(tensor: torch.Tensor, block: int, rest: int) -> bytes:
+    """Sums of columns in blocks of 64 rows of 509 words; with ``block`` 1 those of fewer rows, or of none, as one more;
+    then what is left in words of ``rest`` bytes, and what is no such word byte by byte."""
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     words, columns = [], [0] * 509
-    whole = len(data) // (8 * 64 * 509) * 64 * 509
+    whole = len(data) // (8 * block * 509) * block * 509
     for index in range(whole):
         columns[index % 509] += int.from_bytes(data[8 * index : 8 * index + 8], "little", signed=True)
         if (index + 1) % (64 * 509) == 0:
             words += columns
             columns = [0] * 509
-    words += data[8 * whole :]
+    words += columns if block == 1 else []
+    left = data[8 * whole :]
+    even = len(left) // rest * rest
+    words += [int.from_bytes(left[begin : begin + rest], "little") for begin in range(0, even, rest)] + [*left[even:]]
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=16)
     digest.update(b"".join((word % 2**64).to_bytes(8, "little") for word in words))
     return digest.digest()
@@ -124,12 +129,14 @@ def fingerprint_by_hand(tensor: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (300, 401), (2, 509 * 64), (513, 509)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
-def test_fingerprint_is_what_it_says(shape, dtype):
+def test_fingerprints_are_what_they_say(shape, dtype):
     tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e6).to(dtype)
-    assert fingerprint(tensor) == fingerprint_by_hand(tensor)
+    assert fingerprint(tensor) == by_hand(tensor, 64, 1)
+    assert checksum(tensor) == by_hand(tensor, 1, 8)
 
 
-def test_fingerprint_shows_what_differs():
+@pytest.mark.parametrize("fingerprint", [fingerprint, checksum])
+def test_fingerprints_show_what_differs(fingerprint):
     """Single bits, rounding of a few numbers up and down, rows and columns exchanged; not how it lies in memory."""
     source = torch.Generator().manual_seed(0)
     tensor = torch.randn(400, 1024, generator=source)

@@ -123,14 +123,14 @@ def test_capture_detects_changed_position_embeddings(tokenizer):
 
 def test_a_turn_reads_the_weights_once(tokenizer, monkeypatch):
     """However many passes, checks and guarded prompts it has; and what changes between two turns is seen."""
-    reads, real = [], trunk.fingerprint
+    reads, real = [], trunk.checksum
     editor = se.StableEdit(
         tiny_model("llama"),
         tokenizer,
         se.StableEditConfig.one_pass(edit_modules="*.2.mlp.down_proj", max_passes=4, turn_size=13),
     )
     editor.guard = se.LocalityGuard(editor, ["Sugar is"], limit=1e6)
-    monkeypatch.setattr(trunk, "fingerprint", lambda weight: reads.append(weight) or real(weight))
+    monkeypatch.setattr(trunk, "checksum", lambda weight: reads.append(weight) or real(weight))
     cache = editor.make_trunk_cache()
     for _ in range(2):
         reads.clear()

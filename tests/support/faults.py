@@ -27,7 +27,7 @@ STEPS = [
     (LowRankUpdate, "norm"),
     (turns, "capture"),
     (turns, "answer_scores"),
-    (weights, "fingerprint"),
+    (weights, "checksum"),
 ]
 ERRORS = [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, torch.linalg.LinAlgError]
 

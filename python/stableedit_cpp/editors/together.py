@@ -13,13 +13,13 @@ from stableedit_cpp.data.request import EditRequest
 from stableedit_cpp.data.stream import digest_of
 from stableedit_cpp.editors.config import EditorConfig
 from stableedit_cpp.editors.weights import EditedWeights
-from stableedit_cpp.files.digest import fingerprint
+from stableedit_cpp.files.digest import checksum
 from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.split import refuse_split
 
 __all__ = ["check_together", "check_weights"]
 
-# The weights after every turn: their fingerprints are known. Those of the statistics have to be read.
+# The weights after every turn: their checksums are known. Those of the statistics have to be read.
 _STATISTICS_EVERY = 10
 
 
@@ -56,12 +56,12 @@ def check_together(
     editor.weights.attach()
     weights = [one.hex() for one in editor.weights.known.values()]
     if whole:
-        weights += [fingerprint(one).hex() for one in editor.model.parameters() if not one.is_meta]
+        weights += [checksum(one).hex() for one in editor.model.parameters() if not one.is_meta]
     parts = {
         "requests": digest_of(requests),
         "settings": _digest([config.to_json(), kind, settings]),
         "weights": _digest(weights),
-        "statistics": _digest(_fingerprints(editor.weights)),
+        "statistics": _digest(_checksums(editor.weights)),
     }
     remedy = "start all with the same command, model and files"
     group.check_same(parts, remedy)
@@ -77,7 +77,7 @@ def check_weights(weights: EditedWeights, turn: int) -> None:
     if ranks().size > 1:
         parts: dict[str, object] = {f"weights of {name}": known for name, known in weights.known.items()}
         if turn % _STATISTICS_EVERY == 0:
-            parts["statistics"] = _digest(_fingerprints(weights))
+            parts["statistics"] = _digest(_checksums(weights))
         ranks().check_same(
             parts,
             f"after turn {turn} they must be the same, bit for bit, which takes processes on one kind of machine; the "
@@ -85,10 +85,10 @@ def check_weights(weights: EditedWeights, turn: int) -> None:
         )
 
 
-def _fingerprints(weights: EditedWeights) -> list[str]:
+def _checksums(weights: EditedWeights) -> list[str]:
     """Of every tensor of the running statistics, in order."""
     found = [
-        f"{name} {key} {fingerprint(field).hex()}"
+        f"{name} {key} {checksum(field).hex()}"
         for name, part in weights.statistics.items()
         for key, field in part.state_dict().items()
     ]

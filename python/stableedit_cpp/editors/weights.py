@@ -12,7 +12,7 @@ from stableedit_cpp.editors.followers import Follower, Followers
 from stableedit_cpp.editors.interrupt import undisturbed
 from stableedit_cpp.editors.originals import OriginalWeights
 from stableedit_cpp.editors.solver import Statistic
-from stableedit_cpp.files.digest import fingerprint
+from stableedit_cpp.files.digest import checksum
 from stableedit_cpp.model.modules import EditModule
 
 __all__ = ["Checkpoint", "EditedWeights"]
@@ -37,7 +37,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
         originals: the weights before the first edit.
         followers: who hears of changes.
         revision: how many changes there were; who remembers it sees whether there was another.
-        known: fingerprints of the weights as the last change left them.
+        known: checksums of the weights as the last change left them.
     """
 
     def __init__(self, modules: Sequence[EditModule], statistics: Statistics) -> None:
@@ -72,7 +72,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
             return
         if not self.originals:
             self.originals.keep()
-        found = self._fingerprints()
+        found = self._checksums()
         changed = [name for name, known in self.known.items() if found[name] != known]
         what = f"a change of {', '.join(changed)} that went past the editor"
         if changed:
@@ -136,14 +136,14 @@ class EditedWeights(Mapping[str, MasterWeight]):
         for name, update in updates.items():
             self._held[name].apply(self._own(name, update))
         self._settle(updates)
-        self.known = self._fingerprints()
+        self.known = self._checksums()
 
     def load(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Take over masters by module name, from any device; within ``change``."""
         self._check_open()
         self._write(masters)
         self._settle()
-        self.known = self._fingerprints()
+        self.known = self._checksums()
 
     def add(self, updates: Mapping[str, LowRankUpdate]) -> None:
         """Add updates by module name: all of them or none. Errors as ``change`` and ``apply``."""
@@ -158,7 +158,7 @@ class EditedWeights(Mapping[str, MasterWeight]):
                     weight.master.sub_(self._difference(name), alpha=1.0 - share)
                     weight.live.copy_(weight.master)
             self._settle()
-            self.known = self._fingerprints()
+            self.known = self._checksums()
 
         self.change(work, "shrinking what was added")
 
@@ -224,8 +224,8 @@ class EditedWeights(Mapping[str, MasterWeight]):
         self._places[module.name] = place
         return fresh
 
-    def _fingerprints(self) -> dict[str, bytes]:
-        return {module.name: fingerprint(module.weight) for module in self.modules}
+    def _checksums(self) -> dict[str, bytes]:
+        return {module.name: checksum(module.weight) for module in self.modules}
 
     def _check_open(self) -> None:
         if not self._open:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from stableedit_cpp.core import LowRankUpdate
 from stableedit_cpp.errors import RankLost
-from stableedit_cpp.files.digest import fingerprint
+from stableedit_cpp.files.digest import checksum
 from stableedit_cpp.model.ranks import Ranks
 
 __all__ = [
@@ -156,7 +156,7 @@ def join_keys(
     for group, names in parts.items():
         together = Ranks(group)
         together.serve(keys[names[0]].device)
-        seen = {f"value gradients at {name}": fingerprint(gradients[name]) for name in names}
+        seen = {f"value gradients at {name}": checksum(gradients[name]) for name in names}
         together.check_same(seen, "tensor parallelism takes processes on one kind of machine")
         found = together.gathered("joining keys", lambda names=names: [keys[name] for name in names])
         whole |= {name: torch.cat(pieces, 1) for name, pieces in zip(names, zip(*found, strict=True), strict=True)}

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from stableedit_cpp.files.digest import fingerprint
+from stableedit_cpp.files.digest import checksum
 from stableedit_cpp.files.offloaded import Offloaded
 from stableedit_cpp.model.attached import forward_hook, forward_pre_hook, replaced_forward
 from stableedit_cpp.model.modules import EditModule
@@ -59,7 +59,7 @@ class TrunkCache:
         self._layers, self._depth = _trunk(model, modules)
         self._states: dict[tuple[int, ...], torch.Tensor] = {}
         self._as_tuple: int | None = None  # length of the tuple that a layer returns; None for a plain tensor
-        self._fingerprint: bytes | None = None
+        self._checksum: bytes | None = None
         self._proven = False
         self.vouched: bool | None = None
         self.read: dict[int, bytes] | None = None
@@ -118,12 +118,12 @@ class TrunkCache:
         """Forget everything, e.g. after the trunk was changed on purpose."""
         self._states.clear()
         self.bytes = 0
-        self._fingerprint = None
+        self._checksum = None
         self.vouched = None if self.vouched is None else False
 
     def renew(self) -> bool:
         """Forget everything if the weights that it was computed with have changed; returns whether they have."""
-        changed = self.in_use and len(self) > 0 and self._weights_fingerprint() != self._fingerprint
+        changed = self.in_use and len(self) > 0 and self._weights_checksum() != self._checksum
         if changed:
             self.clear()
         return changed
@@ -140,7 +140,7 @@ class TrunkCache:
         if self.objection is not None or self.vouched or not sequences:
             return
         try:
-            present = self._weights_fingerprint()
+            present = self._weights_checksum()
             if not self._proven:
                 self._prove(sequences[0])
                 self._proven = True
@@ -149,12 +149,12 @@ class TrunkCache:
             self._proven = False
             self.clear()
             return
-        if self._states and present != self._fingerprint:
+        if self._states and present != self._checksum:
             raise ValueError(
                 f"weights outside the layers from {self._depth} on have changed since the trunk cache was filled; "
                 "clear() it first"
             )
-        self._fingerprint = present
+        self._checksum = present
         self.vouched = None if self.vouched is None else True
 
     @contextmanager
@@ -264,7 +264,7 @@ class TrunkCache:
             logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits.reshape(-1, logits.shape[-1])[batch.positions.to(logits.device)]
 
-    def _weights_fingerprint(self) -> bytes:
+    def _weights_checksum(self) -> bytes:
         """Depends on every weight outside the layers that edits may change, embeddings of positions included, at the
         cost of reading them once; those that accelerate keeps on the disk are not read, their files are looked at.
 
@@ -284,7 +284,7 @@ class TrunkCache:
             if offloaded is not None and offloaded.on_disk:
                 digest.update(offloaded.stamp())
             else:
-                digest.update(fingerprint(held(parameter) if offloaded is None else offloaded.read()))
+                digest.update(checksum(held(parameter) if offloaded is None else offloaded.read()))
         if self.read is not None:
             self.read[self._depth] = digest.digest()
         return digest.digest()
