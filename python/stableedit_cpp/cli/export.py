@@ -39,6 +39,7 @@ from stableedit_cpp.export.lora import rounded_rank
 from stableedit_cpp.export.patch import PATCH_FILE
 from stableedit_cpp.export.truncation import choose_rank, truncate
 from stableedit_cpp.files.atomic import check_new_directory
+from stableedit_cpp.model.load import gguf_in
 from stableedit_cpp.model.modules import find_modules
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -174,7 +175,7 @@ def _load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, obj
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").exists()
+    return (path / "config.json").exists() or gguf_in(path) is not None
 
 
 def _file(path: Path) -> tuple[Path, str]:

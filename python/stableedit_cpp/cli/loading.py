@@ -44,6 +44,8 @@ def load_any(
         found = manifest_of(name)["model"]
         if not (base or found["source"]):
             raise ValueError(f"the session {name} does not say where its model is; name it with --base")
+        if found.get("keep_packed"):
+            how["keep_packed"] = True
         model, tokenizer = load_model(base or found["source"], dtype=getattr(torch, found["dtype"]), **how)
         LifelongSession.open(name, model, tokenizer).close()  # the model stays as the session left it
         return model, tokenizer

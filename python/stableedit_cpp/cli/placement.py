@@ -27,17 +27,21 @@ def placement(options: argparse.Namespace) -> dict[str, object]:
             where several processes share the work.
     """
     device_map = getattr(options, "device_map", None)
+    packed = {"keep_packed": True} if getattr(options, "keep_packed", False) else {}
     if device_map is None:
         for name in ("max_memory", "offload_folder"):
             if getattr(options, name, None):
                 raise ValueError(f"--{name.replace('_', '-')} says how --device-map spreads a model; give that as well")
-        return {"device": default_device(options)}
+        return {"device": default_device(options), **packed}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "under torchrun each process has the whole model on a device of its own, and --device-map spreads one over "
             "all devices; leave one of the two out"
         )
-    found: dict[str, object] = {"device_map": device_map if device_map in AUTOMATIC else _read_map(device_map)}
+    found: dict[str, object] = {
+        "device_map": device_map if device_map in AUTOMATIC else _read_map(device_map),
+        **packed,
+    }
     if options.max_memory:
         found["max_memory"] = dict(_limit(text) for text in options.max_memory)
     if options.offload_folder:

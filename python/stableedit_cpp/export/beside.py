@@ -36,11 +36,11 @@ def copy_what_lies_beside(model, directory: Path) -> list[str]:
 
 
 def _source(name: str | None) -> Path | None:
-    """The directory of a model by its path, or by its name on the hub, in the local cache."""
+    """The directory of a model by its path or that of its file, or by its name on the hub, in the local cache."""
     if not name:
         return None
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).exists():
+        return Path(name) if Path(name).is_dir() else Path(name).parent
     try:
         found = huggingface_hub.try_to_load_from_cache(name, "config.json")
     except HFValidationError:

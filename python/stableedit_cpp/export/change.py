@@ -17,6 +17,7 @@ from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.files.offloaded import Offloaded, present_state
 from stableedit_cpp.model.experts import expert_slices
 from stableedit_cpp.model.modules import EditModule, edit_module, is_linear
+from stableedit_cpp.model.packed import is_packed, packed_maps, unpacked
 
 __all__ = [
     "ModelChange",
@@ -126,11 +127,19 @@ def change_of(editor: Editor) -> ModelChange:
 
 
 def change_between(base: nn.Module, edited: nn.Module) -> ModelChange:
-    """The difference between two models in memory.
+    """The difference between two models in memory. Quantised maps of the base model that are dense in the edited one
+    are made dense.
 
     Raises:
         ValueError: if they are no versions of one model (a tensor's name, shape or dtype differs), or equal.
     """
+    packed = {name for name, module in edited.named_modules() if is_packed(module)}
+    edited_maps = (name for name, _ in edited.named_modules() if name not in packed)
+    with unpacked(base, packed_maps(base, edited_maps)):
+        return _between(base, edited)
+
+
+def _between(base: nn.Module, edited: nn.Module) -> ModelChange:
     before, after = (present_state(model) for model in (base, edited))
     unmatched = before.keys() ^ after.keys()
     if unmatched:
@@ -176,10 +185,16 @@ def change_to(base: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ModelChan
 
 def change_from_patch(base: nn.Module, patch: Patch) -> ModelChange:
     """What a low-rank patch of libstableedit changes in its base model; the changes stay in factored form.
+    Modules with quantised weights that were edited are made dense.
 
     Raises:
         ValueError: if the patch was made for another model, or does not fit this one.
     """
+    with unpacked(base, packed_maps(base, patch.modules)):
+        return _of_patch(base, patch)
+
+
+def _of_patch(base: nn.Module, patch: Patch) -> ModelChange:
     digest = model_digest(base)
     if patch.base_digest and patch.base_digest != digest:
         raise ValueError(

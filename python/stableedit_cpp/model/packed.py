@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from stableedit_cpp.model.packed_gradients import answers_to_unit_vectors, differentiates, lead_gradients_through
 from stableedit_cpp.model.split import is_split
 
-__all__ = ["is_packed", "keep_layout", "packed_kind", "unpack", "unpacked"]
+__all__ = ["is_packed", "keep_layout", "packed_kind", "packed_maps", "unpack", "unpacked"]
 
 # What the quantisation configs of transformers call the maps that are left as they are.
 _LEFT_OUT = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
@@ -36,6 +36,12 @@ def packed_kind(module: nn.Module) -> str:
     if weight is None:
         return type(module).__name__
     return str(weight.dtype) if type(weight.data) is torch.Tensor else type(weight.data).__name__
+
+
+def packed_maps(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Those of some modules of a model, by name, that are packed; names that it does not have are left out."""
+    wanted = set(names)
+    return {name: module for name, module in model.named_modules() if name in wanted and is_packed(module)}
 
 
 def unpack(model: nn.Module, maps: Mapping[str, nn.Module]) -> list[str]:

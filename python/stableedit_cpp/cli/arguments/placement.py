@@ -1,4 +1,4 @@
-"""Options that say where a model is to lie."""
+"""Options that say where and how a model is to lie."""
 
 from __future__ import annotations
 
@@ -28,4 +28,10 @@ def add_placement_options(parser) -> None:
         metavar="DIR",
         help="for what --device-map leaves on the disk and the model's own files do not hold: edited weights, say "
         "(default: the folder of temporary files)",
+    )
+    parser.add_argument(
+        "--keep-packed",
+        action="store_true",
+        help="of a .gguf file: its maps stay in their 2 to 8 bits, but those that are edited (default: all are made "
+        "dense)",
     )

@@ -22,6 +22,7 @@ def opened(options: argparse.Namespace) -> Iterator[LifelongSession]:
     options.model = options.model or found["source"]
     if options.model is None:
         raise ValueError(f"the session {options.directory} does not say where its model is; add --model")
+    options.keep_packed = options.keep_packed or found.get("keep_packed", False)
     dtype = getattr(torch, found["dtype"])
     try:
         model, tokenizer = load_any(options.model, options, dtype=dtype)

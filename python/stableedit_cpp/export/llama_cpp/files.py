@@ -20,8 +20,9 @@ from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.files.offloaded import present_state
 from stableedit_cpp.model.packed import is_packed
+from stableedit_cpp.model.packed_gguf import gguf_maps
 
-__all__ = ["ADAPTER_GGUF", "MODEL_GGUF", "check_exportable", "export_gguf", "export_gguf_lora"]
+__all__ = ["ADAPTER_GGUF", "MODEL_GGUF", "check_exportable", "export_gguf", "export_gguf_lora", "write_gguf"]
 
 MODEL_GGUF, ADAPTER_GGUF = "model.gguf", "adapter.gguf"
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -31,6 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".", gguf_file="{MODEL_GGUF}")
 tokenizer = AutoTokenizer.from_pretrained(".", gguf_file="{MODEL_GGUF}")"""
+
+_LOAD_PACKED = f"""\
+from stableedit_cpp import load_model
+
+model, tokenizer = load_model("{MODEL_GGUF}", keep_packed=True)  # transformers makes it dense"""
 
 
 def export_gguf(
@@ -45,25 +51,35 @@ def export_gguf(
     """Write model.gguf, with the tokenizer in it, and a model card: ``llama-server -m model.gguf``.
 
     Args:
-        model: a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text) of transformers.
-        dtype: of the matrices, float32, float16 or bfloat16; None takes that of the model. Vectors are float32.
+        model: a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text) of transformers. Maps that stayed in the blocks of a
+            GGUF file (``load_model(..., keep_packed=True)``) are written in these, bit for bit.
+        dtype: of the other matrices, float32, float16 or bfloat16; None takes that of the model. Vectors are float32.
 
     Raises:
         ValueError: for an architecture or tokenizer that is not known here; for weights that float16 cannot hold; if
             gguf is not installed, or the directory has content and ``overwrite`` is off.
         OSError: if it cannot be written; nothing is left behind then.
     """
+    check_exportable(model.config)
+    with new_directory(directory, overwrite=overwrite) as scratch:
+        write_gguf(model, tokenizer, scratch, dtype, provenance or Provenance())
+
+
+def write_gguf(
+    model: torch.nn.Module, tokenizer, directory: Path, dtype: torch.dtype | None, provenance: Provenance
+) -> None:
+    """The same into a directory that is there."""
     architecture = check_exportable(model.config)
-    packed = next((name for name, module in model.named_modules() if is_packed(module)), None)
-    if packed is not None:
+    blocks = {f"{name}.packed": module for name, module in gguf_maps(model).items()}
+    others = (n for n, module in model.named_modules() if is_packed(module) and f"{n}.packed" not in blocks)
+    if (other := next(others, None)) is not None:
         raise ValueError(
-            f"{packed} has quantised weights of another format, which is not written to GGUF; export an adapter "
+            f"{other} has quantised weights of another format, which is not written to GGUF; export an adapter "
             "(--format gguf-lora) for the model that was quantised, or edit that"
         )
     dtype = dtype or next(model.parameters()).dtype
-    provenance = provenance or Provenance()
     name = provenance.base_model or model.config.model_type
-    writer = _Writer(architecture, name, provenance, dtype)
+    writer = _Writer(architecture, name, provenance, dtype, packed=bool(blocks))
     for field, value in hyperparameters(model.config).items():
         getattr(writer.file, f"add_{field}")(value)
     write_vocabulary(writer.file, tokenizer, model.get_input_embeddings().weight.shape[0])
@@ -72,16 +88,26 @@ def export_gguf(
         writer.add("rope_freqs.weight", factors)
     names = _Names(architecture, model.config)
     for tensor_name, tensor in _own_tensors(model).items():
-        writer.add(names[tensor_name], architecture.converted(tensor, tensor_name, model.config))
-    with new_directory(directory, overwrite=overwrite) as scratch:
-        writer.write(scratch / MODEL_GGUF)
-        facts = {"edited_digest": model_digest(model), "dtype": _TYPES[dtype]}
-        facts["bytes"] = (scratch / MODEL_GGUF).stat().st_size
-        summary = (
-            f"The whole edited model with its tokenizer for llama.cpp, in `{MODEL_GGUF}`: "
-            f"`llama-server -m {MODEL_GGUF}`; `llama-quantize` makes it smaller."
-        )
-        write_card(scratch, Card("gguf", summary, _LOAD_MODEL, "gguf", facts), provenance)
+        if tensor_name in blocks:
+            weight = f"{tensor_name.removesuffix('packed')}weight"
+            rows = architecture.rows(tensor, weight, model.config)
+            writer.add_blocks(names[weight], rows, blocks[tensor_name].kind)
+        else:
+            writer.add(names[tensor_name], architecture.converted(tensor, tensor_name, model.config))
+    writer.write(directory / MODEL_GGUF)
+    facts = {"edited_digest": model_digest(model), "dtype": _TYPES[dtype]}
+    facts |= {"packed_maps": len(blocks)} if blocks else {}
+    facts["bytes"] = (directory / MODEL_GGUF).stat().st_size
+    smaller = (
+        f"{len(blocks)} of its maps are packed as they were in the file that was edited, all others {_TYPES[dtype]}."
+        if blocks
+        else "`llama-quantize` makes it smaller."
+    )
+    summary = (
+        f"The whole edited model with its tokenizer for llama.cpp, in `{MODEL_GGUF}`: `llama-server -m {MODEL_GGUF}`; "
+        f"{smaller}"
+    )
+    write_card(directory, Card("gguf", summary, _LOAD_PACKED if blocks else _LOAD_MODEL, "gguf", facts), provenance)
 
 
 def export_gguf_lora(
@@ -153,10 +179,12 @@ class _Writer:
         provenance: Provenance,
         dtype: torch.dtype,
         adapter: int | None = None,
+        packed: bool = False,
     ) -> None:
         """
         Args:
             adapter: the rank of an adapter, which is its alpha as well; None for a whole model.
+            packed: some tensors are in blocks of whatever kinds.
         """
         import gguf
 
@@ -169,7 +197,7 @@ class _Writer:
         if adapter is not None:
             self.file.add_string(gguf.Keys.Adapter.TYPE, "lora")
             self.file.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter))
-        mostly = "ALL_F32" if dtype == torch.float32 else f"MOSTLY_{_TYPES[dtype]}"
+        mostly = "GUESSED" if packed else "ALL_F32" if dtype == torch.float32 else f"MOSTLY_{_TYPES[dtype]}"
         self.file.add_file_type(gguf.LlamaFileType[mostly])
         self.file.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if provenance.base_digest:
@@ -186,6 +214,10 @@ class _Writer:
             self.file.add_tensor(name, rounded.view(torch.uint8).numpy(), raw_dtype=self._kinds.BF16)
         else:
             self.file.add_tensor(name, rounded.numpy())
+
+    def add_blocks(self, name: str, packed: torch.Tensor, kind) -> None:
+        """A matrix that is packed already, ``[v, bytes of a row]``."""
+        self.file.add_tensor(name, packed.cpu().numpy(), raw_dtype=kind)
 
     def write(self, path: Path) -> None:
         self.file.write_header_to_file(path=path)

@@ -53,7 +53,9 @@ def write_vocabulary(writer, tokenizer, size: int) -> None:
             f"a {type(tokenizer).__name__} has no tokenizer.json, from which a GGUF file is made; {_CONVERTER}"
         )
     definition = json.loads(backend.to_str())
-    largest = max(tokenizer.get_vocab().values())
+    added = tokenizer.added_tokens_decoder
+    # transformers adds a special token that a GGUF file does not have, and the model no row for; nothing can run it.
+    largest = max(i for i in tokenizer.get_vocab().values() if i < size or not (i in added and added[i].special))
     if largest >= size:
         raise ValueError(f"the tokenizer has {largest + 1} tokens, and the model's embedding {size} rows")
     sentencepiece = definition["model"].get("byte_fallback", False)

