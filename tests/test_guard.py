@@ -10,6 +10,8 @@ import torch
 import stableedit_cpp as se
 from stableedit_cpp.editors.anchors import unrelated_prompts
 from stableedit_cpp.editors.guard import LocalityGuard, Look, guarded_prompts
+from stableedit_cpp.model import running
+from stableedit_cpp.model.logits import answer_logits
 from stableedit_cpp.model.tokens import TokenSequence
 from support.answers import none_takes
 from support.chats import chat_model, chat_tokenizer
@@ -112,9 +114,9 @@ class TestItsOwnLimit:
             lost = torch.arange(len(guard)) < count
             measured = torch.where(lost, 1e6, 0.0).double()
             for seed in range(20):
-                monkeypatch.setattr(guard, "_measure", lambda indices: torch.zeros(len(indices)).double())
+                monkeypatch.setattr(guard, "_measure", lambda indices, *_: torch.zeros(len(indices)).double())
                 guard.begin([TokenSequence((seed,), (seed,))])
-                monkeypatch.setattr(guard, "_measure", lambda indices, found=measured: found[list(indices)])
+                monkeypatch.setattr(guard, "_measure", lambda indices, *_, found=measured: found[list(indices)])
                 assert guard.look().drift <= guard.limit or count > most
         assert guard.drift().mean > 1e5
 
@@ -133,7 +135,7 @@ class TestTheSample:
     def test_of_its_own_prompts_a_few_are_run_while_they_have_not_drifted_far(self, tokenizer, monkeypatch):
         guard, looked = LocalityGuard(make(tokenizer)), []
         drift = torch.zeros(len(guard), dtype=torch.float64)
-        monkeypatch.setattr(guard, "_measure", lambda indices: looked.append(set(indices)) or drift[list(indices)])
+        monkeypatch.setattr(guard, "_measure", lambda indices, *_: looked.append(set(indices)) or drift[list(indices)])
         one, other = ([TokenSequence((number,), (number,))] for number in (1, 2))
         for edited in (one, other, one):
             guard.begin(edited)
@@ -144,9 +146,22 @@ class TestTheSample:
         assert guard.look().drift == pytest.approx(0.51 * guard.limit)
         assert [len(sample) for sample in looked[6:]] == [4, len(guard)]
 
+    def test_for_a_turn_of_many_is_run_in_two_halves(self, tokenizer, monkeypatch):
+        """Which processes can share, and which come to the same whether or not somebody does."""
+        guard, sizes = LocalityGuard(make(tokenizer)), []
+        monkeypatch.setattr(running, "answer_logits", lambda *how: sizes.append(len(how[3])) or answer_logits(*how))
+        for many, most in ((15, 4), (16, 2)):
+            sizes.clear()
+            guard.begin([TokenSequence((1,), (1,))] * many)
+            assert guard.look().drift == pytest.approx(0.0, abs=1e-5)
+            assert sum(sizes) == 2 * 4 and max(sizes) <= most
+            assert len(sizes) < 8
+
     def test_prompts_that_were_given_are_all_run(self, tokenizer, monkeypatch):
         guard, looked = LocalityGuard(make(tokenizer), [*PROMPTS, "Say", "Once"], limit=1.0), []
-        monkeypatch.setattr(guard, "_measure", lambda indices: looked.append(len(indices)) or torch.zeros(6).double())
+        monkeypatch.setattr(
+            guard, "_measure", lambda indices, *_: looked.append(len(indices)) or torch.zeros(6).double()
+        )
         guard.begin([TokenSequence((1,), (1,))])
         guard.look()
         assert looked == [6] and guard.turn_limit == math.inf
@@ -158,7 +173,7 @@ class TestATurn:
         guard = LocalityGuard(make(tokenizer, certain()))
         assert guard.turn_limit == max(0.5, guard.limit / 4)
         drift = torch.full((len(guard),), before, dtype=torch.float64)
-        monkeypatch.setattr(guard, "_measure", lambda indices: drift[list(indices)])
+        monkeypatch.setattr(guard, "_measure", lambda indices, *_: drift[list(indices)])
         guard.begin([TokenSequence((1,), (1,))])
         drift += 0.49
         assert guard.look().within and guard.look().rise == pytest.approx(0.49)

@@ -172,6 +172,8 @@ def test_pack_by_hand():
     # A batch more costs as much as max_tokens / 20 tokens: at 140 less than the padding it saves, at 300 more.
     assert pack(lengths, 140) == [[1, 3], [2, 5, 0, 4]]
     assert pack(lengths, 300) == [[1, 3, 2, 5, 0, 4]]
+    assert pack(lengths, 300, most=4) == [[1, 3], [2, 5, 0, 4]]
+    assert pack(lengths, 300, most=1) == [[1], [3], [2], [5], [0], [4]]
     assert pack([], 10) == []
 
 

@@ -27,6 +27,7 @@ from stableedit_cpp.model.trunk import TrunkCache
 __all__ = ["Drift", "LocalityGuard", "guarded_prompts"]
 
 _SAMPLE = 4  # of our own prompts are looked at after a pass
+_MANY = 16  # sequences in a turn, from which on a look takes two forward passes, which processes can share out
 _ANSWER = 8  # tokens of the unedited model's own answer that are watched
 # The limit, where the user gives none: this share of what a prompt tells the unedited model about its answer, and for
 # models that hardly tell one prompt from another, so many nats.
@@ -160,6 +161,7 @@ class LocalityGuard:
         self.turn_limit = math.inf if limit is not None else max(_LEAST, _TURN * self.limit)
         self._most = whole  # that one prompt counts with
         self._sampled: Sequence[int] = range(len(ids))
+        self._halved = False
         self._start = 0.0
 
     def __len__(self) -> int:
@@ -177,14 +179,15 @@ class LocalityGuard:
             edited: what it edits, which draws the sample: the same turn is looked at in the same way.
         """
         self._sampled = drawn_by(edited).sample(range(len(self)), min(self._sample, len(self)))
-        self._start = self._mean(self._measure(self._sampled)) if self.turn_limit < math.inf else 0.0
+        self._halved = len(edited) >= _MANY
+        self._start = self._mean(self._measure(self._sampled, self._halved)) if self.turn_limit < math.inf else 0.0
 
     def look(self) -> Look:
         """After a pass: run the sample, and all prompts where that has drifted far."""
-        drift = self._mean(self._measure(self._sampled))
+        drift = self._mean(self._measure(self._sampled, self._halved))
         rise = drift - self._start
         if len(self._sampled) < len(self) and not drift <= 0.5 * self.limit:
-            drift = self._mean(self._measure(range(len(self))))
+            drift = self._mean(self._measure(range(len(self)), self._halved))
         return Look(drift, rise, drift <= self.limit and rise <= self.turn_limit)
 
     def refusal(self, look: Look) -> DriftLimitReached | ModelBroken:
@@ -206,8 +209,8 @@ class LocalityGuard:
     def _mean(self, drift: torch.Tensor) -> float:
         return float(drift.clamp_max(self._most).mean())  # NaN stays NaN
 
-    def _measure(self, indices: Sequence[int]) -> torch.Tensor:
-        """Drift of some prompts, ``[len(indices)]`` float64 on the CPU."""
+    def _measure(self, indices: Sequence[int], halved: bool = False) -> torch.Tensor:
+        """Drift of some prompts, ``[len(indices)]`` float64 on the CPU; ``halved`` runs them in two halves at least."""
         sequences = [self._sequences[index] for index in indices]
         if self.trunk is not None:
             try:
@@ -224,7 +227,8 @@ class LocalityGuard:
             divergence = kl_divergence(reference.log_softmax(-1), likely)
             return torch.stack([part.mean() for part in divergence.split(batch.sizes)]).double().cpu()
 
-        how = {"max_tokens": self._max_tokens, "trunk": self.trunk}
+        most = -(-len(sequences) // 2) if halved else None
+        how = {"max_tokens": self._max_tokens, "most": most, "trunk": self.trunk}
         for places, values in read_batches(self._model, sequences, read, **how):
             found[places] = values
         return found

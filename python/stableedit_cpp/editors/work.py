@@ -71,7 +71,11 @@ class Work:
     answers: bool
     passes: int | None = None
 
-    def accuracy(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        """Share of each answer's tokens that are the model's top choice; NaN where the model is broken."""
+    def accuracy(self, sequences: Sequence[TokenSequence], most: int | None = None) -> torch.Tensor:
+        """Share of each answer's tokens that are the model's top choice; NaN where the model is broken.
+
+        Args:
+            most: sequences in one forward pass.
+        """
         limit = self.config.max_tokens_per_forward
-        return token_accuracy(self.model, sequences, max_tokens=limit, trunk=self.trunk)
+        return token_accuracy(self.model, sequences, max_tokens=limit, most=most, trunk=self.trunk)

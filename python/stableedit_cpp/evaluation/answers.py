@@ -60,6 +60,7 @@ def read_answers(
     sequences: Sequence[TokenSequence],
     *,
     max_tokens: int,
+    most: int | None = None,
     trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[ReadAnswer]:
@@ -68,7 +69,7 @@ def read_answers(
     Sequences that feed the same tokens, as the choices of one token each after one question do, share a forward pass.
 
     Args:
-        max_tokens: tokens, padding included, in one forward pass.
+        max_tokens: tokens, padding included, in one forward pass. most: sequences that share one.
         trunk: keeps and reuses the output of the layers that no edit changes.
         on_done: called with the number of sequences after each forward pass.
 
@@ -105,7 +106,8 @@ def read_answers(
         if on_done is not None:
             on_done(sum(len(groups[index]) for index in indices))
 
-    for _, answers in read_batches(model, different, read, max_tokens=max_tokens, trunk=trunk, on_done=done):
+    how = {"max_tokens": max_tokens, "most": most, "trunk": trunk, "on_done": done}
+    for _, answers in read_batches(model, different, read, **how):
         for member, answer in answers:
             found[member] = answer
     return found
@@ -116,11 +118,12 @@ def answer_scores(
     sequences: Sequence[TokenSequence],
     *,
     max_tokens: int,
+    most: int | None = None,
     trunk: TrunkCache | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> AnswerScores:
     """Accuracy and probability of each sequence's answer. Arguments as ``read_answers``."""
-    read = read_answers(model, sequences, max_tokens=max_tokens, trunk=trunk, on_done=on_done)
+    read = read_answers(model, sequences, max_tokens=max_tokens, most=most, trunk=trunk, on_done=on_done)
     probability = torch.full((len(sequences),), torch.nan, dtype=torch.float64, device="cpu")
     for index, answer in enumerate(read):
         if not answer.broken:
@@ -143,10 +146,11 @@ def token_accuracy(
     sequences: Sequence[TokenSequence],
     *,
     max_tokens: int,
+    most: int | None = None,
     trunk: TrunkCache | None = None,
 ) -> torch.Tensor:
     """The accuracy of ``answer_scores`` alone, ``[sequences]``."""
-    return answer_scores(model, sequences, max_tokens=max_tokens, trunk=trunk).accuracy
+    return answer_scores(model, sequences, max_tokens=max_tokens, most=most, trunk=trunk).accuracy
 
 
 def greedy_answers(

@@ -62,6 +62,7 @@ def read_batches(
     read: Callable[[AnswerBatch], _T],
     *,
     max_tokens: int,
+    most: int | None = None,
     trunk: TrunkCache | None = None,
     on_done: Callable[[Sequence[int]], object] | None = None,
 ) -> list[tuple[Sequence[int], _T]]:
@@ -70,9 +71,11 @@ def read_batches(
 
     Args:
         read: called outside of any context of ours; what it gives is handed on to other processes.
+        most: sequences in one forward pass, however many there would be room for: a pass is the least that processes
+            can share out.
         on_done: called with the indices after each pass. The others, and errors, as ``batches``.
     """
-    run, prefix = _passes(model, sequences, max_tokens, trunk)
+    run, prefix = _passes(model, sequences, max_tokens, trunk, most)
     how = {"max_tokens": max_tokens, "trunk": trunk, "skip": len(prefix or ()), "device": input_device(model)}
     found = shared_passes(
         "reading answers",
@@ -86,13 +89,18 @@ def read_batches(
 
 
 def _passes(
-    model: nn.Module, sequences: Sequence[TokenSequence], max_tokens: int, trunk: TrunkCache | None
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    max_tokens: int,
+    trunk: TrunkCache | None,
+    most: int | None = None,
 ) -> tuple[list[list[int]], SharedPrefix | None]:
     """The indices of each forward pass, and what all sequences go on from."""
     if trunk is not None:
         trunk.check(sequences)
     prefix = shared_prefix(model, sequences, trunk)
-    return pack_apart(sequences, max_tokens, trunk, skip=len(prefix or ()), device=input_device(model)), prefix
+    how = {"skip": len(prefix or ()), "device": input_device(model), "most": most}
+    return pack_apart(sequences, max_tokens, trunk, **how), prefix
 
 
 def _run(

@@ -151,7 +151,11 @@ def fixed_cost(max_tokens: int, device: torch.device | None = None) -> int:
 
 
 def pack(
-    sequences: Sequence[TokenSequence], max_tokens: int, skip: int = 0, device: torch.device | None = None
+    sequences: Sequence[TokenSequence],
+    max_tokens: int,
+    skip: int = 0,
+    device: torch.device | None = None,
+    most: int | None = None,
 ) -> list[list[int]]:
     """Cut ``longest_first`` into batches of at most ``max_tokens`` tokens with padding (a single longer sequence is a
     batch of its own), so that padding and the fixed cost of a forward pass are smallest together.
@@ -159,6 +163,7 @@ def pack(
     Args:
         skip: tokens at the head of each sequence that are left out.
         device: where they will run.
+        most: sequences in a batch, at least 1; None takes as many as there is room for.
     """
     order = longest_first(sequences)
     lengths = [len(sequences[index]) - skip for index in order]
@@ -168,7 +173,7 @@ def pack(
         cost[end], start[end] = cost[end - 1] + lengths[end - 1] + fixed, end - 1
         for begin in range(end - 2, -1, -1):
             size = lengths[begin] * (end - begin)
-            if size > max_tokens:
+            if size > max_tokens or (most is not None and end - begin > most):
                 break
             if cost[begin] + size + fixed < cost[end]:
                 cost[end], start[end] = cost[begin] + size + fixed, begin
