@@ -158,6 +158,13 @@ def test_command_is_installed(work):
     assert result.stderr.splitlines()[-1] == "stableedit: error: there is no file missing.json"
 
 
+def test_libraries_say_nothing_of_themselves(work):
+    """torchao is imported wherever transformers finds it, and names the kernels that it was not built with."""
+    command = [sys.executable, "-m", "stableedit_cpp", "env", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=work)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_nobody_reads_the_output_of_python_dash_m(work):
     command = f"{sys.executable} -m stableedit_cpp env | true; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=work)

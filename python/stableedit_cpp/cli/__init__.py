@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from stableedit_cpp._build_info import version
 from stableedit_cpp.cli.outputs import check_outputs
 from stableedit_cpp.cli.process import settle
-from stableedit_cpp.cli.sentence import plain_warnings, sentence
+from stableedit_cpp.cli.sentence import plain_warnings, quiet_imports, sentence
 from stableedit_cpp.cli.together import joined, speaker
 
 __all__ = ["main"]
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser(argv).parse_args(argv)
         check_outputs(options)
         with plain_warnings(), joined(options):
-            status = importlib.import_module(f"stableedit_cpp.cli.{_file(options.command)}").run(options)
+            with quiet_imports():
+                command = importlib.import_module(f"stableedit_cpp.cli.{_file(options.command)}")
+            status = command.run(options)
         sys.stdout.flush()  # here, where a closed pipe is caught
         return status
     except KeyboardInterrupt as error:

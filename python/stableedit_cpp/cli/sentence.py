@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 from stableedit_cpp.errors import DriftLimitReached, StableEditError
 
-__all__ = ["plain_warnings", "sentence"]
+__all__ = ["plain_warnings", "quiet_imports", "sentence"]
 
 _GUARD = "--turn-size, --step-size auto, --edit-modules (stableedit choose-modules measures); --guard-limit, --no-guard"
 
@@ -26,6 +27,18 @@ def plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """What libraries say of themselves when they are imported is for their developers: torchao names kernels that it
+    was not built with, wherever transformers finds it installed."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def sentence(error: Exception) -> tuple[str, int]:
