@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaModel
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.evaluation.answers import read_answers
 from stableedit_cpp.model.tokens import TokenSequence
-from stableedit_cpp.sideeffects import SideEffectOptions, check, measure
+from stableedit_cpp.sideeffects import SideEffectOptions, check, measure, measurement
 from stableedit_cpp.sideeffects.downstream import RESERVED, TASKS, choose, downstream_scores, read_task
 from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
+from stableedit_cpp.sideeffects.similarity import mmd
+from support.ranks import together
 from support.tiny import tiny_model, tiny_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -186,12 +190,13 @@ def test_the_harness_scores_a_task_over_local_json_as_we_do(tmp_path, tokenizer)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "scored.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[RESERVED:]))
-    (tasks / "sst2.yaml").write_text(
-        "task: own_sst2\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
-        f"dataset_kwargs: {{data_files: {tasks / 'scored.jsonl'}}}\n"
-        'doc_to_text: "Review : {{sentence}}\\nSentiment :"\ndoc_to_target: label\n'
-        "doc_to_choice: [negative, positive]\nmetric_list: [{metric: acc}]\n"
-    )
+    for name, choices in (("sst2", "negative, positive"), ("rte", "positive, negative")):
+        (tasks / f"{name}.yaml").write_text(
+            f"task: own_{name}\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+            f"dataset_kwargs: {{data_files: {tasks / 'scored.jsonl'}}}\n"
+            'doc_to_text: "Review : {{sentence}}\\nSentiment :"\ndoc_to_target: label\n'
+            f"doc_to_choice: [{choices}]\nmetric_list: [{{metric: acc}}]\n"
+        )
     model = tiny_model("llama").train()
     model.model.layers[1].eval()  # a layer that its owner has frozen
     flags = [module.training for module in model.modules()]
@@ -204,6 +209,13 @@ def test_the_harness_scores_a_task_over_local_json_as_we_do(tmp_path, tokenizer)
     assert theirs["accuracy"] == ours["accuracy"]
     assert theirs["standard_error"] == pytest.approx(ours["standard_error"])
     assert [module.training for module in model.modules()] == flags
+    both = {"downstream": "lm-eval", "tasks": ["sst2", "rte"], "limit": 12, "harness_path": str(tasks)}
+    both["harness_tasks"] = {"sst2": "own_sst2", "rte": "own_rte"}
+    (tmp_path / "meet").mkdir()
+    one = measure(model, tokenizer, both)["downstream"]
+    assert one["sst2"] == theirs and one["rte"]["accuracy"] == pytest.approx(1 - theirs["accuracy"])
+    for found in together(2, lambda _: measure(model, tokenizer, both, distributed="auto"), tmp_path / "meet"):
+        assert found["downstream"] == one
     with pytest.raises(ValueError, match="lm-eval cannot run no_such_task"):
         measure(model, tokenizer, {"downstream": "lm-eval", **common, **own, "harness_tasks": {"sst2": "no_such_task"}})
     assert [module.training for module in model.modules()] == flags
@@ -248,6 +260,47 @@ def test_measure_before_and_after(tmp_path, options, tokenizer):
     assert changed["perplexity"] != before["perplexity"]
     assert set(changed["downstream"]) == set(TASKS)
     json.dumps(changed, allow_nan=False)
+
+
+def test_two_processes_measure_what_one_does(tmp_path, options, tokenizer):
+    """Each a share of it: forward passes, tests by permutation and maps."""
+    options |= {"layers": [1, -1], "limit": 6, "max_tokens_per_forward": 200}
+    edited = tiny_model("llama")
+    edited.model.layers[1].mlp.down_proj.weight.data.mul_(3)
+
+    def both(directory: Path, **how: object) -> list[dict[str, object]]:
+        how |= {"directory": directory}
+        found = [
+            measure(model, tokenizer, options, edits=edits, **how)
+            for edits, model in ((0, tiny_model("llama")), (1, edited))
+        ]
+        return [{name: value for name, value in one.items() if name != "seconds"} for one in found]
+
+    def work(rank: int) -> tuple[list, dict[str, int]]:
+        done = Counter()
+        forward = LlamaModel.forward
+        LlamaModel.forward = lambda *args, **how: done.update(["passes"]) or forward(*args, **how)
+        measurement.mmd = lambda *args, **how: done.update(["tests"]) or mmd(*args, **how)
+        return both(tmp_path / "several", distributed="auto"), done
+
+    (tmp_path / "meet").mkdir()
+    one = both(tmp_path / "one")
+    assert one[1]["hidden_states"]["layers"].keys() == {"1", "3"}
+    results = together(2, work, tmp_path / "meet")
+    assert [found for found, _ in results] == [one, one]
+    assert [done["tests"] for _, done in results] == [2, 2]
+    first, second = (done["passes"] for _, done in results)
+    assert 0.5 < first / second < 2
+
+
+def test_processes_with_other_options_are_told(tmp_path, options, tokenizer):
+    def work(rank: int) -> None:
+        measure(tiny_model("llama"), tokenizer, options | {"seed": rank}, directory=tmp_path, distributed="auto")
+
+    (tmp_path / "meet").mkdir()
+    for error in together(2, work, tmp_path / "meet"):
+        assert isinstance(error, se.RanksDiffer)
+        assert "the options of side effects of process 1 differ from those of process 0; give all of them" in str(error)
 
 
 def test_a_model_that_has_collapsed_is_measured(tmp_path, options, tokenizer):

@@ -96,6 +96,20 @@ def test_evaluate_writes_once(model, requests, meet, tmp_path):
     assert not (tmp_path / "none.json").exists()
 
 
+def test_side_effects_are_written_once(model, meet, tmp_path):
+    pytest.importorskip("sklearn", reason="side effects need the extra 'sideeffects'")
+    (tmp_path / "text.txt").write_text("Some text that a model may read. " * 20)
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt number {index}\n" for index in range(20)))
+    argv = ["side-effects", "--model", model, "--reference", model, "--perplexity", f"text={tmp_path / 'text.txt'}"]
+    argv += ["--prompts", tmp_path / "prompts.txt", "--maps", "pca", "--output"]
+    alone(*argv, tmp_path / "one.json")
+    first, second = commands([[*argv, tmp_path / "two.json"], [*argv, tmp_path / "none.json"]], meet)
+    assert first[0] == second[0] == 0, (first, second)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["after"]["hidden_states"]["layers"] and timeless(one) == timeless(two)
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_bench_goes_on_and_measures_what_one_process_does(model, meet, tmp_path):
     data = write_data(tmp_path / "data")
     argv = ["bench", "--dataset", "zsre", "--data", data, "--model", model, "--warm-up-size", 10, "--checkpoints", 2]
@@ -132,7 +146,10 @@ def test_a_missing_process(model, requests, meet, tmp_path, monkeypatch):
 def test_commands_of_one_process_say_so(meet):
     for status, _, said in commands([["env"]] * 2, meet):
         assert status == 2
-        assert "stableedit env runs in one process; torchrun is for edit, evaluate, session and bench" in said
+        assert (
+            "stableedit env runs in one process; torchrun is for edit, evaluate, session, bench and side-effects"
+            in said
+        )
 
 
 @pytest.mark.slow

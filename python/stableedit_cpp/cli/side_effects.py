@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from stableedit_cpp.cli.options import DTYPES, load, load_any, note, show
+from stableedit_cpp.cli.together import writes
 from stableedit_cpp.files.atomic import check_writable_file, write_json
 from stableedit_cpp.files.environment import environment
 from stableedit_cpp.files.table import Cell, Table, label, number
@@ -15,7 +16,7 @@ from stableedit_cpp.sideeffects import SideEffectOptions, measure
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.output:
+    if options.output and writes():
         check_writable_file(options.output)
     chosen = _chosen(options)
     chosen.check()
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     document = {"model": options.model, "reference": options.reference, "before": before, "after": after}
     document["environment"] = environment()
     show(options, document, "" if options.json else _table(before, after))
-    if options.output:
+    if options.output and writes():
         write_json(options.output, document)
         note(f"everything is in {options.output}")
     return 0

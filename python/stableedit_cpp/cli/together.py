@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 __all__ = ["joined", "own_copy", "speaker", "writes"]
 
-_COMMANDS = ("edit", "evaluate", "session", "bench")
+_COMMANDS = ("edit", "evaluate", "session", "bench", "side-effects")
 _FILES = ("begin", "hold", "undo")  # of cli/session/
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun
 _PATIENCE = "STABLEEDIT_RANK_TIMEOUT"  # seconds

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
 from stableedit_cpp.files.hub import offline_where_silent
+from stableedit_cpp.model.ranks import ranks
 from stableedit_cpp.model.untouched import untouched
 
 __all__ = ["HARNESS_TASKS", "harness_scores"]
 
 # The harness has no task of the name nli; MNLI is its natural language inference beside RTE.
 HARNESS_TASKS = {"sst2": "sst2", "mrpc": "mrpc", "cola": "cola", "rte": "rte", "nli": "mnli", "mmlu": "mmlu"}
+_SUBJECTS = {"mmlu": 57.0}  # tasks that are many
 
 
 def harness_scores(
@@ -26,7 +29,8 @@ def harness_scores(
     include_path: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, float | int | None]]:
-    """Score a model that is in memory on tasks of the harness, which loads their data itself.
+    """Score a model that is in memory on tasks of the harness, which loads their data itself; each task is run apart,
+    by one process where several share the work (``data_parallel``).
 
     Args:
         tasks: our name of a task -> name in the harness.
@@ -45,22 +49,29 @@ def harness_scores(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("downstream lm-eval needs it: pip install 'stableedit-cpp[harness]'") from None
-    silent = None
-    try:
-        with offline_where_silent() as silent, untouched(model):
-            report = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks.values()),
-                num_fewshot=few_shots,
-                limit=limit,
-                log_samples=True,  # they alone say where the model answers NaN
-                task_manager=TaskManager(include_path=include_path),
-            )
-    except Exception as error:  # data sets, hub, network: each has errors of its own
-        reason = " ".join(str(error).split())[:300]
-        unreachable = f"{silent}, and what it needs is not in the local cache: " if silent else ""
-        raise ValueError(f"lm-eval cannot run {', '.join(tasks.values())}: {unreachable}{reason}") from None
-    return {name: _scores(report, task) for name, task in tasks.items()}
+    manager = cache(lambda: TaskManager(include_path=include_path))  # which reads the descriptions of all tasks
+
+    def one(task: str) -> dict[str, float | int | None]:
+        silent = None
+        try:
+            with offline_where_silent() as silent, untouched(model):
+                report = lm_eval.simple_evaluate(
+                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                    tasks=[task],
+                    num_fewshot=few_shots,
+                    limit=limit,
+                    log_samples=True,  # they alone say where the model answers NaN
+                    task_manager=manager(),
+                )
+        except Exception as error:  # data sets, hub, network: each has errors of its own
+            reason = " ".join(str(error).split())[:300]
+            unreachable = f"{silent}, and what it needs is not in the local cache: " if silent else ""
+            raise ValueError(f"lm-eval cannot run {task}: {unreachable}{reason}") from None
+        return _scores(report, task)
+
+    wanted = list(tasks.values())
+    costs = [_SUBJECTS.get(name, 1.0) for name in tasks]
+    return dict(zip(tasks, ranks().shared("running lm-eval", costs, lambda number: one(wanted[number])), strict=True))
 
 
 def _scores(report: dict, task: str) -> dict[str, float | int | None]:

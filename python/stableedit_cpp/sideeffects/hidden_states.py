@@ -10,6 +10,7 @@ import torch
 
 from stableedit_cpp.data.file_types import read_records
 from stableedit_cpp.model.form import PARSED
+from stableedit_cpp.model.shares import shared_passes
 from stableedit_cpp.model.tokens import TokenSequence, collate, context_length, pack, prompt_ids
 from stableedit_cpp.model.untouched import input_device, untouched
 
@@ -86,22 +87,24 @@ def hidden_states(
     for prompt, sequence in zip(prompts, sequences, strict=True):
         if not sequence.ids or (limit is not None and len(sequence) > limit):
             raise ValueError(f"the prompt {prompt!r:.60} has {len(sequence)} tokens; expected 1 to {limit}")
-    found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(prompts) for layer in wanted}
+    run, device = pack(sequences, max_tokens), input_device(model)
+
+    def read(indices: Sequence[int]) -> list[torch.Tensor]:
+        batch = collate([sequences[index] for index in indices], device)
+        # The model without its output embedding: nobody looks at the logits.
+        output = model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        last = [len(sequences[index]) - 1 for index in indices]
+        return [output.hidden_states[layer][range(len(indices)), last].float().cpu() for layer in wanted]
+
+    done = None if on_done is None else lambda indices: on_done(len(indices))
     with untouched(model), torch.no_grad():
-        for indices in pack(sequences, max_tokens):
-            batch = collate([sequences[index] for index in indices], input_device(model))
-            # The model without its output embedding: nobody looks at the logits.
-            output = model.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                output_hidden_states=True,
-            )
-            last = [len(sequences[index]) - 1 for index in indices]
-            for layer in wanted:
-                states = output.hidden_states[layer][range(len(indices)), last].float().cpu().numpy()
-                for index, state in zip(indices, states, strict=True):
-                    found[layer][index] = state
-            if on_done is not None:
-                on_done(len(indices))
-    return {layer: np.stack(states) for layer, states in found.items()}
+        how = {"max_tokens": max_tokens, "device": device, "on_done": done}
+        parts = shared_passes("reading hidden states", run, sequences, read, **how)
+    order = torch.tensor([index for indices in run for index in indices], dtype=torch.long, device="cpu").argsort()
+    states = [torch.cat(layer)[order].numpy() for layer in zip(*parts, strict=True)]
+    return dict(zip(wanted, states, strict=True))

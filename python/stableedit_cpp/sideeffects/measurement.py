@@ -14,19 +14,23 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.evaluation.answers import refuse_broken
+from stableedit_cpp.files.atomic import new_file
+from stableedit_cpp.model.ranks import Distributed, data_parallel, ranks
 from stableedit_cpp.model.tokens import context_length
 from stableedit_cpp.model.trunk import TrunkCache
+from stableedit_cpp.model.untouched import input_device
 from stableedit_cpp.sideeffects.downstream import TASKS, choose, downstream_scores, read_task
 from stableedit_cpp.sideeffects.harness import HARNESS_TASKS, harness_scores
 from stableedit_cpp.sideeffects.hidden_states import hidden_states, read_prompts
 from stableedit_cpp.sideeffects.maps import embed
 from stableedit_cpp.sideeffects.options import LM_EVAL, SideEffectOptions
 from stableedit_cpp.sideeffects.perplexity import perplexity, read_texts
-from stableedit_cpp.sideeffects.similarity import linear_cka, mmd, relative_shift
+from stableedit_cpp.sideeffects.similarity import MMD, linear_cka, mmd, relative_shift
 
 __all__ = ["HIDDEN_STATES", "check", "measure"]
 
 HIDDEN_STATES = "hidden-{:08d}.npz"
+_COSTS = {"umap": 10.0, "pca": 0.1}  # of a map, in tests by permutation
 
 
 def check(options: Mapping[str, object]) -> None:
@@ -48,6 +52,7 @@ def measure(
     trunk: TrunkCache | None = None,
     allow_broken: bool = False,
     progress: bool | None = None,
+    distributed: Distributed = None,
 ) -> dict[str, object]:
     """Perplexity, downstream tasks and hidden states, as far as the options ask for them.
 
@@ -59,6 +64,8 @@ def measure(
         allow_broken: measure a model that answers NaN as well: what cannot be computed is None, an answer that is not
             there is wrong, and ``broken`` says beside the figures how many windows, records or prompts it was.
         progress: show a bar; None shows it on a terminal.
+        distributed: as ``Editor`` has it: share the work with other processes, which make the same call and have a
+            directory that is there. The figures are those of one process.
 
     Returns:
         ready for JSON, what is not finite as None: ``perplexity`` {name: see ``perplexity``}, ``downstream``
@@ -73,6 +80,24 @@ def measure(
     """
     if not isinstance(options, SideEffectOptions):
         options = SideEffectOptions.from_dict(options)
+    with data_parallel(distributed) as group:
+        group.serve(input_device(model))
+        if group.size > 1:
+            group.check_same({"options of side effects": options}, "give all of them the same")
+        progress = progress if group.lead else False
+        return _measured(model, tokenizer, options, directory, edits, trunk, allow_broken, progress)
+
+
+def _measured(
+    model: torch.nn.Module,
+    tokenizer,
+    options: SideEffectOptions,
+    directory: str | Path | None,
+    edits: int,
+    trunk: TrunkCache | None,
+    allow_broken: bool,
+    progress: bool | None,
+) -> dict[str, object]:
     directory = None if directory is None else Path(directory)
     parts = {
         "perplexity": (_perplexity, bool(options.perplexity)),
@@ -143,12 +168,11 @@ def _hidden_states(
     if edits == 0:
         _refuse_broken(model, "hidden_states", result)  # with NaN nothing can be compared
         states = {f"layer_{layer}": values for layer, values in after.items()}
-        scratch = path.with_name(f".{path.name}")
-        np.savez_compressed(scratch, prompts=np.array(prompts), **states)
-        scratch.replace(path)
+        with new_file(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, prompts=np.array(prompts), **states)
         return result
-    before = _read_states(path, prompts, list(after))
-    result["layers"] = {str(layer): _compare(before[layer], after[layer], options) for layer in after}
+    before = ranks().everywhere("loading hidden states", lambda: _read_states(path, prompts, list(after)))
+    result["layers"] = _compare(before, after, options)
     return result
 
 
@@ -166,19 +190,33 @@ def _read_states(path: Path, prompts: list[str], layers: list[int]) -> dict[int,
     return {layer: states[name] for layer, name in names.items()}
 
 
-def _compare(before: np.ndarray, after: np.ndarray, options: SideEffectOptions) -> dict[str, object]:
-    """None throughout where the edited model's states are not finite."""
+def _compare(
+    before: Mapping[int, np.ndarray], after: Mapping[int, np.ndarray], options: SideEffectOptions
+) -> dict[str, dict[str, object]]:
+    """By layer; None throughout where the edited model's states are not finite. What takes long, tests by permutation
+    and maps, is shared out among processes."""
+    finite = [layer for layer, states in after.items() if np.isfinite(states).all()]
+    long = [(layer, part) for layer in finite for part in ("mixed", "paired", *options.maps)]
+
+    def one(number: int) -> MMD | dict[str, object]:
+        layer, part = long[number]
+        if part not in options.maps:
+            how = {"permutations": options.permutations, "seed": options.seed}
+            return mmd(before[layer], after[layer], paired=part == "paired", **how)
+        places = embed(before[layer], after[layer], part, options.seed)
+        return dict(zip(("before", "after"), (np.round(place, 4).tolist() for place in places), strict=True))
+
+    costs = [_COSTS.get(part, 1.0) for _, part in long]
+    found = dict(zip(long, ranks().shared("comparing hidden states", costs, one), strict=True))
     names = ("relative_shift", "cka", "mmd2", "bandwidth", "p_value", "p_value_paired")
-    if not np.isfinite(after).all():
-        return {**dict.fromkeys(names), "maps": {}}
-    mixed = mmd(before, after, paired=False, permutations=options.permutations, seed=options.seed)
-    paired = mmd(before, after, paired=True, permutations=options.permutations, seed=options.seed)
-    figures = (relative_shift(before, after), linear_cka(before, after), mixed.squared, mixed.bandwidth)
-    maps = {}
-    for method in options.maps:
-        places = embed(before, after, method, options.seed)
-        maps[method] = dict(zip(("before", "after"), (np.round(place, 4).tolist() for place in places), strict=True))
-    return {**dict(zip(names, (*figures, mixed.p_value, paired.p_value), strict=True)), "maps": maps}
+    layers: dict[str, dict[str, object]] = {str(layer): {**dict.fromkeys(names), "maps": {}} for layer in after}
+    for layer in finite:
+        mixed, paired = found[layer, "mixed"], found[layer, "paired"]
+        shift, cka = relative_shift(before[layer], after[layer]), linear_cka(before[layer], after[layer])
+        figures = (shift, cka, mixed.squared, mixed.bandwidth, mixed.p_value, paired.p_value)
+        maps = {method: found[layer, method] for method in options.maps}
+        layers[str(layer)] = {**dict(zip(names, figures, strict=True)), "maps": maps}
+    return layers
 
 
 def _finite(value: object) -> object:
