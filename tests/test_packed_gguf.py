@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from stableedit_cpp.cli import main
 from stableedit_cpp.export import change_of, export_delta, export_gguf, export_model
 from stableedit_cpp.model.packed import is_packed
 from stableedit_cpp.model.packed_gguf import GGUFLinear, gguf_maps
+from support.gguf_files import write_tiny_gguf
 from support.tiny import FACTS
 from support.vocabularies import byte_level, sentence_piece
 
@@ -196,6 +198,29 @@ def test_maps_whose_blocks_are_not_known_stay_dense(tmp_path):
     with pytest.warns(UserWarning, match=r"14 of the packed maps of model\.gguf are made dense.*\(Q5_1\)"):
         model, _ = se.load_model(tmp_path, keep_packed=True)
     assert not gguf_maps(model) and logits(model).isfinite().all()
+
+
+# What stays packed of other architectures: maps, and what the warning names first of those that do not.
+OTHERS = {
+    "bloom": (8, None),  # rows of queries, keys and values of a head lie together
+    "falcon": (0, "8 of the packed maps .*transformer.h.0.self_attention.query_key_value"),  # a layer of its own kind
+    "lfm2": (12, None),  # half precision is made from blocks at once
+    "qwen35": (0, "15 of the packed maps .*blk.0.ffn_gate.weight"),  # names, and an order of columns, of its own
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_have_the_numbers_of_the_dense_model(tmp_path, architecture, dtype):
+    write_tiny_gguf(tmp_path / "model.gguf", architecture)
+    dense, _ = se.load_model(tmp_path, dtype=dtype)
+    count, warning = OTHERS[architecture]
+    with pytest.warns(UserWarning, match=warning) if warning else warnings.catch_warnings():
+        if not warning:
+            warnings.filterwarnings("error", message=".*packed maps")
+        packed, _ = se.load_model(tmp_path, dtype=dtype, keep_packed=True)
+    assert len(gguf_maps(packed)) == count
+    assert torch.equal(logits(packed), logits(dense))
 
 
 def test_maps_that_are_read_otherwise_stay_dense(files, monkeypatch):

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 __all__ = ["GGUFLinear", "gguf_maps", "pack_as_in_gguf"]
 
+_ENDS = ("token_embd.weight", "output.weight")  # llama.cpp's names of the embedding and the output layer
+
 
 class GGUFLinear(nn.Module):
     """y = W x + b with W in blocks of a GGUF file, which is made dense in every pass, and again in the backward pass.
@@ -23,11 +25,19 @@ class GGUFLinear(nn.Module):
     Attributes:
         packed: rows of W in blocks, ``[v, bytes of a row]`` uint8.
         kind: of the blocks, a ``gguf.GGMLQuantizationType``.
+        through: the dtype in which blocks become numbers: float32, or what transformers took.
     """
 
-    def __init__(self, packed: torch.Tensor, kind, k: int, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        kind,
+        k: int,
+        bias: torch.Tensor | None,
+        through: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.kind = k, len(packed), kind
+        self.in_features, self.out_features, self.kind, self.through = k, len(packed), kind, through
         self.register_buffer("packed", packed)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -35,10 +45,10 @@ class GGUFLinear(nn.Module):
         return _Product.apply(x, self)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W, ``[v, k]``; its numbers are those that ``gguf.dequantize`` gives, rounded to the dtype."""
+        """W, ``[v, k]``. Through float32 its numbers are those of ``gguf.dequantize``, rounded to the dtype."""
         from transformers.integrations.gguf.dequant import dequantize
 
-        return dequantize(self.packed, int(self.kind), torch.float32).view(self.out_features, -1).to(dtype)
+        return dequantize(self.packed, int(self.kind), self.through).view(self.out_features, -1).to(dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind.name}"
@@ -67,7 +77,8 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
     """Put a ``GGUFLinear`` in place of each linear map whose weight a GGUF file has in blocks.
 
     A map proves itself: its dense weight, as transformers has read it, must be what the blocks give to the last bit;
-    else it stays dense, and a warning counts these. Embedding and output layer are dense, as in other quantised models.
+    else it stays dense, and a warning counts these, with all that is packed in the file and no linear map here, such as
+    experts. Embedding and output layer are dense, as in other quantised models.
 
     Args:
         model: loaded from that file, on the CPU.
@@ -88,31 +99,45 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
-    head, left = model.get_output_embeddings(), []
+    try:
+        names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError:  # an architecture whose names transformers has elsewhere: its maps are left dense
+        names = {}
+    left = []
     for tensor in reader.tensors:
         if tensor.data.dtype != np.uint8 or tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
             continue  # it is dense in the file
+        if tensor.name in _ENDS:
+            continue
         name, _, field = names.get(tensor.name, "").rpartition(".")
         module = model.get_submodule(name) if field == "weight" else None
-        if type(module) is not nn.Linear or module is head:
-            continue
-        if tensor.tensor_type in GGML_BLOCK:
-            packed = torch.from_numpy(tensor.data[_rows(processor, tensor.name, len(tensor.data))])
-            linear = GGUFLinear(packed, tensor.tensor_type, module.in_features, module.bias).train(module.training)
-            if torch.equal(linear.dense(module.weight.dtype), module.weight):
-                model.set_submodule(name, linear)
-                continue
-        left.append(f"{name} ({tensor.tensor_type.name})")
+        linear = None
+        if type(module) is nn.Linear and tensor.tensor_type in GGML_BLOCK:
+            rows = _rows(processor, tensor.name, *module.weight.shape)
+            linear = _same(module, torch.from_numpy(tensor.data[rows]), tensor.tensor_type)
+        if linear is None:
+            left.append(f"{name or tensor.name} ({tensor.tensor_type.name})")
+        else:
+            model.set_submodule(name, linear)
     if left:
         warnings.warn(
-            f"{len(left)} of the packed maps of {path.name} are made dense, since their blocks are not known here: "
-            f"{left[0]}{', ...' if len(left) > 1 else ''}",
+            f"{len(left)} of the packed maps of {path.name} are made dense, since their blocks or layers are not known "
+            f"here: {left[0]}{', ...' if len(left) > 1 else ''}",
             stacklevel=2,
         )
 
 
-def _rows(processor, name: str, count: int) -> np.ndarray:
+def _same(module: nn.Linear, packed: torch.Tensor, kind) -> GGUFLinear | None:
+    """A linear map in blocks that has the numbers of a dense one; None where the blocks give others."""
+    weight = module.weight
+    for through in dict.fromkeys((torch.float32, weight.dtype)):
+        linear = GGUFLinear(packed, kind, weight.shape[1], module.bias, through).train(module.training)
+        if torch.equal(linear.dense(weight.dtype), weight):
+            return linear
+    return None
+
+
+def _rows(processor, name: str, v: int, k: int) -> np.ndarray:
     """Which row of a file's tensor transformers has at each place: it is given their numbers in place of weights."""
-    numbers = np.arange(count, dtype=np.float32)[:, None]
+    numbers = np.broadcast_to(np.arange(v, dtype=np.float32)[:, None], (v, k))
     return processor.process(numbers, name, tensor_key_mapping={}, parsed_parameters={}).weights[:, 0].astype(int)
