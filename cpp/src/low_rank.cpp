@@ -75,7 +75,10 @@ void LowRankUpdate::subtract_from(const at::Tensor& weight, WeightLayout layout)
 }
 
 double LowRankUpdate::norm() const {
-  return norm_ ? *norm_ : std::sqrt(std::max(0.0, inner(*this)));
+  if (norm_) return *norm_;
+  if (!prefers_dense(*this, *this)) return std::sqrt(std::max(0.0, inner(*this)));
+  const at::Tensor whole = dense().to(at::kDouble);
+  return std::sqrt(whole.mul(whole).sum().item<double>());
 }
 
 double LowRankUpdate::inner(const LowRankUpdate& other) const {

@@ -268,7 +268,9 @@ class Turn:
         """Solve with so many times the step size and ridge."""
         solver = self.work.solver
         solution = solver.solve(captured, solver.mode(self.kind), step=step, ridge=ridge)
-        self.report.update_norms |= {name: update.norm() for name, update in solution.updates.items()}
+        updates = list(solution.updates.values())
+        norms = ranks().shared("measuring updates", [1.0] * len(updates), lambda number: updates[number].norm())
+        self.report.update_norms |= dict(zip(solution.updates, norms, strict=True))
         return solution
 
     def _apply(self, solution: Solution) -> None:
