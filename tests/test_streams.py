@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import platform
 import random
 import sys
 import threading
@@ -19,10 +20,11 @@ from stableedit_cpp.data import stream as streams
 from stableedit_cpp.data.request import as_requests
 from stableedit_cpp.data.spool import Seen, Spool
 from stableedit_cpp.data.statements import content_digest
-from stableedit_cpp.data.stream import as_stream
+from stableedit_cpp.data.stream import as_stream, parts_of
 from stableedit_cpp.data.superseding import Current, current_parts
 from stableedit_cpp.editors.ahead import ahead
 from stableedit_cpp.editors.statements import Statements
+from stableedit_cpp.files.environment import resident_bytes
 from stableedit_cpp.lifelong.audit import audit
 from support.editors import assert_same_bits, make, on_call, state_of
 from support.tiny import FACTS, save_tiny
@@ -109,6 +111,19 @@ class TestReading:
             as_stream(iter([*FACTS, {"x": 1}]))
         with pytest.raises(FileNotFoundError, match="there is no file"):
             as_stream(tmp_path / "no.jsonl")
+
+    @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
+    def test_what_a_part_took_is_given_back(self, on_disk):
+        kept, before = [], []
+        for _ in parts_of(as_stream(iter(FACTS))):
+            before.append(resident_bytes())
+            freed = []
+            for _ in range(500):  # what is kept lies between, so that the allocator gives nothing back by itself
+                freed.append(bytearray(b"." * 100_000))
+                kept.append(bytearray(1000))
+            del freed
+        assert len(before) == -(-len(FACTS) // 4)
+        assert max(before) < before[0] + 15e6
 
     @pytest.mark.parametrize("seed", range(5))
     def test_what_is_current(self, seed):

@@ -15,6 +15,7 @@ from stableedit_cpp.data.frames import is_table
 from stableedit_cpp.data.reading import placed_in
 from stableedit_cpp.data.request import EditRequest, as_requests, checked
 from stableedit_cpp.data.spool import Seen, Spool
+from stableedit_cpp.files.environment import give_back_freed
 
 __all__ = ["LISTED", "as_stream", "digest_of", "open_requests", "parts_of"]
 
@@ -65,12 +66,16 @@ def as_stream(
 
 
 def parts_of(requests: Sequence[EditRequest]) -> Iterator[tuple[int, Sequence[EditRequest]]]:
-    """A list as a whole, and a long stream in parts; each with the number of its first request."""
+    """A list as a whole, and a long stream in parts; each with the number of its first request.
+
+    What a part took is given back before the next one, so that resident memory does not grow along a stream.
+    """
     if not isinstance(requests, Spool):
         yield 0, requests
         return
     for begin in range(0, len(requests), _PART):
         yield begin, requests[begin : begin + _PART]
+        give_back_freed()
 
 
 def digest_of(requests: Iterable[EditRequest]) -> str:

@@ -136,8 +136,8 @@ def accuracy_of(sequences: Sequence[TokenSequence], read: Sequence[ReadAnswer]) 
     accuracy = torch.full((len(sequences),), torch.nan, dtype=torch.float64, device="cpu")
     for index, (sequence, answer) in enumerate(zip(sequences, read, strict=True)):
         if not answer.broken:
-            right = answer.top == torch.tensor(sequence.answer, dtype=torch.long, device="cpu")
-            accuracy[index] = right.double().mean()
+            pairs = zip(sequence.answer, answer.top.tolist(), strict=True)
+            accuracy[index] = sum(own == top for own, top in pairs) / len(sequence.answer)
     return accuracy
 
 

@@ -17,7 +17,15 @@ import torch
 from stableedit_cpp import _build_info, _core
 from stableedit_cpp.files.words import now
 
-__all__ = ["PeakMemory", "cmake_prefix", "environment", "provenance", "reserved_peak_bytes", "resident_bytes"]
+__all__ = [
+    "PeakMemory",
+    "cmake_prefix",
+    "environment",
+    "give_back_freed",
+    "provenance",
+    "reserved_peak_bytes",
+    "resident_bytes",
+]
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "tqdm", "gguf", "peft")
 
@@ -70,6 +78,16 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def give_back_freed() -> None:
+    """Let the system have what this process has freed, where the allocator can (glibc).
+
+    glibc keeps it for later; but where large blocks, each of another size, lie between small ones that stay, it finds
+    no use for it and takes more (docs/scale.md). Takes some milliseconds.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Measures how much memory this process takes within a ``with`` block beyond what is resident when it begins.
 
@@ -80,8 +98,7 @@ class PeakMemory:
     extra_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        with contextlib.suppress(OSError, AttributeError):  # what was freed is not resident any more (glibc)
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back_freed()
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
             self._before = resident_bytes()

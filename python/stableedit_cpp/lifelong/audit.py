@@ -18,6 +18,7 @@ from stableedit_cpp.data.stream import LISTED, as_stream
 from stableedit_cpp.data.superseding import Current, current_parts
 from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
+from stableedit_cpp.files.environment import give_back_freed
 from stableedit_cpp.files.words import check_whole
 from stableedit_cpp.model.trunk import TrunkCache
 
@@ -189,6 +190,7 @@ def audit(
             tally.add(entries)
             kept += entries if details else ()
             bar.update(len(part))
+            give_back_freed()
     return AuditReport(len(current), len(requests) - len(current), least, kept, tally)
 
 

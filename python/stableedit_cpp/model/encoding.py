@@ -20,6 +20,7 @@ from stableedit_cpp.model.chat import control_tokens
 __all__ = ["Encoded", "Passage", "encode", "words_of"]
 
 _MARKS = ("", "\n", ".", ":")  # behind one of which a tokenizer puts no space of its own before a text
+_AT_A_TIME = 1024  # texts that a tokenizer is given: what it makes of one takes kilobytes until it has returned
 _said: set[str] = set()  # of control tokens that somebody spelled: once a process
 
 
@@ -117,12 +118,18 @@ def _pattern(tokenizer) -> re.Pattern:
 
 
 def _call(tokenizer, texts: Sequence[str], opened: bool, spans: bool, **how: object) -> list[Encoded]:
-    spans = spans and getattr(tokenizer, "is_fast", False)
-    how |= {"return_offsets_mapping": True} if spans else {}
-    # Not with the tokenizer's warning about the length: callers check it.
-    found = tokenizer(list(texts), add_special_tokens=opened, verbose=False, **how)
-    places = found["offset_mapping"] if spans else [None] * len(texts)
-    return [Encoded(*both) for both in zip(found["input_ids"], places, strict=True)]
+    fast = getattr(tokenizer, "is_fast", False)
+    spans = spans and fast
+    if fast:  # what nobody reads takes half of the time
+        how |= {"return_attention_mask": False, "return_token_type_ids": False, "return_offsets_mapping": spans}
+    encoded: list[Encoded] = []
+    for begin in range(0, len(texts), _AT_A_TIME):
+        part = list(texts[begin : begin + _AT_A_TIME])
+        # Not with the tokenizer's warning about the length: callers check it.
+        found = tokenizer(part, add_special_tokens=opened, verbose=False, **how)
+        places = found["offset_mapping"] if spans else [None] * len(part)
+        encoded += [Encoded(*both) for both in zip(found["input_ids"], places, strict=True)]
+    return encoded
 
 
 def _as_text(tokenizer, text: Passage, opened: bool, spans: bool) -> Encoded | None:
