@@ -12,16 +12,12 @@ import pytest
 from stableedit_cpp.cli import main
 from stableedit_cpp.core import load_safetensors, save_safetensors, save_state
 from stableedit_cpp.errors import DamagedSnapshot
-from stableedit_cpp.experiments import StreamRun, read_results, read_run
+from stableedit_cpp.experiments import read_results, read_run
 from stableedit_cpp.experiments.run_directory import RunDirectory
 from support.results import write_run, write_theory
-from support.streams import bench, lines, load, matrix, write_data
+from support.streams import Killed, bench, killed_after, lines, load, matrix, write_data
 
 ROOT = Path(__file__).parents[2]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing is tidied up."""
 
 
 @pytest.fixture
@@ -39,16 +35,7 @@ def everything(data: Path) -> dict[str, object]:
 
 def stopped_after(turns: int, data: Path, output: Path, monkeypatch, **changes) -> Path:
     """A run that was killed after so many turns, with a snapshot after the one before."""
-    turn = StreamRun._turn
-
-    def killed(run, kind, requests):
-        result = turn(run, kind, requests)
-        if run._cost.turns == turns:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StreamRun, "_turn", killed)
+    with killed_after(turns, monkeypatch):
         bench(data, output, how={"snapshot_seconds": 0.0}, **changes)
     return output / "one-pass-zsre-tiny-seed0"
 

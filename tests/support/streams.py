@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from stableedit_cpp.experiments import Matrix, run_matrix
+import pytest
+
+from stableedit_cpp.experiments import Matrix, StreamRun, run_matrix
 from support.tiny import tiny_model, tiny_tokenizer
 
 MODULES = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
@@ -57,3 +61,23 @@ def bench(data: Path, output: Path, *, how: dict | None = None, **changes) -> li
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up."""
+
+
+@contextlib.contextmanager
+def killed_after(turns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within this a run ends after so many turns, before it writes the last of them down."""
+    turn = StreamRun._turn
+
+    def killed(run, kind, requests):
+        result = turn(run, kind, requests)
+        if run._cost.turns == turns:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StreamRun, "_turn", killed)
+        yield
