@@ -43,6 +43,17 @@ def alone(*argv: object) -> None:
     assert main([str(word) for word in argv]) == 0
 
 
+def side_effects(directory: Path) -> Path:
+    """A file that says what of them to measure."""
+    pytest.importorskip("sklearn", reason="side effects need the extra 'sideeffects'")
+    text, prompts, options = (directory / name for name in ("text.txt", "prompts.txt", "options.json"))
+    text.write_text("Some text that a model may read. " * 20)
+    prompts.write_text("".join(f"prompt number {index}\n" for index in range(20)))
+    asked = {"perplexity": {"text": str(text)}, "prompts": str(prompts), "maps": ["pca"], "permutations": 50}
+    options.write_text(json.dumps(asked))
+    return options
+
+
 def timeless(document: object) -> object:
     """Without what is another at every run."""
     if isinstance(document, dict):
@@ -97,11 +108,8 @@ def test_evaluate_writes_once(model, requests, meet, tmp_path):
 
 
 def test_side_effects_are_written_once(model, meet, tmp_path):
-    pytest.importorskip("sklearn", reason="side effects need the extra 'sideeffects'")
-    (tmp_path / "text.txt").write_text("Some text that a model may read. " * 20)
-    (tmp_path / "prompts.txt").write_text("".join(f"prompt number {index}\n" for index in range(20)))
-    argv = ["side-effects", "--model", model, "--reference", model, "--perplexity", f"text={tmp_path / 'text.txt'}"]
-    argv += ["--prompts", tmp_path / "prompts.txt", "--maps", "pca", "--output"]
+    asked = ["--options", side_effects(tmp_path)]
+    argv = ["side-effects", "--model", model, "--reference", model, *asked, "--output"]
     alone(*argv, tmp_path / "one.json")
     first, second = commands([[*argv, tmp_path / "two.json"], [*argv, tmp_path / "none.json"]], meet)
     assert first[0] == second[0] == 0, (first, second)
@@ -114,13 +122,14 @@ def test_bench_goes_on_and_measures_what_one_process_does(model, meet, tmp_path)
     data = write_data(tmp_path / "data")
     argv = ["bench", "--dataset", "zsre", "--data", data, "--model", model, "--warm-up-size", 10, "--checkpoints", 2]
     argv += ["--edits", 20, "--editor", "one-pass", "--set", "turn_size=10", "step_size=0.01", "--edit-modules"]
-    argv += [*MODULES, "--metrics", "accuracy", "locality", "--output"]
+    argv += [*MODULES, "--metrics", "accuracy", "locality", "--side-effects", side_effects(tmp_path), "--output"]
     alone(*argv, tmp_path / "one")
     first, second = commands([[*argv, tmp_path / "two"]] * 2, meet)
     assert first[0] == second[0] == 0, (first, second)
     (one,), (two,) = ([*(tmp_path / name).glob("*/run.json")] for name in ("one", "two"))
     measured = [timeless(json.loads(path.read_text())["checkpoints"]) for path in (one, two)]
     assert len(measured[0]) == 3 and measured[0] == measured[1]
+    assert all(checkpoint["side_effects"]["perplexity"] for checkpoint in measured[0])
     for result in commands([[*argv, tmp_path / "two"]] * 2, meet):  # it is done
         assert result[0] == 0, result
 
