@@ -10,6 +10,8 @@ import random
 import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +20,14 @@ import stableedit_cpp as se
 from stableedit_cpp.cli import main
 from stableedit_cpp.data import stream as streams
 from stableedit_cpp.data.request import as_requests
+from stableedit_cpp.data.shelf import Shelf
 from stableedit_cpp.data.spool import Seen, Spool
 from stableedit_cpp.data.statements import content_digest
 from stableedit_cpp.data.stream import as_stream, parts_of
 from stableedit_cpp.data.superseding import Current, current_parts
 from stableedit_cpp.editors.ahead import ahead
 from stableedit_cpp.editors.statements import Statements
+from stableedit_cpp.evaluation import asking
 from stableedit_cpp.files.environment import resident_bytes
 from stableedit_cpp.lifelong.audit import audit
 from support.editors import assert_same_bits, make, on_call, state_of
@@ -86,6 +90,26 @@ class TestSpool:
         )
         different = {content_digest(other) for other in (one, se.EditRequest("p", "t"), se.EditRequest("q", "u"))}
         assert len(different) == 3
+
+
+class TestShelf:
+    def test_gives_back_in_order(self):
+        with Shelf() as shelf:
+            assert list(shelf) == []
+            things = [[((1, 2), (3,))], (), "x" * 100_000, {"a": 1.5}]
+            for thing in things:
+                shelf.put(thing)
+            assert list(shelf) == things
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+    def test_a_full_disk_is_said(self, monkeypatch):
+        full = partial(Path("/dev/full").open, "wb")
+        monkeypatch.setattr("stableedit_cpp.data.shelf.TemporaryFile", full)
+        with (
+            pytest.raises(OSError, match=r"cannot be kept in a temporary file .*No space left.*TMPDIR"),
+            Shelf() as shelf,
+        ):
+            shelf.put("x")
 
 
 class TestReading:
@@ -255,6 +279,17 @@ class TestScores:
         assert kept == [(record["id"], record["efficacy"]) for record in expected.per_request] * bool(details)
         assert ("per_request" in scores.to_dict()) == bool(details)
         assert str(scores) == str(expected)
+
+    def test_texts_are_tokenised_once(self, tokenizer, monkeypatch, on_disk):
+        sizes, tokenize = [], asking.tokenize
+
+        def counted(tokenizer, pairs, *how):
+            sizes.append(len(pairs))
+            return tokenize(tokenizer, pairs, *how)
+
+        monkeypatch.setattr(asking, "tokenize", counted)
+        scores = se.evaluate(make(tokenizer).model, tokenizer, iter(FACTS), metrics=[])
+        assert sum(sizes) == sum(score.scored for score in scores.values())
 
     def test_are_not_begun_where_the_last_is_wrong(self, tokenizer, monkeypatch, on_disk):
         monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_: pytest.fail("the model was run"))

@@ -37,6 +37,10 @@ _FREE = ("free", "contains", "contains_and_stops")
 _LOCALITY = ("locality_same", "locality_agreement", "locality_kl")
 
 
+# Of the questions, prompts and answers; and of the unrelated prompts.
+Tokens = tuple[list[tuple[tuple[int, ...], tuple[int, ...]]], list[tuple[int, ...]]]
+
+
 class Question(NamedTuple):
     """One prompt of one request."""
 
@@ -75,6 +79,11 @@ class Asked(NamedTuple):
     def prompts(self) -> int:
         return len(self.sequences) + len(self.free) + 2 * len(self.unrelated)
 
+    @property
+    def tokens(self) -> Tokens:
+        """Of all prompts and answers, for ``Asking.ask`` of the same requests."""
+        return [(sequence.ids, sequence.answer) for sequence in self.sequences], [*self.unrelated.values()]
+
 
 @dataclass(frozen=True)
 class Asking:
@@ -89,10 +98,17 @@ class Asking:
     trunk: TrunkCache | None
     allow_broken: bool
 
-    def ask(self, requests: Sequence[EditRequest], begin: int = 0, places: Sequence[str] | None = None) -> Asked:
+    def ask(
+        self,
+        requests: Sequence[EditRequest],
+        begin: int = 0,
+        places: Sequence[str] | None = None,
+        tokens: Tokens | None = None,
+    ) -> Asked:
         """
         Args:
             begin: number of the first request in its stream. places: where they come from, if that says more.
+            tokens: what ``Asked.tokens`` was of these requests: nothing is tokenised or checked again.
 
         Raises:
             ValueError: for what cannot be asked.
@@ -101,14 +117,17 @@ class Asking:
         questions = [
             question for index, request in enumerate(requests) for question in _questions(index, request, places[index])
         ]
-        limit = context_length(self.model)
-        pairs = [(question.prompt, question.answer) for question in questions]
-        sequences = tokenize(self.tokenizer, pairs, limit, [question.name for question in questions], self.form)
         free = [i for i, q in enumerate(questions) if q.probe in _GENERATED] if "generation" in self.metrics else []
         unrelated = [i for i, r in enumerate(requests) if r.locality_prompt] if self.reference is not None else []
         ids = [request.id or str(begin + index) for index, request in enumerate(requests)]
-        prompts = [requests[index].locality_prompt for index in unrelated]
-        found = _unrelated_ids(self.tokenizer, prompts, [places[index] for index in unrelated], limit, self.form)
+        if tokens is None:
+            limit = context_length(self.model)
+            pairs = [(question.prompt, question.answer) for question in questions]
+            sequences = tokenize(self.tokenizer, pairs, limit, [question.name for question in questions], self.form)
+            prompts = [requests[index].locality_prompt for index in unrelated]
+            found = _unrelated_ids(self.tokenizer, prompts, [places[index] for index in unrelated], limit, self.form)
+        else:
+            sequences, found = [TokenSequence(*pair) for pair in tokens[0]], tokens[1]
         return Asked(ids, questions, sequences, free, dict(zip(unrelated, found, strict=True)))
 
     def score(self, asked: Asked, names: Sequence[str], bar: tqdm) -> list[dict[str, object]]:

@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from stableedit_cpp.data.request import EditRequest
+from stableedit_cpp.data.shelf import Shelf
 from stableedit_cpp.data.spool import Spool
 from stableedit_cpp.data.stream import as_stream, digest_of, parts_of
 from stableedit_cpp.evaluation.asking import ALL_PROBES, PROBES, Asking, names_of_scores
@@ -225,19 +226,21 @@ def _scores(asking: Asking, requests: Sequence[EditRequest], details: bool | Non
         names = names_of_scores(asked.probes, metrics, with_locality)
         with tqdm(total=asked.prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
             return Scores(names, asking.score(asked, names, bar))
-    probes, prompts = set(), 0
-    with tqdm(total=len(requests), desc="Checking", unit="request", disable=shown) as bar:
-        for begin, part in parts_of(requests):
-            asked = asking.ask(part, begin, requests.places(begin, begin + len(part)))
-            probes, prompts = probes | asked.probes, prompts + asked.prompts
-            bar.update(len(part))
-    names = names_of_scores(probes, metrics, with_locality)
-    totals, kept = Totals(names), []
-    with tqdm(total=prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
-        for begin, part in parts_of(requests):
-            records = asking.score(asking.ask(part, begin), names, bar)
-            totals.add(records)
-            kept += records if details else ()
+    probes, prompts, kept = set(), 0, []
+    with Shelf() as tokens:
+        with tqdm(total=len(requests), desc="Checking", unit="request", disable=shown) as bar:
+            for begin, part in parts_of(requests):
+                asked = asking.ask(part, begin, requests.places(begin, begin + len(part)))
+                probes, prompts = probes | asked.probes, prompts + asked.prompts
+                tokens.put(asked.tokens)
+                bar.update(len(part))
+        names = names_of_scores(probes, metrics, with_locality)
+        totals = Totals(names)
+        with tqdm(total=prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
+            for (begin, part), known in zip(parts_of(requests), tokens, strict=True):
+                records = asking.score(asking.ask(part, begin, tokens=known), names, bar)
+                totals.add(records)
+                kept += records if details else ()
     return Scores(names, kept, totals)
 
 

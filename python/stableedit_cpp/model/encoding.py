@@ -93,8 +93,11 @@ def encode(
     if not texts:
         return []
     found = _call(tokenizer, [text.shown for text in texts], opened, spans)
+    end, token = tokenizer.eos_token, tokenizer.eos_token_id  # slow attributes
     for index, text in enumerate(texts):
-        closed = opened and _closed(tokenizer, found[index].ids, text.shown)
+        # Whether the tokenizer closed it.
+        ids = found[index].ids
+        closed = opened and bool(end) and len(ids) > 1 and ids[-1] == token and not text.shown.endswith(end)
         if text.spells:
             better = (_between if templated else _as_text)(tokenizer, text, opened, spans)
             _say(tokenizer, text, kept=better is not None)
@@ -103,12 +106,6 @@ def encode(
             ids, where = found[index]
             found[index] = Encoded(ids[:-1], where and where[:-1])
     return found
-
-
-def _closed(tokenizer, ids: Sequence[int], text: str) -> bool:
-    """Whether the tokenizer closed a text with its end-of-sequence token."""
-    end = tokenizer.eos_token
-    return bool(end) and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(end)
 
 
 def _pattern(tokenizer) -> re.Pattern:
