@@ -37,6 +37,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--edit-modules", nargs="+", metavar="NAME", help="default: four in the last third")
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="requests a turn (default 100)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=StableEditConfig.max_tokens_per_forward,
+        metavar="N",
+        help="of a forward pass, as in StableEditConfig (default %(default)s): fewer take less memory",
+    )
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="of ours (default 3)")
     parser.add_argument("--published-turns", type=int, default=3, metavar="N", help="0 leaves it out (default 3)")
     parser.add_argument(
@@ -86,7 +93,7 @@ def statistics(
         raise SystemExit(f"the edited modules must have one shape, not {sorted(shapes)}; choose other --edit-modules")
     base = LifelongNormalizer(*shapes.pop())
     sequences = token_sequences(model, tokenizer, requests)
-    captured = capture(model, modules, sequences, max_tokens=StableEditConfig.max_tokens_per_forward)
+    captured = capture(model, modules, sequences, max_tokens=options.max_tokens)
     pooled = [torch.cat(list(rows.values())) for rows in (captured.keys, captured.value_gradients)]
     for begin in range(0, options.base_rows, 1000):
         count = min(1000, options.base_rows - begin)
@@ -114,6 +121,7 @@ def our_turns(
         ridge=RIDGE,
         floor=FLOOR,
         turn_size=options.requests,
+        max_tokens_per_forward=options.max_tokens,
     )
     editor = StableEdit(model, tokenizer, config, guard=None)
     for normalizer in editor.normalizers.values():
