@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import finish, new_parser, start
 from stableedit_cpp.experiments import Run, read_results
+from stableedit_cpp.experiments.run_tables import best_of, found_by_search
 from stableedit_cpp.files.atomic import write_text
 from stableedit_cpp.files.table import Cell, Table, label, number, score
 
@@ -98,36 +99,26 @@ def table(name: str, rows: dict[str, dict]) -> Table:
     best = {score: _best(rows, score) for score in shown if score in HIGHER}
     lines = []
     for editor, row in rows.items():
-        cells = [_score(row, score)._replace(best=best.get(score) == editor) for score in shown]
+        cells = [_score(row, score)._replace(best=editor in best.get(score, ())) for score in shown]
         cells += [number(row["perplexity"].get(text), "{:,.1f}") for text in texts]
         memory = row.get("turn_extra_bytes")
         cells += [number(row.get("seconds_per_edit"), "{:.2f}")]
         cells += [number(None if memory is None else memory / 2**20, "{:,.0f}")]
-        lines.append([label(editor), label(_found(row)), Cell(_edits(row), row["edits"]), *cells])
+        lines.append([label(editor), label(found_by_search(row) or "-"), Cell(_edits(row), row["edits"]), *cells])
     edits = max(row["edits"] for row in rows.values())
     columns = ["", "found by the search", "edits", *(SCORES[score] for score in shown)]
     columns += [*(f"perplexity, {text}" for text in texts), "s an edit", "MiB a turn"]
     return Table(columns, lines, f"### {name}, {edits:,} edits", name)
 
 
-def _best(rows: dict[str, dict], name: str) -> str | None:
-    held = {
-        editor: row["scores"][name]["mean"] for editor, row in rows.items() if row["edits"] and name in row["scores"]
-    }
-    return max(held, key=held.get) if len(held) > 1 else None
+def _best(rows: dict[str, dict], name: str) -> set[str]:
+    edited = {editor: row["scores"] for editor, row in rows.items() if row["edits"]}
+    return best_of({editor: scores[name]["mean"] for editor, scores in edited.items() if name in scores})
 
 
 def _score(row: dict, name: str) -> Cell:
     found = row["scores"].get(name)
     return score(found["mean"], found.get("standard_error")) if found else score(None)
-
-
-def _found(row: dict) -> str:
-    if not row.get("found"):
-        return "-"
-    return ", ".join(
-        f"{name} {Path(value).stem if isinstance(value, str) else value}" for name, value in row["found"].items()
-    )
 
 
 def _edits(row: dict) -> str:

@@ -12,9 +12,10 @@ import pytest
 
 from stableedit_cpp.cli import main
 from stableedit_cpp.experiments.groups import grouped
+from stableedit_cpp.experiments.run_tables import run_page
 from stableedit_cpp.report import read_results, write_report
-from stableedit_cpp.report.pictures import PALETTE, thinned
-from support.results import write_run, write_theory
+from stableedit_cpp.report.pictures import PALETTE, style, thinned
+from support.results import score, write_run, write_theory
 
 pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
 
@@ -170,6 +171,48 @@ def test_figures_on_the_page_are_those_of_the_results(page):
     assert "Mean over seeds" in text
     assert "0.540 ± 0.020 (-0.010)" in text  # downstream accuracy and its change
     assert "not finite" not in text
+
+
+def table(page: Path, name: str) -> list[list[str]]:
+    """Of a table on the page, cell by cell, its head first."""
+    text = page.read_text(encoding="utf-8").split(f'<table data-name="{name}">')[1].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in text.split("</tr>")]
+    return [[re.sub(r"<[^>]+>|\s+", " ", cell).strip() for cell in row] for row in rows if row]
+
+
+def test_editors_that_were_searched_for_and_pruned(tmp_path):
+    for number in range(3):
+        path = write_run(tmp_path / "results", f"e{number}", level=0.3) / "run.json"
+        (path.parent / "turns.jsonl").unlink()
+        document = json.loads(path.read_text())
+        before, *_, last = document["checkpoints"]
+        for checkpoint in (before, last):
+            checkpoint["scores"] = {"efficacy": score(0.25 if number < 2 else 0.2), "specificity": score(0.1)}
+            checkpoint["ages"] = []
+            for figures in checkpoint["side_effects"]["hidden_states"]["layers"].values():
+                figures["maps"] = {}
+        document["checkpoints"] = [before, last, last | {"step": 1, "after": "prune"}]
+        document["settings"] |= {"sample": None, "config": {"editor": "rledit", "turn_size": 100, "step_size": 1e-6}}
+        document["settings"]["search"] = {"values": {}, "edits": 10, "score": "s", "found": {"hypernetwork": "a/b.st"}}
+        document["cost"]["turn_extra_bytes"] = 3 * 2**20
+        path.write_text(json.dumps(document))
+    page = write_report([tmp_path / "results"], tmp_path / "report")
+    head, _, *rows = table(page, "comparison")
+    column = {name.split(" ↕")[0]: number for number, name in enumerate(head)}
+    assert [row[column["efficacy"]].startswith("★") for row in rows] == [True, True, False]
+    assert not any("★" in row[column["specificity"]] for row in rows)
+    for row in rows:
+        assert (row[column["found by the search"]], row[column["edits"]]) == ("hypernetwork b", "1,000, prune")
+    assert "hypernetwork b (found by the search)" in run_page(grouped(read_results([tmp_path]).runs)[0].runs[0])
+    assert all(row[2] == "1,000, prune" for row in table(page, "hidden-states")[1:])
+    assert all(row[1] == "1,000, prune" for row in table(page, "downstream-zsre, smollm2-135m")[2:])
+    assert {row[-3] for row in table(page, "cost")[1:]} == {"3"}
+
+
+def test_many_lines_can_be_told_from_each_other():
+    styles = [style(number) for number in range(20)]
+    assert len({(look.color, look.linestyle) for look in styles}) == len(styles)
+    assert len({(look.color, look.marker) for look in styles}) == len(styles)
 
 
 def test_a_model_that_has_collapsed_is_reported(tmp_path):

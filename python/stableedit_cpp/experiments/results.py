@@ -86,10 +86,10 @@ class Run:
         parts = (self.document["cost"] or {}).get("seconds_by_part") or {}
         return {part: seconds for part, seconds in parts.items() if part not in MEASUREMENTS}
 
-    def side_effects(self, part: str) -> list[tuple[int, dict]]:
-        """``(edits, figures)`` of each checkpoint where a part of the side effects was measured."""
-        found = ((checkpoint["edits"], (checkpoint.get("side_effects") or {})) for checkpoint in self.checkpoints)
-        return [(edits, effects[part]) for edits, effects in found if effects.get(part)]
+    def side_effects(self, part: str) -> list[tuple[dict, dict]]:
+        """``(checkpoint, figures)`` of each checkpoint where a part of the side effects was measured."""
+        found = ((checkpoint, (checkpoint.get("side_effects") or {})) for checkpoint in self.checkpoints)
+        return [(checkpoint, effects[part]) for checkpoint, effects in found if effects.get(part)]
 
     def records(self, checkpoint: dict) -> list[dict]:
         """One record a request that was scored at a checkpoint."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 
 from stableedit_cpp.experiments.groups import Group
 from stableedit_cpp.experiments.results import Run
 from stableedit_cpp.files.table import Cell, Table, label, number, score
 
-__all__ = ["comparison", "cost", "metric_title", "metrics_of", "over_seeds", "run_page", "score_cell"]
+__all__ = [
+    "best_of",
+    "comparison",
+    "cost",
+    "edits_of",
+    "found_by_search",
+    "metric_title",
+    "metrics_of",
+    "over_seeds",
+    "run_page",
+    "score_cell",
+]
 
 _TITLES = {
     "locality_same": "locality: same answer",
@@ -23,7 +35,8 @@ _ENDINGS |= {"_contains_and_stops": ", contains it, then stops"}
 # More of these is better.
 _COMPARED = ("efficacy", "generalization", "specificity", "portability", "locality_same", "locality_agreement")
 _COMPARED += ("efficacy_free", "generalization_free", "portability_free")
-_BEST = "The best of a data set and model is marked with ★."
+_BEST = "The best of a data set and model is marked with ★, unless all are alike."
+_SEARCHED = "Found by the search: on held-out edits, before the stream."
 _EXPLAINED = {
     "efficacy_free": "Free answer: what the model writes by itself is the answer, and then it stops.",
     "locality_same": "Locality: against the unedited model's own answers to unrelated prompts.",
@@ -73,10 +86,11 @@ def run_page(run: Run) -> str:
 
 def _place(checkpoint: dict) -> Cell:
     edits = checkpoint["edits"]
-    return Cell(_with_step(checkpoint) if edits or checkpoint["warm_up"] else "unedited", edits)
+    return Cell(edits_of(checkpoint) if edits or checkpoint["warm_up"] else "unedited", edits)
 
 
-def _with_step(checkpoint: dict) -> str:
+def edits_of(checkpoint: dict) -> str:
+    """How many, and the step after the stream, if it is that of one."""
     return f"{checkpoint['edits']:,}" + (f", {checkpoint['after']}" if "after" in checkpoint else "")
 
 
@@ -90,49 +104,70 @@ def _settings(run: Run) -> str:
     before = f"{warm['size']:,} warm-up edits ({warm['position']})" if warm["size"] else "no warm-up"
     return (
         f"{settings['data']['edits']:,} edits of {settings['dataset']} in turns of {config['turn_size']} after "
-        f"{before}; {settings['model']}, seed {settings['seed']}, step size {_step(config['step_size'])}; {sample}. "
+        f"{before}; {settings['model']}, seed {settings['seed']}, {_chosen(settings)}; {sample}. "
         "Means ± standard errors."
     )
 
 
-def _step(size: float | str) -> str:
-    return size if isinstance(size, str) else f"{size:g}"
+def _chosen(settings: dict) -> str:
+    """What a search has found, or else the step; what is learnt begins with the step of the config."""
+    found, config = found_by_search(settings.get("search")), settings["config"]
+    if found:
+        return f"{found} (found by the search)"
+    if config.get("hypernetwork"):
+        return f"hypernetwork {Path(config['hypernetwork']).stem}"
+    size = config["step_size"]
+    return f"step size {size if isinstance(size, str) else f'{size:g}'}"
+
+
+def found_by_search(search: dict | None) -> str:
+    """The fields that a search before the stream has chosen; of files the names. Empty where there was none."""
+    found = (search or {}).get("found") or {}
+    return ", ".join(f"{name} {Path(value).stem if isinstance(value, str) else value}" for name, value in found.items())
 
 
 def comparison(groups: Sequence[Group]) -> Table:
     """All runs and the unedited models, at the end of the stream and of what was done after it."""
     metrics = metrics_of([checkpoint for group in groups for checkpoint in group.checkpoints])
+    searched = any(found_by_search(run.settings.get("search")) for group in groups for run in group.runs)
     rows = []
     for group in groups:
         first = next((run.unedited for run in group.runs if run.unedited), None)
         if first:
             scores = [score_cell(first["scores"].get(metric)) for metric in metrics]
-            head = [label("unedited model"), label(group.dataset), label(group.model), number(None), number(0)]
-            rows.append([*head, *scores])
+            head = [label("unedited model"), label(group.dataset), label(group.model), number(None)]
+            rows.append([*head, *[label("-")] * searched, number(0), *scores])
         best = {metric: _best(group, metric) for metric in _COMPARED}
         for run in group.runs:
             cells = [score_cell(run.last["scores"].get(metric)) for metric in metrics]
-            cells = [c._replace(best=best.get(m) is run) for m, c in zip(metrics, cells, strict=True)]
+            cells = [c._replace(best=run.label in best.get(m, ())) for m, c in zip(metrics, cells, strict=True)]
             head = [label(run.label), label(group.dataset), label(group.model), number(run.settings["seed"], "{}")]
-            rows.append([*head, Cell(_progress(run), run.last["edits"]), *cells])
+            found = [label(found_by_search(run.settings.get("search")) or "-")] * searched
+            rows.append([*head, *found, Cell(_progress(run), run.last["edits"]), *cells])
     caption = "Scores of all scored requests on the model after the last edit, ± one standard error. "
-    caption += " ".join([*(text for name, text in _EXPLAINED.items() if name in metrics), _BEST])
-    columns = ["editor", "data set", "model", "seed", "edits", *map(metric_title, metrics)]
-    return Table(columns, rows, caption, "comparison")
+    caption += " ".join(
+        [*(text for name, text in _EXPLAINED.items() if name in metrics), *[_SEARCHED] * searched, _BEST]
+    )
+    columns = ["editor", "data set", "model", "seed", *["found by the search"] * searched, "edits"]
+    return Table([*columns, *map(metric_title, metrics)], rows, caption, "comparison")
 
 
-def _best(group: Group, metric: str) -> Run | None:
-    """None where there is nothing to compare with."""
-    found = [(run.last["scores"].get(metric), run) for run in group.runs if run.finished]
-    found = [(score["mean"], run) for score, run in found if score and score["mean"] is not None]
-    return max(found, key=lambda pair: pair[0])[1] if len(found) > 1 else None
+def _best(group: Group, metric: str) -> set[str]:
+    found = {run.label: run.last["scores"].get(metric) for run in group.runs if run.finished}
+    return best_of({name: score["mean"] for name, score in found.items() if score and score["mean"] is not None})
+
+
+def best_of(means: Mapping[str, float]) -> set[str]:
+    """Those with the highest mean; none where all have the same, or there is nothing to compare with."""
+    highest = max(means.values(), default=None)
+    return {name for name, mean in means.items() if mean == highest} if len(set(means.values())) > 1 else set()
 
 
 def _progress(run: Run) -> str:
     if run.finished and "collapsed" not in run.document:
-        return _with_step(run.last)
+        return edits_of(run.last)
     state = "broke down" if run.finished else "unfinished"
-    return f"{_with_step(run.last)} of {run.settings['data']['edits']:,}, {state}"
+    return f"{edits_of(run.last)} of {run.settings['data']['edits']:,}, {state}"
 
 
 def over_seeds(groups: Sequence[Group]) -> Table:
@@ -170,11 +205,13 @@ def cost(runs: Sequence[Run]) -> Table:
         cells = [label(run.label or run.settings["editor"]), label(run.settings["dataset"]), number(found.get("edits"))]
         cells += [number(found.get("seconds"), "{:,.0f}"), number(found.get("edits_per_second"), "{:,.1f}"), *shares]
         cells += [number(found.get(f"{part}_seconds"), "{:,.0f}") for part in apart]
-        memory = [found.get(f"peak_{where}_bytes") for where in ("resident", "device")]
-        rows.append([*cells, *(number(None if size is None else size / 2**30, "{:.2f}") for size in memory)])
+        memory = [(found.get("turn_extra_bytes"), 2**20, "{:,.0f}")]
+        memory += [(found.get(f"peak_{where}_bytes"), 2**30, "{:.2f}") for where in ("resident", "device")]
+        rows.append([*cells, *(number(None if size is None else size / unit, way) for size, unit, way in memory)])
     titles = {"scoring": "scoring, s", "side_effects": "side effects, s", "after": "after the stream, s"}
     columns = ["editor", "data set", "edits", "editing, s", "edits/s", *parts, *(titles[part] for part in apart)]
     caption = (
-        "Editing alone is counted in edits/s; parts are shares of it. Memory: highest of the process and the device."
+        "Editing alone is counted in edits/s; parts are shares of it. A turn, MiB: the most that one took beyond what "
+        "was resident when it began. Memory: highest of the process, with what it ran before, and the device."
     )
-    return Table([*columns, "memory, GiB", "device, GiB"], rows, caption, "cost")
+    return Table([*columns, "a turn, MiB", "memory, GiB", "device, GiB"], rows, caption, "cost")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stableedit_cpp.experiments.groups import Group
 from stableedit_cpp.experiments.results import Run
+from stableedit_cpp.experiments.run_tables import edits_of
 from stableedit_cpp.report.pictures import GREY, Picture, draw, edits_axis, logarithmic, style, thinned
 
 __all__ = ["hidden_state_maps", "memory", "perplexity_curves", "time_by_part"]
@@ -17,18 +18,18 @@ def hidden_state_maps(run: Run, index: int) -> list[Picture]:
     Args:
         index: of the run's colour.
     """
-    measured = [(edits, found) for edits, found in run.side_effects("hidden_states") if found.get("layers")]
+    measured = [(place, found) for place, found in run.side_effects("hidden_states") if found.get("layers")]
     if not measured:
         return []
-    edits, found = measured[-1]
+    checkpoint, found = measured[-1]
     pictures = []
     for layer, figures in found["layers"].items():
         for method, places in (figures.get("maps") or {}).items():
             shift, cka = figures["relative_shift"], figures["cka"]
             alt = (
                 f"Scatter plot, {method.upper()} of the hidden states of {found['prompts']} unrelated prompts in layer "
-                f"{layer} before and after {edits} edits by {run.label}. They moved by {shift:.3g} of their norm; "
-                f"linear CKA {cka:.3f}."
+                f"{layer} before and after the edits ({edits_of(checkpoint)}) by {run.label}. They moved by "
+                f"{shift:.3g} of their norm; linear CKA {cka:.3f}."
             )
 
             def paint(axes, places=places, method=method) -> None:
@@ -55,7 +56,8 @@ def perplexity_curves(group: Group) -> list[Picture]:
     for text in texts:
 
         def points_of(run: Run, text=text) -> list[tuple]:
-            points = [(edits, found.get(text)) for edits, found in run.side_effects("perplexity")]
+            measured = [(place, found) for place, found in run.side_effects("perplexity") if "step" not in place]
+            points = [(place["edits"], found.get(text)) for place, found in measured]
             return [(edits, f["perplexity"]) for edits, f in points if f and f["perplexity"] is not None]
 
         lines = group.lines(points_of)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from stableedit_cpp.experiments.groups import Group
 from stableedit_cpp.experiments.results import Run
+from stableedit_cpp.experiments.run_tables import edits_of
 from stableedit_cpp.files.table import Cell, Table, label, number, score
 
 __all__ = ["downstream", "hidden_states", "provenance"]
@@ -20,15 +21,22 @@ def downstream(group: Group) -> Table:
     texts = _names(measured["perplexity"].values())
     rows: list[list[Cell]] = []
     for run in group.runs:
-        points = {part: found[run.label] for part, found in measured.items()}
-        for edits in sorted({edits for found in points.values() for edits, _ in found[:1] + found[-1:]}):
+        points = {
+            part: {
+                (place["edits"], place.get("step", 0), edits_of(place)): figures for place, figures in found[run.label]
+            }
+            for part, found in measured.items()
+        }
+        unedited = (0, 0, edits_of({"edits": 0}))
+        for place in sorted({place for found in points.values() for place in (*found,)[:1] + (*found,)[-1:]}):
+            edits, _, said = place
             if edits == 0 and rows:  # the same model for all runs
                 continue
-            at = {part: dict(found).get(edits) or {} for part, found in points.items()}
-            before = {part: dict(found).get(0) or {} for part, found in points.items()}
+            at = {part: found.get(place) or {} for part, found in points.items()}
+            before = {part: found.get(unedited) or {} for part, found in points.items()}
             cells = [_accuracy(at["downstream"].get(t), before["downstream"].get(t), edits) for t in tasks]
             cells += [_perplexity(at["perplexity"].get(t)) for t in texts]
-            rows.append([label(run.label if edits else "unedited model"), number(edits), *cells])
+            rows.append([label(run.label if edits else "unedited model"), Cell(said, edits), *cells])
     caption = f"{group.title}. Tasks: accuracy ± one standard error (difference to the unedited model). "
     caption += "Perplexity: lower is better."
     columns = ["editor", "edits", *tasks, *(f"{text} perplexity" for text in texts)]
@@ -59,13 +67,13 @@ def hidden_states(runs: Sequence[Run]) -> Table:
     """How far the hidden states of unrelated prompts have moved at the last measurement."""
     rows = []
     for run in runs:
-        for edits, found in run.side_effects("hidden_states")[-1:]:
+        for place, found in run.side_effects("hidden_states")[-1:]:
             for layer, figures in found["layers"].items():
                 names = ("relative_shift", "cka", "mmd2", "p_value", "p_value_paired")
                 patterns = ("{:.4f}", "{:.4f}", "{:.3g}", "{:.3g}", "{:.3g}")
                 cells = [number(figures[n], pattern) for n, pattern in zip(names, patterns, strict=True)]
-                head = [label(run.label), label(run.settings["dataset"]), number(edits), number(int(layer))]
-                rows.append([*head, number(found["prompts"]), *cells])
+                head = [label(run.label), label(run.settings["dataset"]), Cell(edits_of(place), place["edits"])]
+                rows.append([*head, number(int(layer)), number(found["prompts"]), *cells])
     caption = (
         "Hidden states of unrelated prompts, last token, against those of the unedited model. Shift: mean of "
         "‖after - before‖ / ‖before‖. p: permutation test of the MMD over all states; paired: exchanging before and "

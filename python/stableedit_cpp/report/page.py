@@ -132,7 +132,13 @@ def _sections(results: Results, groups: list[Group]) -> list[Section]:
             "Geometry of the updates",
             tables=_present([theory_table(theories, labels), *cumulative_tables(theories)]),
             figures=_figures(
-                [(f"{group.title}. One update a turn.", update_geometry(group)) for group in groups]
+                [
+                    (
+                        f"{group.title}. One update a turn; drift: of editors that keep statistics.",
+                        update_geometry(group),
+                    )
+                    for group in groups
+                ]
                 + [(f"From {path.name}/theory.json.", pictures) for path, pictures in charts]
             ),
         ),

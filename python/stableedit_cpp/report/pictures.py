@@ -103,12 +103,15 @@ class Style(NamedTuple):
 
 
 def style(index: int) -> Style:
-    return Style(_SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)], _LINES[index % len(_LINES)])
+    """Of one of several series; where the colours begin again, markers and lines are others."""
+    shifted = index + index // len(_SERIES)
+    return Style(_SERIES[index % len(_SERIES)], _MARKERS[shifted % len(_MARKERS)], _LINES[shifted % len(_LINES)])
 
 
 def edits_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
-    axes.locator_params(axis="x", nbins=5)  # five numbers like 20,000 have room; more of them overlap
+    # Five numbers like 20,000 have room; more of them overlap.
+    axes.locator_params(axis="x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
