@@ -15,8 +15,9 @@ import transformers
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
-from stableedit_cpp.export import change_of, export_delta, export_gguf, export_model
-from stableedit_cpp.model.packed import is_packed
+from stableedit_cpp.export import Provenance, change_of, export_delta, export_gguf, export_lora, export_model
+from stableedit_cpp.export.loading import load_export
+from stableedit_cpp.model.packed import is_packed, unpack
 from stableedit_cpp.model.packed_gguf import GGUFLinear, gguf_maps
 from support.gguf_files import write_tiny_gguf
 from support.tiny import FACTS
@@ -139,7 +140,7 @@ def test_a_session_says_how_its_model_was_loaded(files, tmp_path, capsys):
     written, _ = se.load_model(tmp_path / "out/model.gguf", keep_packed=True)
     assert torch.equal(logits(written), logits(opened))
     dense, tokenizer = se.load_model(files["qwen2"])
-    with pytest.raises(ValueError, match="weights of the model outside the edited modules are others"):
+    with pytest.raises(ValueError, match=r"weights of the model outside the edited modules are others.*--keep-packed"):
         se.LifelongSession.open(session, dense, tokenizer)
 
 
@@ -179,13 +180,52 @@ def test_commands_on_a_packed_model(files, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_an_adapter_of_a_packed_base_is_merged_into_it(files, tmp_path):
+    """peft itself knows none of its maps."""
+    pytest.importorskip("peft")
+    model, tokenizer = se.load_model(files["llama"], keep_packed=True)
+    editor = se.StableEdit(model, tokenizer, CONFIG, guard=None)
+    editor.edit(FACTS[:3])
+    export_lora(change_of(editor), tmp_path / "lora", rank=64, provenance=Provenance(base_model=str(files["llama"])))
+    found, _ = load_export(tmp_path / "lora", lambda base, dtype: se.load_model(base, dtype=dtype, keep_packed=True))
+    assert gguf_maps(found).keys() == gguf_maps(model).keys()
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
+    assert "se.load_model" in (tmp_path / "lora/README.md").read_text()  # a .gguf file is none of transformers' names
+
+
+def test_what_nothing_could_load_is_not_saved(files, tmp_path):
+    model, tokenizer = se.load_model(files["llama"], keep_packed=True)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "a")
+    unpack(model, gguf_maps(model))  # as where all maps are edited
+    export_model(model, tokenizer, tmp_path / "b")
+    assert torch.equal(logits(se.load_model(tmp_path / "b")[0]), logits(model))
+
+
+def test_files_that_are_not_whole(files, tmp_path):
+    whole = files["llama"].read_bytes()
+    for size in (0, 200, len(whole) // 2, len(whole) - 10):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="the GGUF file ends before its content does; copy or download it again"):
+            se.load_model(tmp_path / "cut.gguf", keep_packed=True)
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(whole)
+    with pytest.raises(ValueError, match="one of 2 parts of a GGUF file; join them with llama-gguf-split --merge"):
+        se.load_model(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_a_config_beside_the_file_is_no_other_model(files, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(files["llama"].read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    assert gguf_maps(se.load_model(tmp_path, keep_packed=True)[0])
+
+
 def test_a_delta_of_the_packed_model_is_none_of_the_dense_one(files, tmp_path):
     model, tokenizer = se.load_model(files["llama"], keep_packed=True)
     editor = se.StableEdit(model, tokenizer, CONFIG, guard=None)
     editor.edit(FACTS[:5])
-    export_delta(change_of(editor), tmp_path / "delta")
+    export_delta(change_of(editor), tmp_path / "delta", provenance=Provenance(base_model=str(files["llama"])))
     dense, _ = se.load_model(files["llama"])
-    with pytest.raises(ValueError, match="belongs to another base model"):
+    with pytest.raises(ValueError, match=r"belongs to another base model.*--keep-packed, the model in a \.gguf file"):
         se.export.apply_delta(dense, tmp_path / "delta")
     base, _ = se.load_model(files["llama"], keep_packed=True)
     se.export.apply_delta(base, tmp_path / "delta")

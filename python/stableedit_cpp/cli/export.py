@@ -41,6 +41,7 @@ from stableedit_cpp.export.truncation import choose_rank, truncate
 from stableedit_cpp.files.atomic import check_new_directory
 from stableedit_cpp.model.load import gguf_in
 from stableedit_cpp.model.modules import find_modules
+from stableedit_cpp.model.packed_gguf import as_packed
 from stableedit_cpp.model.trunk import TrunkCache
 
 
@@ -163,7 +164,8 @@ def _load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, obj
             raise ValueError(
                 f"--base {options.base} is not the model that {path} was made from: its digest is "
                 f"{change.base_digest[:16]}..., and {path} was edited from {provenance.base_model} with "
-                f"{provenance.base_digest[:16]}...; --any-base exports the difference all the same"
+                f"{provenance.base_digest[:16]}...{as_packed(options.base)}; --any-base exports the difference all the "
+                "same"
             )
         provenance = since or provenance
         return base, tokenizer, change, replace(provenance, base_model=options.base, base_digest=change.base_digest)

@@ -56,6 +56,10 @@ def loading_the_base(base_model: str | None, dtype: str) -> str:
     """Python code that makes ``model``, the base model in its dtype, e.g. "float32"."""
     if base_model is not None and base_model.lower() == SMOLLM2:
         names, call = "import stableedit_cpp as se", f'model, _ = se.load_model("{SMOLLM2}", dtype=torch.{dtype})'
+    elif base_model is not None and base_model.lower().endswith(".gguf"):
+        name = json.dumps(base_model, ensure_ascii=False)
+        names = "import stableedit_cpp as se"
+        call = f"model, _ = se.load_model({name}, dtype=torch.{dtype})  # keep_packed=True if it was edited so"
     else:
         name = json.dumps(base_model or "the base model", ensure_ascii=False)
         names = "from transformers import AutoModelForCausalLM"

@@ -18,6 +18,7 @@ from stableedit_cpp.files.offloaded import Offloaded, present_state
 from stableedit_cpp.model.experts import expert_slices
 from stableedit_cpp.model.modules import EditModule, edit_module, is_linear
 from stableedit_cpp.model.packed import is_packed, packed_maps, unpacked
+from stableedit_cpp.model.packed_gguf import as_packed
 
 __all__ = [
     "ModelChange",
@@ -199,7 +200,7 @@ def _of_patch(base: nn.Module, patch: Patch) -> ModelChange:
     if patch.base_digest and patch.base_digest != digest:
         raise ValueError(
             f"the patch was made for another base model: that of {patch.base_model or 'unknown name'} has digest "
-            f"{patch.base_digest[:16]}..., this one has {digest[:16]}..."
+            f"{patch.base_digest[:16]}..., this one has {digest[:16]}...{as_packed(patch.base_model)}"
         )
     state = present_state(base)
     try:

@@ -21,6 +21,7 @@ from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import joint_digest, model_digest
 from stableedit_cpp.files.offloaded import present_state
 from stableedit_cpp.model.packed import packed_maps, unpacked
+from stableedit_cpp.model.packed_gguf import as_packed
 from stableedit_cpp.model.split import is_split, put, whole
 
 __all__ = ["DELTA_FILE", "apply_delta", "change_from_delta", "export_delta", "fits_rounded", "read_delta"]
@@ -120,6 +121,7 @@ def _change(
                 f"{path} belongs to another base model: {name} in {dtype}, with digest {expected[:16]}..., but this "
                 f"model has {found[:16]}...; "
                 + ("load that one, unedited" if rounded is None else "that one in another dtype takes any_dtype=True")
+                + as_packed(metadata.get("base_model"))
             )
         tensors = rounded
     for name, tensor in tensors.items():

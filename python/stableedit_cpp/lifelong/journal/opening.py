@@ -20,7 +20,7 @@ from stableedit_cpp.lifelong.journal.restore import restore
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_fingerprints
 from stableedit_cpp.lifelong.journal.writer import append, append_moved
 from stableedit_cpp.lifelong.view import FORMAT, SessionView
-from stableedit_cpp.model.packed_gguf import gguf_maps
+from stableedit_cpp.model.packed_gguf import as_packed, gguf_maps
 from stableedit_cpp.model.ranks import ranks
 
 __all__ = ["begin", "editor_on", "held", "recover"]
@@ -110,6 +110,7 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
     """
     editor = make_editor(model, tokenizer, parse_config(json.dumps(view.manifest["config"])))
     remedy, created = f"load what the session {view.directory} was created with", view.manifest["model"]
+    remedy += as_packed(created["source"])
     given = identity(model, tokenizer, editor.modules, editor.form)
     check_identity(given, created, remedy)
     found, unedited = given["edited"], created["edited"]
