@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,37 @@ class TestStateInCpp:
                 update = core.ridge_update(rows, -gradients[module].double(), ridge, **how)
             found, wanted = update.dense().double(), wanted.dense().double()
             assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["alphaedit", "rledit"])
+def test_elsewhere_the_same_files_are_found(name, files, tmp_path, monkeypatch):
+    """Though they were named from where the session began: text statistics; a hypernetwork is in the state."""
+    life = Life(name, files)
+    monkeypatch.chdir(files)
+    paths = {field: Path(path).name for field, path in life.paths.items()}
+    life.config = dataclasses.replace(life.config, **paths)
+    with create(life, tmp_path) as session:
+        session.edit(stream(2), progress=False)
+        here = everything(session.editor)
+    editor = life.editor()
+    editor.edit(stream(2), progress=False)
+    editor.save(tmp_path / "editor")
+    monkeypatch.chdir(tmp_path)
+    with reopen(tmp_path) as session:
+        assert_same_bits(everything(session.editor), here)
+    loaded = se.load_editor(tiny_model("llama"), tiny_tokenizer(), tmp_path / "editor")
+    assert_same_bits(everything(loaded), here)
+
+
+def test_text_statistics_that_are_gone_are_named(files, tmp_path):
+    life = Life("alphaedit", files)
+    life.editor()  # makes them
+    life.config = dataclasses.replace(life.config, texts=None, text_statistics=str(tmp_path / "text.safetensors"))
+    shutil.copy(files / "text.safetensors", tmp_path)
+    create(life, tmp_path).close()
+    (tmp_path / "text.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"the text statistics that AlphaEdit rests on.* not there; .* a link"):
+        reopen(tmp_path)
 
 
 def test_what_is_exported_is_the_edited_model(life, tmp_path):

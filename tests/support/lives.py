@@ -70,6 +70,11 @@ class Life:
             self.changes |= {"edit_modules": None, "hypernetwork": str(path)}
             self.config = dataclasses.replace(config, **self.changes)
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The files that the config names, by field."""
+        return {name: value for name, value in self.changes.items() if name in ("text_statistics", "hypernetwork")}
+
     def editor(self) -> se.Editor:
         """On a model of its own. Without a guard: a random model has nothing to lose."""
         editor = make_editor(tiny_model("llama"), tiny_tokenizer(), self.config)

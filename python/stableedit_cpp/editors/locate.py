@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,4 +154,11 @@ class LocateEditor(Editor):
         if config.texts and not Path(path).exists():
             names = [module.name for module in self.modules]
             gather_statistics(self.model, self.tokenizer, config.texts, path, edit_modules=names, value_gradients=False)
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"the text statistics that {type(self).__name__} rests on, as long as it edits, are not there; put the "
+                "file there, or a link to it",
+                str(path),
+            )
         return load_statistics(path, self.model, self.tokenizer, self.modules)

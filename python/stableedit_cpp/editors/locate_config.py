@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import ClassVar
 
 from stableedit_cpp.editors.config import EditorConfig
@@ -81,6 +82,13 @@ class LocateConfig(EditorConfig):
             self._check_number(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)!r}")
+
+    def placed(self) -> LocateConfig:
+        def whole(path: str) -> str:
+            return str(Path(path).absolute())
+
+        texts = self.texts and [whole(text) if Path(text).exists() else text for text in self.texts]  # or of the hub
+        return replace(self, text_statistics=self.text_statistics and whole(self.text_statistics), texts=texts)
 
     def _check_texts(self, name: str) -> None:
         value = getattr(self, name)

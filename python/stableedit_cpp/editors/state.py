@@ -85,7 +85,7 @@ class SavedState:
             OSError: if it cannot be written; a file that was there is as it was. ValueError: within ``unedited()``.
         """
         model = identity(self.model, self.tokenizer, self.modules, self.form, self.original_weights())
-        SavedEditor(self.config.to_json(), self.state_dict(), model).write(path)
+        SavedEditor(self.config.placed().to_json(), self.state_dict(), model).write(path)
 
     @classmethod
     def load(cls: type[_Editor], model: torch.nn.Module, tokenizer, path: str | Path | SavedEditor) -> _Editor:

@@ -96,7 +96,7 @@ class LifelongSession(SessionView):
         check_whole("snapshot_every", snapshot_every)
         check_whole("keep_snapshots", keep_snapshots)
         settings = {"detail": detail, "snapshot_every": snapshot_every, "keep_snapshots": keep_snapshots}
-        editor = make_editor(model, tokenizer, config or StableEditConfig())
+        editor = make_editor(model, tokenizer, (config or StableEditConfig()).placed())
         if detail == "requests" and editor.form.dated(tokenizer):
             raise ValueError(
                 "the chat template writes today's date into every prompt, so that turns that are edited again on "
