@@ -15,7 +15,6 @@ from stableedit_cpp.data.frames import is_table
 from stableedit_cpp.data.reading import placed_in
 from stableedit_cpp.data.request import EditRequest, as_requests, checked
 from stableedit_cpp.data.spool import Seen, Spool
-from stableedit_cpp.files.environment import give_back_freed
 
 __all__ = ["LISTED", "as_stream", "digest_of", "open_requests", "parts_of"]
 
@@ -73,6 +72,8 @@ def parts_of(requests: Sequence[EditRequest]) -> Iterator[tuple[int, Sequence[Ed
     if not isinstance(requests, Spool):
         yield 0, requests
         return
+    from stableedit_cpp.files.environment import give_back_freed  # which loads torch; --help reads requests' formats
+
     for begin in range(0, len(requests), _PART):
         yield begin, requests[begin : begin + _PART]
         give_back_freed()
