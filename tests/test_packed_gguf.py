@@ -144,6 +144,16 @@ def test_a_session_says_how_its_model_was_loaded(files, tmp_path, capsys):
         se.LifelongSession.open(session, dense, tokenizer)
 
 
+def test_a_model_that_a_session_refuses_stays_packed(files, tmp_path):
+    dense = se.load_model(files["llama"])
+    se.LifelongSession.create(tmp_path / "s", *dense, CONFIG).close()
+    model, tokenizer = se.load_model(files["llama"], keep_packed=True)
+    before = gguf_maps(model)
+    with pytest.raises(ValueError, match="outside the edited modules are others"):
+        se.LifelongSession.open(tmp_path / "s", model, tokenizer)
+    assert gguf_maps(model) == before
+
+
 def test_commands_on_a_packed_model(files, tmp_path, capsys):
     """Edited, turned into a delta and a patch, and these applied to the packed base."""
     requests = tmp_path / "facts.jsonl"

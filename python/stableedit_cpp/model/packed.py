@@ -11,7 +11,7 @@ from torch import nn
 from stableedit_cpp.model.packed_gradients import answers_to_unit_vectors, differentiates, lead_gradients_through
 from stableedit_cpp.model.split import is_split
 
-__all__ = ["is_packed", "keep_layout", "packed_kind", "packed_maps", "unpack", "unpacked"]
+__all__ = ["is_packed", "keep_layout", "packed_again", "packed_kind", "packed_maps", "unpack", "unpacked"]
 
 # What the quantisation configs of transformers call the maps that are left as they are.
 _LEFT_OUT = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
@@ -73,11 +73,18 @@ def unpack(model: nn.Module, maps: Mapping[str, nn.Module]) -> list[str]:
 @contextmanager
 def unpacked(model: nn.Module, maps: Mapping[str, nn.Module]) -> Iterator[None]:
     """``unpack``, and packed again as before where what follows raises."""
-    packed = {name: module for name, module in maps.items() if is_packed(module)}
+    with packed_again(model):
+        unpack(model, maps)
+        yield
+
+
+@contextmanager
+def packed_again(model: nn.Module) -> Iterator[None]:
+    """All maps that are packed now are so again where what follows raises."""
+    packed = {name: module for name, module in model.named_modules() if is_packed(module)}
     config, field = _left_out(model)
     before = None if field is None else getattr(config, field)
     try:
-        unpack(model, packed)
         yield
     except BaseException:
         for name, module in packed.items():

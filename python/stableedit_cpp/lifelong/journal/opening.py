@@ -20,6 +20,7 @@ from stableedit_cpp.lifelong.journal.restore import restore
 from stableedit_cpp.lifelong.journal.snapshots import Snapshots, state_fingerprints
 from stableedit_cpp.lifelong.journal.writer import append, append_moved
 from stableedit_cpp.lifelong.view import FORMAT, SessionView
+from stableedit_cpp.model.packed import packed_again
 from stableedit_cpp.model.packed_gguf import as_packed, gguf_maps
 from stableedit_cpp.model.ranks import ranks
 
@@ -108,6 +109,11 @@ def editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: boo
     Raises:
         ValueError: for another model or tokenizer. OtherBits: see ``restore``. In both cases the model is as it was.
     """
+    with packed_again(model):
+        return _editor_on(model, tokenizer, view, exact=exact, progress=progress)
+
+
+def _editor_on(model, tokenizer, view: SessionView, *, exact: bool, progress: bool | None) -> Editor:
     editor = make_editor(model, tokenizer, parse_config(json.dumps(view.manifest["config"])))
     remedy, created = f"load what the session {view.directory} was created with", view.manifest["model"]
     remedy += as_packed(created["source"])
