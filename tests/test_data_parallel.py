@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from datetime import timedelta
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import stableedit_cpp as se
+from stableedit_cpp.model import running
 from stableedit_cpp.model.exchange import all_gather
 from stableedit_cpp.model.ranks import deal, ranks
 from support.ranks import together
@@ -70,6 +72,28 @@ def names(results: list[object]) -> list[str]:
 def test_processes_come_to_the_bits_of_one(name, size, tmp_path):
     for result in together(size, lambda rank: edited(name, distributed="auto"), tmp_path):
         assert_same(alone(name), result)
+
+
+def test_looks_of_a_large_turn_are_shared_to_the_same_bits(tmp_path):
+    many = [{"prompt": f"Number {number} is", "target": str(number * 7)} for number in range(16)]
+
+    def drifts(_rank: int = 0, **how) -> tuple[list[float], int]:
+        config = dataclasses.replace(CONFIGS["ultraedit"], turn_size=16)
+        editor = se.UltraEdit(roomy_model("llama"), tiny_tokenizer(), config, **how)
+        guard, run = editor.guard, []
+        measure = running.answer_logits
+        running.answer_logits = lambda *passed: run.append(len(passed[3])) or measure(*passed)
+        try:
+            editor.edit(many, progress=False)
+        finally:
+            running.answer_logits = measure
+        assert guard.drift().mean > 0
+        return [turn.drift for turn in editor.edit(many, progress=False).turns], sum(run)
+
+    expected, prompts = drifts()
+    results = together(2, lambda rank: drifts(rank, distributed="auto"), tmp_path)
+    assert [found for found, _ in results] == [expected] * 2
+    assert sorted(run for _, run in results) == [prompts // 2] * 2
 
 
 def test_without_a_process_group_auto_is_one_process():
