@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from stableedit_cpp.model import linears
 from stableedit_cpp.model.linears import Linears
 from stableedit_cpp.model.tokens import TokenSequence, collate
 
@@ -26,6 +27,18 @@ def test_equals_the_product_in_float64(linear: nn.Linear, shape: tuple[int, ...]
     with Linears().replaced(linear), torch.inference_mode():
         output = linear(hidden)
     assert output.shape == (*shape[:-1], 53)
+    torch.testing.assert_close(output.double(), reference(linear, hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not linears._onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (2, 32, 37), (5, 13, 37), (3, 64, 37)])
+def test_few_shapes(linear: nn.Linear, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, multiply = [], linears._by_onednn
+    monkeypatch.setattr(linears, "_by_onednn", lambda x, *rest: rows.append(len(x)) or multiply(x, *rest))
+    hidden = torch.randn(shape)
+    with Linears().replaced(linear), torch.inference_mode(), linears.few_shapes():
+        output = linear(hidden)
+    assert output.shape == (*shape[:-1], 53) and rows == [-(-hidden.numel() // 37 // 64) * 64]
     torch.testing.assert_close(output.double(), reference(linear, hidden), rtol=1e-5, atol=1e-5)
 
 
@@ -95,9 +108,9 @@ def test_gradients_at_answer_positions_alone() -> None:
     batch = collate([TokenSequence((1, 2, 3), (9,)), TokenSequence((1, 2, 3, 4), (8, 9))], torch.device("cpu"))
     hidden = torch.randn(2, 4, 6, requires_grad=True)
     upstream = torch.randn(2, 4, 5)
-    linears = Linears()
-    linears.gradients_for(batch)
-    with linears.replaced(linear):
+    own = Linears()
+    own.gradients_for(batch)
+    with own.replaced(linear):
         (got,) = torch.autograd.grad(linear(hidden), hidden, upstream)
     full = (upstream.double() @ linear.weight.double()).view(8, 6)
     chosen = torch.tensor([2, 6, 7])

@@ -30,6 +30,7 @@ from stableedit_cpp.editors.statements import Statements
 from stableedit_cpp.evaluation import asking
 from stableedit_cpp.files.environment import resident_bytes
 from stableedit_cpp.lifelong.audit import audit
+from stableedit_cpp.model import linears
 from support.editors import assert_same_bits, make, on_call, state_of
 from support.tiny import FACTS, save_tiny
 
@@ -279,6 +280,17 @@ class TestScores:
         assert kept == [(record["id"], record["efficacy"]) for record in expected.per_request] * bool(details)
         assert ("per_request" in scores.to_dict()) == bool(details)
         assert str(scores) == str(expected)
+
+    @pytest.mark.skipif(not linears._onednn(), reason="this torch has no oneDNN")
+    def test_multiply_few_numbers_of_rows(self, tokenizer, monkeypatch, on_disk):
+        rows, multiply = set(), linears._by_onednn
+        monkeypatch.setattr(linears, "_by_onednn", lambda x, *rest: rows.add(len(x)) or multiply(x, *rest))
+        model = make(tokenizer).model
+        se.evaluate(model, tokenizer, iter(FACTS))
+        assert rows and all(number % 64 == 0 for number in rows)
+        rows.clear()
+        se.evaluate(model, tokenizer, FACTS)  # as before there were streams
+        assert any(number % 64 for number in rows)
 
     def test_texts_are_tokenised_once(self, tokenizer, monkeypatch, on_disk):
         sizes, tokenize = [], asking.tokenize

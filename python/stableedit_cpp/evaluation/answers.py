@@ -83,7 +83,7 @@ def read_answers(
     different = [sequences[group[0]] for group in groups]
     found: list[ReadAnswer | None] = [None] * len(sequences)
 
-    def read(batch: AnswerBatch) -> list[tuple[int, ReadAnswer]]:
+    def read(batch: AnswerBatch) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         logits = batch.logits.to(torch.promote_types(batch.logits.dtype, torch.float32))
         members, rows, begin = [], [], 0
         for index, size in zip(batch.indices, batch.sizes, strict=True):
@@ -95,21 +95,18 @@ def read_answers(
         normalizer = logits.logsumexp(-1).double()
         normalizer[~normalizer.isfinite()] = torch.nan  # as no_distribution has it
         likely = (logits[place, token].double() - normalizer[place]).cpu()
-        top = logits.argmax(-1)[place].cpu()
-        sizes = [len(sequences[member].answer) for member in members]
-        return [
-            (member, ReadAnswer(*parts))
-            for member, *parts in zip(members, top.split(sizes), likely.split(sizes), strict=True)
-        ]
+        return members, logits.argmax(-1)[place].cpu(), likely
 
     def done(indices: Sequence[int]) -> None:
         if on_done is not None:
             on_done(sum(len(groups[index]) for index in indices))
 
     how = {"max_tokens": max_tokens, "most": most, "trunk": trunk, "on_done": done}
-    for _, answers in read_batches(model, different, read, **how):
-        for member, answer in answers:
-            found[member] = answer
+    # Cut up only now: thousands of little tensors among those of the passes would leave free memory in pieces.
+    for _, (members, *both) in read_batches(model, different, read, **how):
+        sizes = [len(sequences[member].answer) for member in members]
+        for member, *parts in zip(members, *(tensor.split(sizes) for tensor in both), strict=True):
+            found[member] = ReadAnswer(*parts)
     return found
 
 

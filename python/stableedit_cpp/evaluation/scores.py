@@ -18,6 +18,7 @@ from stableedit_cpp.evaluation.totals import Score, Totals, mean_and_error
 from stableedit_cpp.files.words import with_nearest
 from stableedit_cpp.model.form import find_form
 from stableedit_cpp.model.kind import check_tokenizer, language_model
+from stableedit_cpp.model.linears import few_shapes
 from stableedit_cpp.model.ranks import Distributed, data_parallel
 from stableedit_cpp.model.trunk import TrunkCache
 from stableedit_cpp.model.untouched import input_device
@@ -236,7 +237,7 @@ def _scores(asking: Asking, requests: Sequence[EditRequest], details: bool | Non
                 bar.update(len(part))
         names = names_of_scores(probes, metrics, with_locality)
         totals = Totals(names)
-        with tqdm(total=prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
+        with few_shapes(), tqdm(total=prompts, desc="Evaluating", unit="prompt", disable=shown) as bar:
             for (begin, part), known in zip(parts_of(requests), tokens, strict=True):
                 records = asking.score(asking.ask(part, begin, tokens=known), names, bar)
                 totals.add(records)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -21,7 +22,24 @@ from stableedit_cpp.model.attached import beneath_hook, replaced_forward, replac
 from stableedit_cpp.model.packed import is_packed
 from stableedit_cpp.model.tokens import Batch
 
-__all__ = ["Linears"]
+__all__ = ["Linears", "few_shapes"]
+
+_ROWS = 64
+_few_shapes: ContextVar[bool] = ContextVar("few_shapes", default=False)
+
+
+@contextmanager
+def few_shapes() -> Iterator[None]:
+    """Within, oneDNN is given matrices of 64 rows, 128, 192 and so on, the last of them zeros where need be.
+
+    It makes a kernel for each number of rows, and along thousands of batches kernels that come and go leave the memory
+    between them in pieces, so that ever more of it is taken. The last bits of a product may depend on its rows.
+    """
+    token = _few_shapes.set(True)
+    try:
+        yield
+    finally:
+        _few_shapes.reset(token)
 
 
 class Linears:
@@ -108,8 +126,16 @@ class _Linear(torch.autograd.Function):
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and hidden.numel() > 0 and _onednn():
-        return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+        if not _few_shapes.get():
+            return _by_onednn(hidden, weight, bias)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        product = _by_onednn(F.pad(rows, (0, 0, 0, -len(rows) % _ROWS)), weight, bias)
+        return product[: len(rows)].reshape(*hidden.shape[:-1], -1)
     return F.linear(hidden, weight, bias)
+
+
+def _by_onednn(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
 
 def _onednn() -> bool:
