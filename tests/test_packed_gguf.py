@@ -15,6 +15,7 @@ import transformers
 
 import stableedit_cpp as se
 from stableedit_cpp.cli import main
+from stableedit_cpp.editors.candidates import candidate_modules
 from stableedit_cpp.export import Provenance, change_of, export_delta, export_gguf, export_lora, export_model
 from stableedit_cpp.export.loading import load_export
 from stableedit_cpp.model.packed import is_packed, unpack
@@ -298,7 +299,15 @@ def test_an_architecture_that_is_not_written_is_refused_before_it_is_edited(file
     requests.write_text(json.dumps(FACTS[0]) + "\n")
     where = ["--requests", str(requests), "--output", str(tmp_path / "out")]
     assert main(["edit", "--model", str(files["llama"]), "--keep-packed", *where]) == 2
-    assert "GGUF files are written of" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "GGUF files are written of" in error and "load it without keep_packed, or export a delta" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_modules_are_not_chosen_of_packed_ones(files):
+    model, _ = se.load_model(files["llama"], keep_packed=True)
+    with pytest.raises(ValueError, match=r"would make all of them dense, and model\.layers\.1\.self_attn\.o_proj has"):
+        candidate_modules(model)
 
 
 def test_copies_are_of_their_own(files):

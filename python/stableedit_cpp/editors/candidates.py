@@ -8,6 +8,7 @@ from torch import nn
 
 from stableedit_cpp.model.modules import describe_linear_maps, find_modules
 from stableedit_cpp.model.outputs import default_edit_modules, expert_outputs, last_third, output_projections
+from stableedit_cpp.model.packed import packed_maps
 
 __all__ = ["RULE", "candidate_modules"]
 
@@ -24,12 +25,19 @@ def candidate_modules(model: nn.Module) -> dict[str, list[str]]:
     offered.
 
     Raises:
-        ValueError: if the model has neither MLPs nor attention nor recurrent blocks that could be edited.
+        ValueError: if the model has neither MLPs nor attention nor recurrent blocks that could be edited, or these are
+            quantised.
     """
     found: dict[str, list[str]] = {}
     for name, modules in _sets(model):
         if modules and modules not in found.values() and _editable(model, modules):
             found[name] = modules
+    packed = not found and next((m for _, modules in _sets(model) for m in packed_maps(model, modules)), None)
+    if packed:
+        raise ValueError(
+            f"modules are chosen by editing each in turn, which would make all of them dense, and {packed} has "
+            "quantised weights; name edit_modules, or choose them on the model that is not quantised"
+        )
     if not found:
         raise ValueError(
             f"no modules to choose from are known for {type(model).__name__}: it has neither MLPs, attention nor "

@@ -54,11 +54,18 @@ def check_writable_model(model: torch.nn.Module) -> None:
         ValueError: for a model in the blocks of a GGUF file of which none is written here.
     """
     if gguf_maps(model):
-        check_exportable(model.config)
+        try:
+            check_exportable(model.config)
+        except ValueError as error:
+            raise ValueError(
+                f"a model that stayed in the blocks of a GGUF file is written as one, which this cannot be ({error}); "
+                "load it without keep_packed, or export a delta, a patch or an adapter"
+            ) from None
 
 
 def write_model(model: torch.nn.Module, tokenizer, directory: Path, provenance: Provenance) -> None:
     """The same into a directory that is there."""
+    check_writable_model(model)
     if gguf_maps(model):
         write_gguf(model, tokenizer, directory, None, provenance)
         copy_what_lies_beside(model, directory)
