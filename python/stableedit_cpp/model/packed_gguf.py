@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["GGUFLinear", "as_packed", "gguf_maps", "pack_as_in_gguf"]
+__all__ = ["GGUFLinear", "as_packed", "ends_as_in_gguf", "gguf_maps", "pack_as_in_gguf"]
 
 _ENDS = ("token_embd.weight", "output.weight")  # llama.cpp's names of the embedding and the output layer
 
@@ -123,7 +123,7 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
         linear = None
         if type(module) is nn.Linear and tensor.tensor_type in GGML_BLOCK:
             rows = _rows(processor, tensor.name, *module.weight.shape)
-            linear = _same(module, torch.from_numpy(tensor.data[rows]), tensor.tensor_type)
+            linear = _same(module, tensor.data[rows], tensor.tensor_type)
         if linear is None:
             left.append(f"{name or tensor.name} ({tensor.tensor_type.name})")
         else:
@@ -138,12 +138,31 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
         )
 
 
-def _same(module: nn.Linear, packed: torch.Tensor, kind) -> GGUFLinear | None:
+@torch.no_grad()
+def ends_as_in_gguf(model: nn.Module) -> dict[str, GGUFLinear]:
+    """Embedding and output layer of a packed model in the blocks of the file that it was loaded from, by llama.cpp's
+    names: where that file is still there, and they are what it says."""
+    import gguf
+    from transformers.integrations.gguf.dequant import GGML_BLOCK
+
+    path = Path(str(model.config._name_or_path))
+    if not gguf_maps(model) or path.suffix.lower() != ".gguf" or not path.is_file():
+        return {}
+    modules = dict(zip(_ENDS, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True))
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        module = modules.get(tensor.name)
+        if module is not None and tensor.tensor_type in GGML_BLOCK:
+            found[tensor.name] = _same(module, np.array(tensor.data), tensor.tensor_type)
+    return {name: linear for name, linear in found.items() if linear is not None}
+
+
+def _same(module: nn.Linear | nn.Embedding, packed: np.ndarray, kind) -> GGUFLinear | None:
     """A linear map in blocks that has the numbers of a dense one; None where the blocks give others."""
-    weight = module.weight
+    weight, bias = module.weight, getattr(module, "bias", None)
     for through in dict.fromkeys((torch.float32, weight.dtype)):
-        linear = GGUFLinear(packed, kind, weight.shape[1], module.bias, through).train(module.training)
-        if torch.equal(linear.dense(weight.dtype), weight):
+        linear = GGUFLinear(torch.from_numpy(packed), kind, weight.shape[1], bias, through).train(module.training)
+        if linear.out_features == len(weight) and torch.equal(linear.dense(weight.dtype), weight.cpu()):
             return linear
     return None
 

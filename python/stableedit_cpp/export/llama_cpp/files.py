@@ -20,7 +20,7 @@ from stableedit_cpp.files.atomic import new_directory
 from stableedit_cpp.files.digest import model_digest
 from stableedit_cpp.files.offloaded import present_state
 from stableedit_cpp.model.packed import is_packed
-from stableedit_cpp.model.packed_gguf import gguf_maps
+from stableedit_cpp.model.packed_gguf import ends_as_in_gguf, gguf_maps
 
 __all__ = ["ADAPTER_GGUF", "MODEL_GGUF", "check_exportable", "export_gguf", "export_gguf_lora", "write_gguf"]
 
@@ -52,7 +52,8 @@ def export_gguf(
 
     Args:
         model: a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text) of transformers. Maps that stayed in the blocks of a
-            GGUF file (``load_model(..., keep_packed=True)``) are written in these, bit for bit.
+            GGUF file (``load_model(..., keep_packed=True)``) are written in these, bit for bit; so are embedding and
+            output layer, as long as that file is there.
         dtype: of the other matrices, float32, float16 or bfloat16; None takes that of the model. Vectors are float32.
 
     Raises:
@@ -86,12 +87,14 @@ def write_gguf(
     factors = rope_factors(model.config)
     if factors is not None:
         writer.add("rope_freqs.weight", factors)
-    names = _Names(architecture, model.config)
+    names, ends = _Names(architecture, model.config), ends_as_in_gguf(model)
     for tensor_name, tensor in _own_tensors(model).items():
         if tensor_name in blocks:
             weight = f"{tensor_name.removesuffix('packed')}weight"
             rows = architecture.rows(tensor, weight, model.config)
             writer.add_blocks(names[weight], rows, blocks[tensor_name].kind)
+        elif (end := ends.get(names[tensor_name])) is not None:
+            writer.add_blocks(names[tensor_name], end.packed, end.kind)
         else:
             writer.add(names[tensor_name], architecture.converted(tensor, tensor_name, model.config))
     writer.write(directory / MODEL_GGUF)
