@@ -20,6 +20,7 @@ from stableedit_cpp.editors.editor import Editor
 from stableedit_cpp.evaluation.answers import answer_scores, refuse_broken
 from stableedit_cpp.files.environment import give_back_freed
 from stableedit_cpp.files.words import check_whole
+from stableedit_cpp.model.linears import few_shapes
 from stableedit_cpp.model.trunk import TrunkCache
 
 __all__ = ["AuditEntry", "AuditReport", "AuditTally", "audit", "current"]
@@ -183,7 +184,7 @@ def audit(
         return AuditReport(len(current), len(requests) - len(current), least, entries)
     tally, kept = AuditTally(), []
     shown = None if progress is None else not progress
-    with tqdm(total=len(chosen), desc="Auditing", unit="request", disable=shown) as bar:
+    with few_shapes(), tqdm(total=len(chosen), desc="Auditing", unit="request", disable=shown) as bar:
         for begin in range(0, len(chosen), LISTED):
             part = chosen[begin : begin + LISTED]
             entries = look(dict(zip(part, on_disk.parts(part), strict=True)), False)
