@@ -199,6 +199,24 @@ def test_smollm2_is_converted_once_by_two_at_once(cache, monkeypatch):
     assert sorted(path.name for path in cache.iterdir()) == [".lock", "SmolLM2-135M-Instruct"]
 
 
+def test_threads_load_one_after_the_other(saved, monkeypatch):
+    """transformers does without PreTrainedModel.tie_weights while it loads; two at once would leave it so."""
+    real, tie, inside = models.AutoModelForCausalLM.from_pretrained, transformers.PreTrainedModel.tie_weights, []
+
+    def slowly(source, **options):
+        inside.append(1)
+        time.sleep(0.05)
+        assert len(inside) == 1
+        model = real(source, **options)
+        inside.pop()
+        return model
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        assert len(list(pool.map(load_model, [saved] * 3))) == 3
+    assert transformers.PreTrainedModel.tie_weights is tie
+
+
 # --- options, causes, and the hub ---
 
 

@@ -138,9 +138,9 @@ class TestSeconds:
     def test_do_not_depend_on_the_terminal(self, tokenizer, monkeypatch):
         real = Work.accuracy
 
-        def slow(*arguments):
+        def slow(*arguments, **options):
             time.sleep(0.5)
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(Work, "accuracy", slow)
         report = make(tokenizer).edit(FACTS[:TURN], progress=True)

