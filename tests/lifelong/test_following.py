@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -224,9 +226,11 @@ def test_signals_that_raise_anywhere(passes, tokenizer, tmp_path, monkeypatch):
     none_takes(monkeypatch)
     config = config_of(turn_size=2, max_passes=passes, past_key_weight=0.02)
     session = create(tmp_path / "s", tokenizer, config=config, snapshot_every=2)
+    begin = time.perf_counter()
+    session.edit(stream(2, 2000))  # how long it takes here
     interrupted = written = 0
     with alarms() as alarm:
-        for number, instant in enumerate(instants(0.15 * passes, 40)):
+        for number, instant in enumerate(instants(time.perf_counter() - begin, 40)):
             turn = session.history.turn
             try:
                 alarm(instant)
