@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -282,3 +283,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert re.search(r"The LoRA adapter for llama.cpp of rank \d+ for 6 modules keeps 9\d\.\d % of", out)
     assert facts_of(tmp_path / "adapter")["kept_norm"] >= 0.9
     assert read_back("whole")[0].config.model_type == "qwen2"
+
+
+def test_is_written_with_a_transformers_that_packs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf.dequant", None)
+    export_gguf(*make("llama"), tmp_path / "out")
+    assert (tmp_path / "out/model.gguf").is_file()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import stableedit_cpp as se
-from stableedit_cpp.experiments import Matrix, StreamRun, find_source, read_run, run_matrix
+from stableedit_cpp.experiments import Matrix, find_source, read_run, run_matrix
 from stableedit_cpp.experiments.scorer import Scorer, age_bins, sample_positions
-from support.streams import MODULES, OPTIONS, bench, lines, load, matrix, write_data
+from support.streams import MODULES, OPTIONS, Killed, bench, killed_after, lines, load, matrix, write_data
 from support.tiny import tiny_model, tiny_tokenizer
 
 TIMES = ("from_run", "seconds", "resident_bytes", "extra_bytes")
@@ -161,10 +161,6 @@ def test_the_unedited_model_is_measured_once_for_all_editors_of_a_stream(data, t
     assert "from_run" not in other["checkpoints"][0]
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing is tidied up."""
-
-
 KILLS = [("one-pass", 1), ("closed-loop", 2), ("ultraedit", 4), ("one-pass", 6)]
 MORE_KILLS = [(editor, at) for editor in ("one-pass", "ultraedit", "closed-loop") for at in (1, 2, 4, 6)]
 MORE_KILLS = [kill for kill in MORE_KILLS if kill not in [*KILLS, ("ultraedit", 6)]]  # which ends after turn 4
@@ -177,16 +173,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(data, tmp_path, monkeypatch,
     options = {"editors": [editor], "cumulative": 10, "convergence": True, "geometry": 2, "sample": 15}
     warm_up_turns = 0 if editor == "ultraedit" else 2
     whole = bench(data, tmp_path / "whole", **options)[0]
-    turn = StreamRun._turn
-
-    def killed_after(run, kind, requests):
-        result = turn(run, kind, requests)
-        if run._cost.turns == at:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StreamRun, "_turn", killed_after)
+    with killed_after(at, monkeypatch):
         bench(data, tmp_path / "out", how={"snapshot_seconds": 0.0}, **options)
     directory = tmp_path / "out" / whole["name"]
     with (directory / "turns.jsonl").open("a") as file:

@@ -29,6 +29,7 @@ from stableedit_cpp.export import (
 )
 from stableedit_cpp.export.loading import load_export
 from stableedit_cpp.lifelong import LifelongSession, SessionView
+from support import sessions
 from support.editors import assert_same_bits
 from support.exports import logits
 from support.faults import everything
@@ -61,15 +62,11 @@ PAGE = Path(__file__).parents[2] / "docs/rivals.md"
 
 
 def create(life: Life, directory, **how) -> LifelongSession:
-    session = LifelongSession.create(directory / "s", tiny_model("llama"), tiny_tokenizer(), life.config, **how)
-    session.editor.guard = None
-    return session
+    return sessions.create(directory / "s", tiny_tokenizer(), config=life.config, **how)
 
 
 def reopen(directory) -> LifelongSession:
-    session = LifelongSession.open(directory / "s", tiny_model("llama"), tiny_tokenizer())
-    session.editor.guard = None
-    return session
+    return sessions.reopen(directory / "s", tiny_tokenizer())
 
 
 @pytest.mark.parametrize("detail", ["factors", pytest.param("requests", marks=pytest.mark.slow)])

@@ -12,6 +12,7 @@ from stableedit_cpp import core
 from stableedit_cpp.cli import main
 from stableedit_cpp.lifelong import LifelongSession
 from stableedit_cpp.model.text_statistics import load_statistics
+from support import sessions
 from support.editors import assert_same_bits
 from support.faults import everything
 from support.located import CONTEXTS, FACTS
@@ -44,15 +45,11 @@ def config_of(which, directory, **changes):
 
 
 def create(directory, config, **how) -> LifelongSession:
-    session = LifelongSession.create(directory / "s", tiny_model("llama"), tiny_tokenizer(), config, **how)
-    session.editor.guard = None
-    return session
+    return sessions.create(directory / "s", tiny_tokenizer(), config=config, **how)
 
 
 def reopen(directory) -> LifelongSession:
-    session = LifelongSession.open(directory / "s", tiny_model("llama"), tiny_tokenizer())
-    session.editor.guard = None
-    return session
+    return sessions.reopen(directory / "s", tiny_tokenizer())
 
 
 @pytest.mark.parametrize("detail", ["factors", "requests"])

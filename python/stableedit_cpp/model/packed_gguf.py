@@ -142,12 +142,12 @@ def pack_as_in_gguf(model: nn.Module, path: Path) -> None:
 def ends_as_in_gguf(model: nn.Module) -> dict[str, GGUFLinear]:
     """Embedding and output layer of a packed model in the blocks of the file that it was loaded from, by llama.cpp's
     names: where that file is still there, and they are what it says."""
-    import gguf
-    from transformers.integrations.gguf.dequant import GGML_BLOCK
-
     path = Path(str(model.config._name_or_path))
     if not gguf_maps(model) or path.suffix.lower() != ".gguf" or not path.is_file():
         return {}
+    import gguf
+    from transformers.integrations.gguf.dequant import GGML_BLOCK
+
     modules = dict(zip(_ENDS, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True))
     found = {}
     for tensor in gguf.GGUFReader(path).tensors:

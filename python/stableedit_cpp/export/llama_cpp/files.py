@@ -102,7 +102,8 @@ def write_gguf(
     facts |= {"packed_maps": len(blocks)} if blocks else {}
     facts["bytes"] = (directory / MODEL_GGUF).stat().st_size
     smaller = (
-        f"{len(blocks)} of its maps are packed as they were in the file that was edited, all others {_TYPES[dtype]}."
+        f"{len(blocks) + len(ends)} of its matrices are packed as they were in the file that was edited, all others "
+        f"{_TYPES[dtype]}."
         if blocks
         else "`llama-quantize` makes it smaller."
     )
